@@ -1,0 +1,1 @@
+"""Collective algorithms, one small file each. Every file here registers what it holds."""

@@ -1,0 +1,61 @@
+"""Everybody to everybody at once: two rounds, whatever the number of ranks, and sums in rank order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ringred.collectives.registry import algorithm
+from ringred.schedule.ir import Chunk, Group, Recv, Send, Steps, unit
+
+__all__ = ["all_gather_among", "reduce_scatter_among"]
+
+
+def _others(members: Sequence[int], rank: int) -> Iterator[tuple[int, int]]:
+    """(position, rank) of the other members, beginning behind `rank`, so that not all send to one at once."""
+    size, position = len(members), members.index(rank)
+    for distance in range(1, size):
+        other = (position + distance) % size
+        yield other, members[other]
+
+
+def reduce_scatter_among(members: Sequence[int], rank: int, chunks: Sequence[Chunk]) -> Steps:
+    """One step after which `members[i]` holds `chunks[i]`, folded in rank order."""
+    mine = chunks[members.index(rank)]
+    sends = [Send(peer, chunks[position]) for position, peer in _others(members, rank)]
+    receives = [Recv(peer, mine, reduce=True) for _, peer in _others(members, rank)]
+    if sends:
+        yield (*sends, *receives)
+
+
+def all_gather_among(members: Sequence[int], rank: int, chunks: Sequence[Chunk]) -> Steps:
+    """One step after which every member holds the `chunks[i]` that `members[i]` held before."""
+    mine = chunks[members.index(rank)]
+    sends = [Send(peer, mine) for _, peer in _others(members, rank)]
+    receives = [Recv(peer, chunks[position]) for position, peer in _others(members, rank)]
+    if sends:
+        yield (*sends, *receives)
+
+
+def _shares(group: Group) -> tuple[range, list[Chunk]]:
+    return range(group.size), [unit(rank) for rank in range(group.size)]
+
+
+@algorithm("reduce_scatter", "direct")
+def reduce_scatter(rank: int, group: Group) -> Steps:
+    """Every rank gets its share from all others in one round and adds it in rank order."""
+    members, chunks = _shares(group)
+    yield from reduce_scatter_among(members, rank, chunks)
+
+
+@algorithm("all_gather", "direct")
+def all_gather(rank: int, group: Group) -> Steps:
+    """Every rank sends its share to all others in one round."""
+    members, chunks = _shares(group)
+    yield from all_gather_among(members, rank, chunks)
+
+
+@algorithm("all_reduce", "direct")
+def all_reduce(rank: int, group: Group) -> Steps:
+    """Each rank reduces 1/P in rank order and hands it round: 2(P−1) messages, 2(P−1)/P·N bytes."""
+    yield from reduce_scatter(rank, group)
+    yield from all_gather(rank, group)

@@ -1,0 +1,96 @@
+"""The one reader of the environment: every RINGRED_* variable, and what launchers say of this process.
+
+| variable | meaning | default |
+| --- | --- | --- |
+| RINGRED_TIMEOUT | seconds after which a collective without its peers raises | 300 |
+| RINGRED_SEGMENT_BYTES | greatest message in bytes; larger chunks are pipelined | the transport's |
+| RINGRED_TRANSPORT | what `ringred.init()` uses: mpi or torch_p2p | by the launcher |
+| RINGRED_INTERFACE | address that torch_p2p binds, where the host has several | the host's own |
+| RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+__all__ = ["Config", "Launch", "detect_launch", "mpi_environment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of a communicator; `timeout` is in seconds."""
+
+    timeout: float = 300.0
+    segment_bytes: int | None = None
+    transport: str | None = None
+    interface: str | None = None
+    trace: str | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
+        """Reads the RINGRED_* variables. Raises `ValueError` naming the variable that makes no sense."""
+        env = os.environ if environment is None else environment
+        segment = env.get("RINGRED_SEGMENT_BYTES")
+        return cls(
+            timeout=_positive("RINGRED_TIMEOUT", env.get("RINGRED_TIMEOUT", "300")),
+            segment_bytes=None if segment is None else int(_positive("RINGRED_SEGMENT_BYTES", segment)),
+            transport=_choice("RINGRED_TRANSPORT", env.get("RINGRED_TRANSPORT"), ("mpi", "torch_p2p")),
+            interface=env.get("RINGRED_INTERFACE"),
+            trace=env.get("RINGRED_TRACE"),
+        )
+
+
+def _positive(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise ValueError(f"{name}: expected a positive number, got {text!r}")
+    return value
+
+
+def _choice(name: str, text: str | None, choices: tuple[str, ...]) -> str | None:
+    if text is not None and text not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {text!r}")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What started this process: "mpi", "store" (RANK, WORLD_SIZE, MASTER_ADDR) or "single"."""
+
+    kind: str
+    rank: int
+    size: int
+    restart: str = "0"
+
+
+# Rank and size as Open MPI, MPICH and Intel MPI (PMI, PMIx) and MVAPICH announce them.
+_MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+_MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """Which launcher started this process, from what it left in the environment."""
+    env = os.environ if environment is None else environment
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return Launch("store", int(env["RANK"]), int(env["WORLD_SIZE"]), restart)
+    rank = next((env[name] for name in _MPI_RANK if name in env), None)
+    size = next((env[name] for name in _MPI_SIZE if name in env), None)
+    if rank is not None:
+        return Launch("mpi", int(rank), int(size or 1))
+    return Launch("single", 0, 1)
+
+
+def mpi_environment(environment: MutableMapping[str, str] | None = None) -> None:
+    """Asks MPI libraries, before they start, to yield the core while they wait; what the user set stays.
+
+    A polling rank slows a backward pass on the same core by more than its own time.
+    """
+    env = os.environ if environment is None else environment
+    for name in ("OMPI_MCA_mpi_yield_when_idle", "I_MPI_THREAD_YIELD"):
+        env.setdefault(name, "1")

@@ -1,0 +1,65 @@
+"""The exceptions of ringred. Every message says who, where, what was expected and what came.
+
+`RingredError` is the root; each exception is also of the builtin type that fits, so that a program which
+catches `ValueError` or `TimeoutError` today goes on working.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CollectiveMismatch",
+    "CollectiveTimeout",
+    "DeadlockError",
+    "GridError",
+    "OverwriteError",
+    "PeerFailed",
+    "RingredError",
+    "ScheduleError",
+    "TransportUnavailable",
+    "UnknownAlgorithm",
+    "UnsupportedTensor",
+]
+
+
+class RingredError(Exception):
+    """Root of every exception that ringred raises on purpose."""
+
+
+class CollectiveMismatch(RingredError, RuntimeError):
+    """The ranks of one communicator did not call the same collective with the same arguments."""
+
+
+class CollectiveTimeout(RingredError, TimeoutError):
+    """A peer did not take part in a collective before its deadline."""
+
+
+class PeerFailed(RingredError, ConnectionError):
+    """A peer died, raised, or gave the collective up; this communicator can no longer be used."""
+
+
+class UnknownAlgorithm(RingredError, ValueError):
+    """No algorithm of that name is registered for the collective."""
+
+
+class GridError(RingredError, ValueError):
+    """The grid does not fit the number of ranks or the algorithm."""
+
+
+class UnsupportedTensor(RingredError, TypeError):
+    """The tensor's layout, device or dtype cannot take part in this collective."""
+
+
+class TransportUnavailable(RingredError, RuntimeError):
+    """A transport cannot be set up here; the message holds the remedy."""
+
+
+class ScheduleError(RingredError, AssertionError):
+    """A schedule is wrong: the verifier says at which rank, step and chunk."""
+
+
+class DeadlockError(ScheduleError):
+    """A schedule cannot finish: its receives and sends wait for each other in a circle."""
+
+
+class OverwriteError(ScheduleError):
+    """A schedule can only finish by overwriting a chunk that a peer may still read."""

@@ -1,0 +1,111 @@
+"""Runs any schedule over any transport: binds a program to memory once, then plays it.
+
+The executor knows neither algorithms nor transports. Instructions come from `schedule.lower` in the order in
+which they run; here they meet tensors. Small tensor calls cost about a microsecond each, so every view is made
+when a plan is bound, and a plan is kept as long as its buffer is.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringred.ops import Folder
+from ringred.schedule.lower import Fold, PostReceive, PostSend, Program, Snapshot, Take, WaitSent
+from ringred.trace import Tracer
+from ringred.transports.base import Request, Transport
+
+__all__ = ["Piece", "Plan", "bind", "run"]
+
+_SEND, _RECEIVE, _FOLD, _TAKE, _WAIT_SENT, _SNAPSHOT = range(6)
+
+
+class Piece(NamedTuple):
+    """Elements from `lo` on of a collective's address space are those of the 1-D contiguous `tensor`."""
+
+    lo: int
+    tensor: Tensor
+
+
+class Plan(NamedTuple):
+    """A program bound to memory: each operation as a tuple of its code, its request numbers and its views."""
+
+    operations: tuple[tuple[Any, ...], ...]
+    requests: int
+    folder: Folder | None
+
+
+def bind(program: Program, pieces: Sequence[Piece], folder: Folder | None) -> Plan:
+    """Binds `program` to the memory in `pieces`, which are in ascending order of `lo` and do not overlap."""
+    starts = [piece.lo for piece in pieces]
+    views: dict[tuple[int, int], Tensor] = {}
+
+    def view(lo: int, hi: int) -> Tensor:
+        found = views.get((lo, hi))
+        if found is None:
+            piece = pieces[max(bisect_right(starts, lo) - 1, 0)]
+            found = views[lo, hi] = piece.tensor[lo - piece.lo : hi - piece.lo]
+        return found
+
+    slots = torch.empty(program.slot_elements, dtype=pieces[0].tensor.dtype)
+    operations: list[tuple[Any, ...]] = []
+    for op in program.instructions:
+        if isinstance(op, PostSend):
+            lo, hi = op.lo, op.hi
+            source = view(lo, hi) if op.slot is None else slots[op.slot : op.slot + hi - lo]
+            operations.append((_SEND, op.request, op.peer, source, op.put))
+        elif isinstance(op, PostReceive):
+            operations.append((_RECEIVE, op.request, op.peer, view(op.lo, op.hi), op.lend, op.put))
+        elif isinstance(op, Fold):
+            operations.append((_FOLD, op.requests, view(op.lo, op.hi), op.own, op.final, op.step, op.peers))
+        elif isinstance(op, Take):
+            operations.append((_TAKE, op.request, op.step, op.peer))
+        elif isinstance(op, WaitSent):
+            operations.append((_WAIT_SENT, op.request))
+        elif isinstance(op, Snapshot):
+            operations.append((_SNAPSHOT, slots[op.slot : op.slot + op.hi - op.lo], view(op.lo, op.hi)))
+    return Plan(tuple(operations), program.requests, folder)
+
+
+def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None = None) -> None:
+    """Plays `plan` over `transport`. Raises `Fault` as `Transport.wait` does; then the transport is unusable."""
+    requests: list[Request] = [None] * plan.requests
+    isend, irecv, wait, release = transport.isend, transport.irecv, transport.wait, transport.release
+    folder = plan.folder
+    for operation in plan.operations:
+        code = operation[0]
+        if code == _SEND:
+            _, request, peer, source, put = operation
+            requests[request] = isend(peer, source, put)
+        elif code == _RECEIVE:
+            _, request, peer, destination, lend, put = operation
+            requests[request] = irecv(peer, destination, lend, put)
+        elif code == _FOLD:
+            _, numbers, own_view, own, final, step, peers = operation
+            began = time.monotonic_ns() if tracer is not None else 0
+            operands: list[Any] = [wait(requests[number], deadline) for number in numbers]
+            arrived = time.monotonic_ns() if tracer is not None else 0
+            operands.insert(own, own_view)
+            assert folder is not None, "only reducing collectives fold"
+            folder(own_view, operands, final)
+            for number in numbers:
+                release(requests[number])
+                requests[number] = None
+            if tracer is not None:
+                tracer.span("wait", f"step {step}: from {peers}", began, arrived)
+                tracer.span("fold", f"step {step}: fold", arrived, time.monotonic_ns())
+        elif code == _TAKE:
+            began = time.monotonic_ns() if tracer is not None else 0
+            wait(requests[operation[1]], deadline)
+            if tracer is not None:
+                name = f"step {operation[2]}: from {operation[3]}"
+                tracer.span("wait", name, began, time.monotonic_ns())
+        elif code == _WAIT_SENT:
+            wait(requests[operation[1]], deadline)
+        else:
+            operation[1].copy_(operation[2])

@@ -1,0 +1,348 @@
+"""Lowers one rank's schedule and a buffer's unit boundaries to the instructions that run it.
+
+Pure integers: the executor binds the instructions to memory, the cost model prices them. Messages are cut
+into segments, so that the fold of one overlaps the arrival of the next, and instructions are put in the one
+order that needs no further thought at run time:
+
+- receives block in program order; where the receives of a step come from different peers, segment by segment
+  in turn, so that none of them waits for all of another;
+- a segment is sent as soon as the last receive that wrote it is done, however many steps early that is, yet
+  never out of order towards one peer;
+- a receive that overwrites waits for just those sends that still read the place;
+- a chunk that is sent and received in one step is copied to a slot, and sent from there;
+- receives are posted ahead, as far as their destination is free;
+- at the end every send is waited for, so that the caller may write to the buffer again.
+
+Deadlock: a segment depends only on segments of steps on which its own step depends. The verifier proves the
+order of the steps; any order of them, one after the other, is a run of these instructions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from ringred.schedule.ir import Chunk, Send, Step, fold_groups
+
+__all__ = [
+    "Fold",
+    "Instruction",
+    "PostReceive",
+    "PostSend",
+    "Program",
+    "Snapshot",
+    "Take",
+    "WaitSent",
+    "lower",
+]
+
+# How many folds ahead of its turn a lent receive is posted: each holds staging memory in the transport.
+LEND_AHEAD = 2
+# The same for receives into place, which hold nothing but a request.
+REPLACE_AHEAD = 16
+
+
+class Snapshot(NamedTuple):
+    """Copy the elements `lo:hi` of the buffer to the slots, from element `slot` on."""
+
+    lo: int
+    hi: int
+    slot: int
+
+
+class PostSend(NamedTuple):
+    """Send `lo:hi` to `peer` as request `request`; from the slots where `slot` is not None.
+
+    `put`: the receiver is done with its own copy, so that a window may be written in place.
+    """
+
+    request: int
+    peer: int
+    lo: int
+    hi: int
+    slot: int | None
+    put: bool
+    step: int
+
+
+class PostReceive(NamedTuple):
+    """Post the receive of `lo:hi` from `peer` as `request`: `lend` the arriving data, or put it into place."""
+
+    request: int
+    peer: int
+    lo: int
+    hi: int
+    lend: bool
+    put: bool
+    step: int
+
+
+class WaitSent(NamedTuple):
+    """Wait until `request` to `peer` no longer reads its source."""
+
+    request: int
+    peer: int
+
+
+class Fold(NamedTuple):
+    """Combine `lo:hi` with what `requests` lend, from `peers` in rank order; own value before peer `own`.
+
+    `final`: the result is the whole reduction, and this rank must hold it at the end.
+    """
+
+    requests: tuple[int, ...]
+    peers: tuple[int, ...]
+    own: int
+    lo: int
+    hi: int
+    final: bool
+    step: int
+
+
+class Take(NamedTuple):
+    """Wait until `request` from `peer` has replaced `lo:hi`."""
+
+    request: int
+    peer: int
+    lo: int
+    hi: int
+    step: int
+
+
+Instruction: TypeAlias = Snapshot | PostSend | PostReceive | WaitSent | Fold | Take
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The instructions of one rank, the number of requests they name, and the elements of slots they need."""
+
+    instructions: tuple[Instruction, ...]
+    requests: int
+    slot_elements: int
+
+
+class _Span(NamedTuple):
+    """Elements `lo:hi`, written or read by event `at` (as request `request`, where one reads them)."""
+
+    lo: int
+    hi: int
+    at: int
+    request: int
+    peer: int
+
+
+class _Receives(NamedTuple):
+    """All receives of one chunk in one step: a fold of several peers, or one replacement."""
+
+    chunk: Chunk
+    reduce: bool
+    peers: list[int]
+    ops: list[int]  # the position of each peer's operation in its step
+    segments: list[tuple[int, int]]
+
+
+def lower(
+    rank: int,
+    steps: Iterable[Step],
+    bounds: Sequence[tuple[int, int]],
+    segment: int,
+    *,
+    keep: Callable[[int], bool] = lambda unit: True,
+    put_safe: Callable[[int, int], bool] = lambda step, op: False,
+    put_received: Callable[[int, int], bool] = lambda step, op: False,
+    snapshots: bool = True,
+) -> Program:
+    """The program of `rank`.
+
+    `bounds[u]` are the elements (lo, hi) of unit `u`, in an address space that all ranks share; `segment` is
+    the greatest number of elements in one message; `keep(u)` says whether the rank must hold unit `u` at the
+    end. `put_safe(step, op)` and `put_received(step, op)` say which sends and receives go by a put.
+    `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it.
+    """
+    lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep)
+    lowering.put_safe, lowering.put_received = put_safe, put_received
+    return lowering.run(snapshots)
+
+
+class _Lowering:
+    """State of one lowering. Event `e` stands before the `e`-th fold or take; sends and posts happen at events."""
+
+    put_safe: Callable[[int, int], bool]
+    put_received: Callable[[int, int], bool]
+
+    def __init__(
+        self,
+        rank: int,
+        steps: list[Step],
+        bounds: Sequence[tuple[int, int]],
+        segment: int,
+        keep: Callable[[int], bool],
+    ) -> None:
+        self.rank, self.steps, self.bounds, self.segment, self.keep = rank, steps, bounds, segment, keep
+        self.events = 0
+        self.requests = 0
+        self.slot_elements = 0
+        self.sends: dict[int, list[Instruction]] = defaultdict(list)
+        self.posts: dict[int, list[Instruction]] = defaultdict(list)
+        self.arrivals: list[list[Instruction]] = []
+        self.written: dict[int, list[_Span]] = defaultdict(list)
+        self.read: dict[int, list[_Span]] = defaultdict(list)
+        self.waited: set[int] = set()
+        self.last_send: dict[int, int] = defaultdict(int)
+        self.last_post: dict[int, int] = defaultdict(int)
+        self.last_write = {
+            u: index
+            for index, step in enumerate(steps)
+            for op in step
+            if not isinstance(op, Send)
+            for u in op.chunk.units
+        }
+
+    def run(self, snapshots: bool) -> Program:
+        for index, step in enumerate(self.steps):
+            groups = fold_groups(step)
+            written = {u for chunk, _, _ in groups for u in chunk.units}
+            slots: dict[tuple[int, int], int] = {}
+            for at, op in enumerate(step):
+                if isinstance(op, Send):
+                    overwritten = not written.isdisjoint(op.chunk.units)
+                    for lo, hi in self.segments(op.chunk):
+                        if overwritten and snapshots:
+                            slot = self.snapshot(op.chunk, lo, hi, slots)
+                            self.post_send(index, op.peer, op.chunk, lo, hi, slot=slot)
+                        else:
+                            put = self.put_safe(index, at)
+                            self.post_send(index, op.peer, op.chunk, lo, hi, put=put, exposed=overwritten)
+            for receives, lo, hi in self.in_turn(step, groups):
+                self.receive(index, receives, lo, hi)
+        instructions: list[Instruction] = []
+        for event in range(self.events + 1):
+            instructions += self.sends.get(event, ())
+            instructions += self.posts.get(event, ())
+            if event < self.events:
+                instructions += self.arrivals[event]
+        for posted in [op for op in instructions if isinstance(op, PostSend) and op.request not in self.waited]:
+            instructions.append(WaitSent(posted.request, posted.peer))
+        return Program(tuple(instructions), self.requests, self.slot_elements)
+
+    def segments(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """The chunk cut where its units are not adjacent, and into segments: at least one, if an empty one."""
+        runs: list[tuple[int, int]] = []
+        for u in chunk.units:
+            lo, hi = self.bounds[u]
+            if lo == hi:
+                continue
+            if runs and runs[-1][1] == lo:
+                runs[-1] = (runs[-1][0], hi)
+            else:
+                runs.append((lo, hi))
+        runs = runs or [self.bounds[chunk.start]]
+        return [
+            (start, min(start + self.segment, hi))
+            for lo, hi in runs
+            for start in range(lo, max(hi, lo + 1), self.segment)
+        ]
+
+    def spans(self, table: dict[int, list[_Span]], chunk: Chunk, lo: int, hi: int) -> Iterable[_Span]:
+        for u in chunk.units:
+            for span in table.get(u, ()):
+                if span.lo < hi and lo < span.hi:
+                    yield span
+
+    def ready(self, chunk: Chunk, lo: int, hi: int) -> int:
+        """The first event at which `lo:hi` holds what the steps so far wrote to it."""
+        return max((span.at for span in self.spans(self.written, chunk, lo, hi)), default=0)
+
+    def snapshot(self, chunk: Chunk, lo: int, hi: int, slots: dict[tuple[int, int], int]) -> int:
+        """The slot element that holds a copy of `lo:hi`: one copy for all sends of a step."""
+        if (lo, hi) not in slots:
+            slots[lo, hi] = self.slot_elements
+            at = self.ready(chunk, lo, hi)
+            self.sends[at].append(Snapshot(lo, hi, self.slot_elements))
+            self.note(self.read, chunk, _Span(lo, hi, at, -1, -1))
+            self.slot_elements += hi - lo
+        return slots[lo, hi]
+
+    def post_send(
+        self,
+        step: int,
+        peer: int,
+        chunk: Chunk,
+        lo: int,
+        hi: int,
+        slot: int | None = None,
+        put: bool = False,
+        exposed: bool = False,
+    ) -> None:
+        at = self.last_send[peer] = max(self.ready(chunk, lo, hi), self.last_send[peer])
+        self.sends[at].append(PostSend(self.requests, peer, lo, hi, slot, put, step))
+        if slot is None and not exposed:
+            self.note(self.read, chunk, _Span(lo, hi, at, self.requests, peer))
+        self.requests += 1
+
+    def note(self, table: dict[int, list[_Span]], chunk: Chunk, span: _Span) -> None:
+        """Enters `span` in the table of every unit that it touches, cut to that unit."""
+        for u in chunk.units:
+            lo, hi = self.bounds[u]
+            if lo < span.hi and span.lo < hi:
+                table[u].append(span._replace(lo=max(lo, span.lo), hi=min(hi, span.hi)))
+
+    def in_turn(self, step: Step, groups: list[tuple[Chunk, bool, list[int]]]) -> Iterable[tuple[_Receives, int, int]]:
+        """The segments of all receives of a step: in turn if no two share a peer, else one group after another."""
+        position = {(op.peer, op.chunk): at for at, op in enumerate(step) if not isinstance(op, Send)}
+        all_receives = [
+            _Receives(chunk, reduce, peers, [position[p, chunk] for p in peers], self.segments(chunk))
+            for chunk, reduce, peers in groups
+        ]
+        peers = [peer for receives in all_receives for peer in receives.peers]
+        if len(peers) > len(set(peers)):
+            return [(receives, lo, hi) for receives in all_receives for lo, hi in receives.segments]
+        longest = max((len(receives.segments) for receives in all_receives), default=0)
+        return [
+            (receives, *receives.segments[part])
+            for part in range(longest)
+            for receives in all_receives
+            if part < len(receives.segments)
+        ]
+
+    def receive(self, step: int, receives: _Receives, lo: int, hi: int) -> None:
+        event = self.events
+        chunk = receives.chunk
+        pending = {
+            span.request: span.peer
+            for span in self.spans(self.read, chunk, lo, hi)
+            if span.request >= 0 and span.request not in self.waited
+        }
+        self.waited.update(pending)
+        arrival: list[Instruction] = [WaitSent(request, peer) for request, peer in pending.items()]
+        if receives.reduce:
+            earliest = max(0, event - LEND_AHEAD)
+        else:
+            touched = [span.at for table in (self.written, self.read) for span in self.spans(table, chunk, lo, hi)]
+            earliest = event if pending else max([0, event - REPLACE_AHEAD, *touched])
+        first = self.requests
+        for peer, op in zip(receives.peers, receives.ops, strict=True):
+            put = not receives.reduce and self.put_received(step, op)
+            post = PostReceive(self.requests, peer, lo, hi, receives.reduce, put, step)
+            if pending and not receives.reduce:
+                arrival.append(post)
+                self.last_post[peer] = event + 1
+            else:
+                posted = self.last_post[peer] = max(earliest, self.last_post[peer])
+                self.posts[posted].append(post)
+            self.requests += 1
+        if receives.reduce:
+            own = sum(peer < self.rank for peer in receives.peers)
+            final = all(self.last_write[u] == step and self.keep(u) for u in chunk.units)
+            requests = tuple(range(first, self.requests))
+            arrival.append(Fold(requests, tuple(receives.peers), own, lo, hi, final, step))
+        else:
+            arrival.append(Take(first, receives.peers[0], lo, hi, step))
+        self.arrivals.append(arrival)
+        self.events += 1
+        for table in (self.written, self.read):
+            for u in chunk.units:
+                table[u] = [span for span in table[u] if not (lo <= span.lo and span.hi <= hi)]
+        self.note(self.written, chunk, _Span(lo, hi, self.events, first, -1))

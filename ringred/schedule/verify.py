@@ -1,0 +1,381 @@
+"""Proves a schedule: runs all its ranks symbolically, without a process, and raises on the first fault.
+
+The values are expressions: which rank's contribution was combined with which, in which order. A pairwise
+combination is commutative and never associative, so equal expressions are equal bits, whatever the operation.
+Time is the partial order of the executor itself with no buffering at all: the receives of a step wait for
+the steps before, for the matching sends, and for earlier sends that still read what they overwrite.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ringred.errors import DeadlockError, OverwriteError, ScheduleError
+from ringred.schedule.ir import Chunk, Send, Spec, Step, fold_groups
+
+__all__ = ["Proof", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a verified schedule does, per rank where a tuple is indexed by rank.
+
+    `messages`, `units_sent`, `units_received` count one collective. `rank_ordered`: every reduced value is
+    one fold of all contributions in rank order, so its bits depend on nothing but the inputs. `put_safe`
+    holds the sends (rank, step, operation) of chunks that replace the receiver's, whose sender knows that
+    the receiver will not touch its own copy any more: a transport with windows may write them in place.
+    """
+
+    spec: Spec
+    steps: tuple[int, ...]
+    messages: tuple[int, ...]
+    units_sent: tuple[int, ...]
+    units_received: tuple[int, ...]
+    rank_ordered: bool
+    put_safe: frozenset[tuple[int, int, int]]
+
+
+class _Value(NamedTuple):
+    """An expression: the ranks in it as a bit mask, and what tells it apart from every other one."""
+
+    ranks: int
+    key: object  # a rank for a contribution, a tuple of keys' ids for a fold
+
+
+class _Message(NamedTuple):
+    sender: int
+    step: int
+    op: int
+    chunk: Chunk
+
+
+_Node = tuple[int, int]  # (rank, step): all receives of one step of one rank
+
+
+class _Interner:
+    """Gives every distinct expression one object, so that comparing two is comparing identities."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[int, object], _Value] = {}
+
+    def leaf(self, rank: int, index: int) -> _Value:
+        return self._intern(_Value(1 << rank, (rank, index)))
+
+    def fold(self, operands: list[_Value]) -> _Value:
+        ranks = 0
+        for operand in operands:
+            ranks |= operand.ranks
+        ids = [id(operand) for operand in operands]
+        return self._intern(_Value(ranks, tuple(sorted(ids) if len(ids) == 2 else ids)))
+
+    def _intern(self, value: _Value) -> _Value:
+        return self._values.setdefault((value.ranks, value.key), value)
+
+
+def verify(spec: Spec, schedule: Callable[[int], Iterable[Step]], *, puts: bool = False) -> Proof:
+    """Proves that `schedule(rank)`, run by all ranks, turns what `spec` says before into what it says after.
+
+    Raises `ScheduleError` with rank, step and chunk: a malformed operation, an unmatched send or receive, a
+    doubled or missing contribution, a chunk that ranks end up with in different bits; `DeadlockError` where
+    the operations wait for each other; `OverwriteError` where they only do because a chunk would be
+    overwritten while a peer may still read it. `puts=True` works out `Proof.put_safe` as well.
+    """
+    steps = [list(schedule(rank)) for rank in range(spec.size)]
+    _check_operations(spec, steps)
+    matched = _match(spec, steps)
+    order = _order(spec, steps, matched)
+    rank_ordered = _run(spec, steps, matched, order)
+    sends = [[op for step in rank for op in step if isinstance(op, Send)] for rank in steps]
+    received = [sum(len(op.chunk.units) for step in rank for op in step if not isinstance(op, Send)) for rank in steps]
+    return Proof(
+        spec=spec,
+        steps=tuple(len(rank) for rank in steps),
+        messages=tuple(len(rank) for rank in sends),
+        units_sent=tuple(sum(len(op.chunk.units) for op in rank) for rank in sends),
+        units_received=tuple(received),
+        rank_ordered=rank_ordered,
+        put_safe=_put_safe(spec, steps, matched, order) if puts else frozenset(),
+    )
+
+
+def _where(spec: Spec, rank: int, step: int, chunk: Chunk | None = None) -> str:
+    at = f"{spec.collective} on {spec.size} ranks: rank {rank}, step {step}"
+    return at if chunk is None else f"{at}, chunk {chunk}"
+
+
+def _check_operations(spec: Spec, steps: list[list[Step]]) -> None:
+    for rank, rank_steps in enumerate(steps):
+        for index, step in enumerate(rank_steps):
+            for op in step:
+                if not 0 <= op.peer < spec.size or op.peer == rank:
+                    where = _where(spec, rank, index, op.chunk)
+                    raise ScheduleError(f"{where}: {op} names no other rank of 0..{spec.size - 1}")
+                if not 0 <= op.chunk.start < op.chunk.stop <= spec.units:
+                    where = _where(spec, rank, index, op.chunk)
+                    raise ScheduleError(f"{where}: {op} is no run of units of 0..{spec.units - 1}")
+            groups = fold_groups(step)
+            turn = {chunk: at for at, (chunk, _, _) in enumerate(groups)}
+            latest: dict[int, int] = {}
+            for op in step:
+                if not isinstance(op, Send):
+                    if turn[op.chunk] < latest.get(op.peer, 0):
+                        raise ScheduleError(
+                            f"{_where(spec, rank, index, op.chunk)}: received from rank {op.peer} after a chunk "
+                            "whose fold comes later; folds of one step take each peer's messages in order"
+                        )
+                    latest[op.peer] = turn[op.chunk]
+            writes = [chunk for chunk, _, _ in groups]
+            for at, chunk in enumerate(writes):
+                for other in writes[:at]:
+                    if chunk.overlaps(other):
+                        raise ScheduleError(
+                            f"{_where(spec, rank, index, chunk)}: written together with chunk {other}; "
+                            "receives of one step may share a chunk only to fold into all of it"
+                        )
+
+
+def _match(spec: Spec, steps: list[list[Step]]) -> dict[tuple[int, int, int], _Message]:
+    """The message that each receive (rank, step, operation) gets: first in, first out per ordered pair."""
+    sent: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
+    for rank, rank_steps in enumerate(steps):
+        for index, step in enumerate(rank_steps):
+            for at, op in enumerate(step):
+                if isinstance(op, Send):
+                    sent[rank, op.peer].append(_Message(rank, index, at, op.chunk))
+    matched: dict[tuple[int, int, int], _Message] = {}
+    for rank, rank_steps in enumerate(steps):
+        for index, step in enumerate(rank_steps):
+            for at, op in enumerate(step):
+                if isinstance(op, Send):
+                    continue
+                queue = sent[op.peer, rank]
+                if not queue:
+                    where = _where(spec, rank, index, op.chunk)
+                    raise ScheduleError(f"{where}: receives from rank {op.peer}, which sends nothing more to it")
+                message = queue.popleft()
+                if message.chunk != op.chunk:
+                    where = _where(spec, rank, index, op.chunk)
+                    raise ScheduleError(
+                        f"{where}: expected chunk {op.chunk} from rank {op.peer}, "
+                        f"which sends chunk {message.chunk} in its step {message.step}"
+                    )
+                matched[rank, index, at] = message
+    for (rank, peer), queue in sent.items():
+        if queue:
+            message = queue[0]
+            raise ScheduleError(
+                f"{_where(spec, rank, message.step, message.chunk)}: sent to rank {peer}, which never receives it"
+            )
+    return matched
+
+
+def _order(spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message]) -> list[_Node]:
+    """The steps of all ranks in an order in which each can finish."""
+    consumer = {(m.sender, m.step, m.op): (rank, step) for (rank, step, _), m in matched.items()}
+    data: dict[_Node, set[_Node]] = {}
+    overwrites: dict[_Node, dict[_Node, Chunk]] = {}
+    for rank, rank_steps in enumerate(steps):
+        unread: dict[int, list[_Node]] = defaultdict(list)  # unit -> who still reads it from this rank
+        for index, step in enumerate(rank_steps):
+            node = (rank, index)
+            needs = {(rank, index - 1)}
+            for at, op in enumerate(step):
+                if not isinstance(op, Send):
+                    message = matched[rank, index, at]
+                    needs.add((message.sender, message.step - 1))
+            data[node] = {need for need in needs if need[1] >= 0}
+            waits: dict[_Node, Chunk] = {}
+            written: set[int] = set()
+            for chunk, _, _ in fold_groups(step):
+                written.update(chunk.units)
+                for u in chunk.units:
+                    waits.update((reader, chunk) for reader in unread.pop(u, ()))
+            overwrites[node] = waits
+            for at, op in enumerate(step):
+                # A chunk that is sent and received in one step is sent from a slot: nobody reads it here.
+                if isinstance(op, Send) and written.isdisjoint(op.chunk.units):
+                    for u in op.chunk.units:
+                        unread[u].append(consumer[rank, index, at])
+    order, stuck = _topological(data, overwrites)
+    if not stuck:
+        return order
+    if not _topological(data, {})[1]:
+        rank, index = min(stuck, key=lambda node: node[1])
+        for node in sorted(stuck, key=lambda node: node[1]):
+            for reader, chunk in overwrites[node].items():
+                if reader in stuck:
+                    raise OverwriteError(
+                        f"{_where(spec, *node, chunk)}: overwritten while rank {reader[0]} may still read it "
+                        f"for its step {reader[1]}"
+                    )
+    circle = ", ".join(f"rank {r} in step {s}" for r, s in sorted(stuck)[:8])
+    raise DeadlockError(f"{spec.collective} on {spec.size} ranks: deadlock of {circle}")
+
+
+def _topological(
+    data: dict[_Node, set[_Node]], overwrites: dict[_Node, dict[_Node, Chunk]]
+) -> tuple[list[_Node], set[_Node]]:
+    """Kahn's algorithm: the order found, and the nodes that no order reaches."""
+    after: dict[_Node, list[_Node]] = defaultdict(list)
+    missing: dict[_Node, int] = {}
+    for node, needs in data.items():
+        every = needs | (overwrites.get(node, {}).keys() - {node})
+        missing[node] = len(every)
+        for need in every:
+            after[need].append(node)
+    ready = deque(node for node, count in missing.items() if not count)
+    order = []
+    while ready:
+        node = ready.popleft()
+        order.append(node)
+        for following in after[node]:
+            missing[following] -= 1
+            if not missing[following]:
+                ready.append(following)
+    return order, missing.keys() - set(order)
+
+
+def _run(
+    spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
+) -> bool:
+    """Runs the schedule on expressions and checks the end; True if every fold is one sum in rank order."""
+    interner = _Interner()
+    held: list[dict[int, _Value]] = [{} for _ in range(spec.size)]
+    for u, sources in enumerate(spec.sources):
+        for rank in sources:
+            held[rank][u] = interner.leaf(rank, u)
+    in_flight: dict[tuple[int, int, int], tuple[_Value, ...]] = {}
+
+    def post_sends(rank: int, index: int) -> None:
+        if index >= len(steps[rank]):
+            return
+        for at, op in enumerate(steps[rank][index]):
+            if isinstance(op, Send):
+                missing = [u for u in op.chunk.units if u not in held[rank]]
+                if missing:
+                    raise ScheduleError(
+                        f"{_where(spec, rank, index, op.chunk)}: sends unit {missing[0]}, which it does not hold"
+                    )
+                in_flight[rank, index, at] = tuple(held[rank][u] for u in op.chunk.units)
+
+    for rank in range(spec.size):
+        post_sends(rank, 0)
+    for rank, index in order:
+        mine = held[rank]
+        step = steps[rank][index]
+        arrived: dict[tuple[Chunk, bool], list[tuple[int, tuple[_Value, ...]]]] = defaultdict(list)
+        for at, op in enumerate(step):
+            if not isinstance(op, Send):
+                message = matched[rank, index, at]
+                values = in_flight.pop((message.sender, message.step, message.op))
+                arrived[op.chunk, op.reduce].append((op.peer, values))
+        for (chunk, reduce), values_by_peer in arrived.items():
+            for at, u in enumerate(chunk.units):
+                if not reduce:
+                    mine[u] = values_by_peer[0][1][at]
+                    continue
+                if u not in mine:
+                    raise ScheduleError(
+                        f"{_where(spec, rank, index, chunk)}: reduces into unit {u}, which it does not hold"
+                    )
+                operands = sorted([(rank, mine[u]), *((peer, values[at]) for peer, values in values_by_peer)])
+                seen = 0
+                for peer, value in operands:
+                    if seen & value.ranks:
+                        doubled = [r for r in range(spec.size) if seen & value.ranks & (1 << r)]
+                        raise ScheduleError(
+                            f"{_where(spec, rank, index, chunk)}: the contribution of rank {doubled[0]} to "
+                            f"unit {u} is added twice (again by rank {peer})"
+                        )
+                    seen |= value.ranks
+                mine[u] = interner.fold([value for _, value in operands])
+        post_sends(rank, index + 1)
+    return _check_end(spec, steps, held)
+
+
+def _check_end(spec: Spec, steps: list[list[Step]], held: list[dict[int, _Value]]) -> bool:
+    whole = [sum(1 << rank for rank in sources) for sources in spec.sources]
+    agreed: dict[int, tuple[int, _Value]] = {}
+    rank_ordered = True
+    for rank, wanted in enumerate(spec.wants):
+        for u in sorted(wanted):
+            value = held[rank].get(u)
+            if value is None or value.ranks != whole[u]:
+                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
+                ranks = 0 if value is None else value.ranks
+                missing = [r for r in spec.sources[u] if not ranks & (1 << r)]
+                extra = [r for r in range(spec.size) if ranks & ~whole[u] & (1 << r)]
+                raise ScheduleError(f"{where}: misses the contribution of ranks {missing}, has that of {extra} besides")
+            other, expression = agreed.setdefault(u, (rank, value))
+            if expression is not value:
+                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
+                raise ScheduleError(f"{where}: was added in another order than on rank {other}; bits would differ")
+            leaves = len(spec.sources[u])
+            key = value.key
+            flat = isinstance(key, tuple) and len(key) == leaves
+            rank_ordered &= leaves <= 2 or flat
+    return rank_ordered
+
+
+def _put_safe(
+    spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
+) -> frozenset[tuple[int, int, int]]:
+    """The replacing messages whose receiver has, to the sender's knowledge, done with its own copy.
+
+    Knowledge is a vector clock. `known[q][p] = s + 1` says that q knows p to have posted the sends of its
+    step s, and so to have finished the receives of all steps before s; 0, that p may not even have entered.
+    """
+    size = spec.size
+    consumer = {(m.sender, m.step, m.op): (rank, step) for (rank, step, _), m in matched.items()}
+    # unit -> what must be known before another rank writes it here: (rank, clock value)
+    accesses: list[dict[int, list[tuple[int, int]]]] = [defaultdict(list) for _ in range(size)]
+    needed: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    for rank, rank_steps in enumerate(steps):
+        mine = accesses[rank]
+        for index, step in enumerate(rank_steps):
+            for at, op in enumerate(step):
+                if isinstance(op, Send):
+                    reader, reader_step = consumer[rank, index, at]
+                    for u in op.chunk.units:
+                        mine[u] += [(rank, index + 1), (reader, reader_step + 2)]
+            for at, op in enumerate(step):
+                if isinstance(op, Send):
+                    continue
+                if not op.reduce:
+                    message = matched[rank, index, at]
+                    before = [need for u in op.chunk.units for need in mine[u]]
+                    needed[message.sender, message.step, message.op] = [*before, (rank, 1)]
+            for chunk, _, _ in fold_groups(step):
+                for u in chunk.units:
+                    mine[u] = [(rank, index + 2)]
+    clocks: list[npt.NDArray[np.int32]] = [np.zeros(size, np.int32) for _ in range(size)]
+    posted: dict[_Node, npt.NDArray[np.int32]] = {}
+    safe = set()
+
+    def post(rank: int, index: int) -> None:
+        clock = clocks[rank]
+        clock[rank] = index + 1
+        if index >= len(steps[rank]):
+            return
+        posted[rank, index] = clock.copy()
+        for at, op in enumerate(steps[rank][index]):
+            if isinstance(op, Send):
+                needs = needed.get((rank, index, at))
+                if needs is not None and all(clock[peer] >= value for peer, value in needs):
+                    safe.add((rank, index, at))
+
+    for rank in range(size):
+        post(rank, 0)
+    for rank, index in order:
+        for at, op in enumerate(steps[rank][index]):
+            if not isinstance(op, Send):
+                message = matched[rank, index, at]
+                np.maximum(clocks[rank], posted[message.sender, message.step], out=clocks[rank])
+        post(rank, index + 1)
+    return frozenset(safe)

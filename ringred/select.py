@@ -1,0 +1,102 @@
+"""Picks an algorithm by predicted cost, and says why. Every rank gets the same answer from the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ringred.collectives.registry import Algorithm, algorithms, lookup
+from ringred.schedule.cost import Cost, simulate
+from ringred.schedule.ir import Group
+from ringred.topology.detect import local_grid
+from ringred.topology.model import Topology, hosts
+
+__all__ = ["Candidate", "candidates", "choose", "machine_model", "predict", "segments_for", "share_bounds"]
+
+# α in seconds, β in seconds a byte, by transport; γ in seconds a reduced byte. Rounded from the anchors in
+# docs/design/selection.md. They need to be right relative to each other, and alike on all ranks.
+_LINKS = {
+    "local": (20e-6, 0.1e-9),
+    "mpi": (3e-6, 0.2e-9),
+    "torch_p2p": (60e-6, 0.5e-9),
+}
+_BETWEEN_HOSTS = (80e-6, 8e-9)  # TCP on 1 Gbit/s
+_GAMMA = 0.1e-9
+
+# Many ranks make many messages to replay; beyond this only what grows slowly with P is considered.
+_MANY_RANKS = 64
+_SCALABLE = frozenset({"tree", "double_tree", "halving_doubling", "torus", "hierarchical", "chain", "direct"})
+
+
+def share_bounds(count: int, units: int) -> list[tuple[int, int]]:
+    """`count` elements in `units` shares as equal as can be: the bounds of each."""
+    return [(index * count // units, (index + 1) * count // units) for index in range(units)]
+
+
+def segments_for(nbytes: int, segment_bytes: int) -> int:
+    """Into how many parts a tree that pipelines by itself cuts `nbytes`: at most 64."""
+    return max(1, min(64, -(-nbytes // (2 * segment_bytes))))
+
+
+def machine_model(transport: str, host_of_rank: tuple[int, ...]) -> Topology:
+    """The model that choices are made on: this transport's links inside a host, TCP between hosts."""
+    inside = _LINKS.get(transport, _LINKS["torch_p2p"])
+    between = inside if len(set(host_of_rank)) == 1 else _BETWEEN_HOSTS
+    return hosts(host_of_rank, inside, between, _GAMMA, name=transport)
+
+
+def predict(entry: Algorithm, group: Group, nbytes: int, topology: Topology, segment_bytes: int | None = None) -> Cost:
+    """The simulated cost of `entry` on `group` for `nbytes` bytes."""
+    bounds = share_bounds(nbytes, entry.units(group))
+    return simulate(group.size, entry.steps(group), bounds, topology.link, topology.gamma, segment=segment_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An algorithm on a grid, and what the model says that it takes, in seconds."""
+
+    name: str
+    grid: tuple[int, ...] | None
+    seconds: float
+
+
+def candidates(
+    collective: str,
+    size: int,
+    nbytes: int,
+    topology: Topology,
+    *,
+    root: int = 0,
+    segment_bytes: int = 1 << 20,
+    allowed: Callable[[Algorithm], bool] = lambda entry: True,
+) -> list[Candidate]:
+    """Every algorithm that can do `collective`, the fastest first."""
+    host_grid = local_grid([place[-1] for place in topology.place]) if len(topology.distance) > 1 else None
+    found = []
+    for entry in algorithms(collective).values():
+        if entry.native or not allowed(entry):
+            continue
+        if size > _MANY_RANKS and entry.name not in _SCALABLE and len(algorithms(collective)) > 1:
+            continue
+        grid = host_grid if entry.grids and host_grid and min(host_grid) > 1 else None
+        group = entry.group(size, root, grid, segments_for(nbytes, segment_bytes))
+        found.append(Candidate(entry.name, group.grid, predict(entry, group, nbytes, topology).seconds))
+    # Ties go by name, so that every rank takes the same.
+    return sorted(found, key=lambda candidate: (candidate.seconds, candidate.name))
+
+
+@lru_cache(maxsize=1024)
+def _fastest(collective: str, size: int, nbytes: int, topology: Topology, root: int) -> Candidate:
+    return candidates(collective, size, nbytes, topology, root=root)[0]
+
+
+def choose(collective: str, nbytes: int, topology: Topology, root: int = 0) -> tuple[Algorithm, Candidate]:
+    """The algorithm for `nbytes` bytes. Sizes between two powers of two are decided as the greater one."""
+    table = algorithms(collective)
+    if len(table) == 1:
+        (entry,) = table.values()
+        return entry, Candidate(entry.name, None, 0.0)
+    rounded = 1 << max(nbytes - 1, 1).bit_length()
+    best = _fastest(collective, topology.size, rounded, topology, root)
+    return lookup(collective, best.name), best

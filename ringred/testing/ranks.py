@@ -1,0 +1,142 @@
+"""Many ranks in one process, as threads: what a test of a parallel program needs and nothing to launch."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ringred.communicator import Communicator
+from ringred.config import Config
+from ringred.transports.base import Counters, Request, Transport
+from ringred.transports.local import Hub
+
+__all__ = ["Faulty", "run_ranks"]
+
+T = TypeVar("T")
+
+
+class Faulty:
+    """A transport that waits a random time before it sends and waits: what a loaded network does to order.
+
+    Delays are at most `seconds` long and follow from `seed` and the rank.
+    """
+
+    def __init__(self, inner: Transport, seconds: float, seed: int) -> None:
+        self.inner, self.seconds = inner, seconds
+        self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+        self.segment_bytes = inner.segment_bytes
+        self._random = random.Random(f"{seed}/{inner.rank}")
+
+    @property
+    def counters(self) -> Counters:
+        return self.inner.counters
+
+    @counters.setter
+    def counters(self, value: Counters) -> None:
+        self.inner.counters = value
+
+    def _delay(self) -> None:
+        if self._random.random() < 0.3:
+            time.sleep(self._random.random() * self.seconds)
+
+    def begin(self, contract: int) -> None:
+        self.inner.begin(contract)
+
+    def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
+        self._delay()
+        return self.inner.isend(peer, src, put)
+
+    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> Request:
+        return self.inner.irecv(peer, dst, lend, put)
+
+    def wait(self, request: Request, deadline: float) -> Tensor | None:
+        self._delay()
+        return self.inner.wait(request, deadline)
+
+    def release(self, request: Request) -> None:
+        self._delay()
+        self.inner.release(request)
+
+    def abort(self, report: str) -> None:
+        self.inner.abort(report)
+
+    def reports(self, timeout: float) -> dict[int, str]:
+        return self.inner.reports(timeout)
+
+    def subset(self, members: Sequence[int], key: str) -> Transport:
+        return self.inner.subset(members, key)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def run_ranks(
+    fn: Callable[[Communicator], T],
+    size: int,
+    transport: str = "local",
+    *,
+    timeout: float = 30.0,
+    slots: int | None = None,
+    segment_bytes: int | None = None,
+    delay: tuple[float, int] | None = None,
+    return_exceptions: bool = False,
+) -> list[T]:
+    """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
+
+    The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`) or
+    "torch_p2p" (Gloo over the loopback). Ranks that are processes need a launcher, mpirun or torchrun.
+    `timeout` is that of a collective, in seconds. `delay=(seconds, seed)` puts random delays into sends and
+    waits. The exception of the first rank that raised one is raised, after all have ended; with
+    `return_exceptions` every rank's is returned in its place.
+    """
+    connect = {"local": _local, "torch_p2p": _torch_p2p}.get(transport)
+    if connect is None:
+        raise ValueError(f"run_ranks: transport is 'local' or 'torch_p2p', got {transport!r}")
+    config = Config(timeout=timeout, segment_bytes=segment_bytes)
+    make = connect(size, slots, timeout)
+    results: list[Any] = [None] * size
+    raised: list[tuple[int, BaseException]] = []
+
+    def rank_main(rank: int) -> None:
+        comm: Communicator | None = None
+        try:
+            end = make(rank)
+            comm = Communicator(end if delay is None else Faulty(end, *delay), config=config)
+            results[rank] = fn(comm)
+        except BaseException as failure:
+            results[rank] = failure
+            raised.append((rank, failure))
+            if comm is not None:
+                comm.abort(failure)
+        finally:
+            if comm is not None:
+                comm.close()
+
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised and not return_exceptions:
+        raise raised[0][1]
+    return results
+
+
+def _local(size: int, slots: int | None, timeout: float) -> Callable[[int], Transport]:
+    return Hub(size, slots).transport
+
+
+def _torch_p2p(size: int, slots: int | None, timeout: float) -> Callable[[int], Transport]:
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    from ringred.transports.torch_p2p import TorchP2PTransport
+
+    store = HashStore()
+    return lambda rank: TorchP2PTransport(store, rank, size, timeout, "127.0.0.1")

@@ -1,0 +1,62 @@
+"""The model of a machine that schedules are priced on: ranks on hosts, α and β of each link, γ of a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ringred.topology.torus import coordinates
+
+__all__ = ["GIGABIT_ETHERNET", "Topology", "flat", "grid_links", "hosts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """`size` ranks. α is in seconds a message, β in seconds a byte, γ in seconds a reduced byte.
+
+    `distance[i]` gives α and β of the links at distance `i`; `place[r]` are the coordinates of rank `r`. Two
+    ranks are at the distance of the outermost coordinate in which they differ.
+    """
+
+    size: int
+    distance: tuple[tuple[float, float], ...]
+    gamma: float
+    place: tuple[tuple[int, ...], ...]
+    name: str
+
+    def link(self, sender: int, receiver: int) -> tuple[float, float]:
+        """α and β from `sender` to `receiver`."""
+        pairs = zip(self.place[sender], self.place[receiver], strict=True)
+        differs = [dimension for dimension, (here, there) in enumerate(pairs) if here != there]
+        return self.distance[differs[-1] if differs else 0]
+
+
+GIGABIT_ETHERNET = (50e-6, 8e-9)
+"""α and β of TCP on 1 Gbit/s Ethernet: 50 µs a message, 125 MB/s."""
+
+
+def flat(size: int, alpha: float, beta: float, gamma: float, name: str = "flat") -> Topology:
+    """All pairs of ranks alike."""
+    return Topology(size, ((alpha, beta),), gamma, tuple((rank,) for rank in range(size)), name)
+
+
+def grid_links(
+    grid: tuple[int, ...], links: Sequence[tuple[float, float]], gamma: float, name: str = "grid"
+) -> Topology:
+    """Ranks on a grid (X innermost) with one (α, β) for each dimension."""
+    size = 1
+    for extent in grid:
+        size *= extent
+    return Topology(size, tuple(links), gamma, tuple(coordinates(rank, grid) for rank in range(size)), name)
+
+
+def hosts(
+    host_of_rank: Sequence[int],
+    inside: tuple[float, float],
+    between: tuple[float, float],
+    gamma: float,
+    name: str = "hosts",
+) -> Topology:
+    """Ranks on hosts: `host_of_rank[r]` is the host of rank `r`; one (α, β) inside a host, one between."""
+    place = tuple((rank, host) for rank, host in enumerate(host_of_rank))
+    return Topology(len(place), (inside, between), gamma, place, name)

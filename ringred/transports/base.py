@@ -1,0 +1,99 @@
+"""The seam between the executor and whatever moves bytes.
+
+A transport connects `size` ranks by reliable, ordered channels, one for each ordered pair. It knows nothing of
+algorithms. One thread at a time drives it. All memory is 1-D, contiguous tensors.
+
+The order of calls is the whole protocol: the n-th `isend` of p to q meets the n-th `irecv` of q from p. Both
+ends derive that order from one schedule, so messages carry no addresses; they carry the contract of the
+collective that they belong to, so that two ranks in different collectives find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+__all__ = ["Counters", "Fault", "FaultKind", "Request", "Transport"]
+
+Request: TypeAlias = Any
+"""A pending send or receive; only the transport that gave it out looks inside."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a transport moved. Bytes are payload; contracts and framing are counted apart."""
+
+    messages_sent: int = 0
+    messages_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    contract_bytes_sent: int = 0
+    contract_bytes_received: int = 0
+
+
+class FaultKind:
+    """Why a wait ended without its message."""
+
+    MISMATCH = "mismatch"  # the peer is in another collective
+    TIMEOUT = "timeout"  # the deadline passed
+    PEER = "peer"  # the peer's end is gone
+    ABORTED = "aborted"  # some rank called `abort`
+
+
+class Fault(Exception):
+    """A wait failed. `peer` is the other end, or the rank that aborted, or −1 where it is unknown."""
+
+    def __init__(self, kind: str, peer: int, detail: str = "") -> None:
+        super().__init__(f"{kind}, rank {peer}: {detail}")
+        self.kind, self.peer, self.detail = kind, peer, detail
+
+
+class Transport(Protocol):
+    """What the executor and the communicator ask of a transport."""
+
+    name: str
+    rank: int
+    size: int
+    counters: Counters
+    segment_bytes: int
+    """The greatest message that pays: above, the executor sends several and overlaps them with folds."""
+
+    def begin(self, contract: int) -> None:
+        """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62."""
+
+    def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
+        """Sends `src`; never blocks. Done, to `wait`, means that `src` may be overwritten.
+
+        `put` says that the receiver posts the same message with `put` and does not touch its destination
+        until then: a transport whose peers share windows may write there at once. Others ignore it.
+        """
+
+    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> Request:
+        """Receives what is like `dst` in length and dtype: into `dst`, or, if `lend`, into memory that `wait`
+        lends until `release`. Never blocks."""
+
+    def wait(self, request: Request, deadline: float) -> Tensor | None:
+        """Blocks in the kernel, without the GIL, until `request` is done; drives all that is pending meanwhile.
+
+        Returns the lent view of a lending receive. Raises `Fault` at `deadline` (of `time.monotonic`), when
+        the peer is gone or in another collective, and when any rank aborted.
+        """
+
+    def release(self, request: Request) -> None:
+        """Ends the loan of a lending receive."""
+
+    def abort(self, report: str) -> None:
+        """Publishes this rank's report and makes every wait on every rank raise, now and for ever. Never raises."""
+
+    def reports(self, timeout: float) -> dict[int, str]:
+        """The reports of all ranks that aborted, after at most `timeout` seconds of waiting for the rest."""
+
+    def subset(self, members: Sequence[int], key: str) -> Transport:
+        """A transport of its own among `members` (ranks of this one, in order); called by all of them with a
+        `key` that they share with no other subset."""
+
+    def close(self) -> None:
+        """Gives back all that it holds; a second call does nothing. Called by every rank, in any order."""

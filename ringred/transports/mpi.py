@@ -1,0 +1,306 @@
+"""Ranks as MPI processes: mpi4py over any MPI, buffers only, CPU tensors.
+
+A message's tag is a hash of its collective's contract and its length, and receives ask for just that tag. So a
+message of another collective is never written anywhere: a receive that is not served looks what its peer sent
+instead, and says so. (Asking for any tag and comparing later is not safe: a message longer than the buffer
+overruns it in some MPI libraries before they report the truncation.)
+
+Waiting is `Waitany` on the message and on a receive of a control communicator, which a peer's abort completes. MPI
+has no deadlines: while a wait lasts, a watchdog thread sends this rank itself a tick, to look at the clock and at
+the peers. MPI libraries poll inside `Waitany`; `config.mpi_environment` asks them to yield the core.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringred.config import mpi_environment
+from ringred.transports.base import Counters, Fault, FaultKind
+
+mpi_environment()  # MPI reads its settings when it starts, which importing it does
+from mpi4py import MPI  # noqa: E402
+
+__all__ = ["MpiTransport", "abort_job", "library", "world", "world_hosts"]
+
+_TICK, _ABORT, _LEFT = 1, 2, 3
+_TICK_SECONDS = 0.1
+_REPORT_BYTES = 8192
+_TAG_MASK = (1 << 29) - 1  # every MPI library tried allows at least 2^29 − 1
+_POOLED = 64
+
+_DATATYPES = {
+    torch.float32: MPI.FLOAT,
+    torch.float64: MPI.DOUBLE,
+    torch.int8: MPI.INT8_T,
+    torch.int16: MPI.INT16_T,
+    torch.int32: MPI.INT32_T,
+    torch.int64: MPI.INT64_T,
+    torch.uint8: MPI.UINT8_T,
+    torch.complex64: MPI.C_FLOAT_COMPLEX,
+    torch.complex128: MPI.C_DOUBLE_COMPLEX,
+}
+_OPERATIONS = {
+    "sum": MPI.SUM,
+    "avg": MPI.SUM,
+    "prod": MPI.PROD,
+    "min": MPI.MIN,
+    "max": MPI.MAX,
+    "band": MPI.BAND,
+    "bor": MPI.BOR,
+    "bxor": MPI.BXOR,
+}
+
+
+def library() -> str:
+    """The first line of what the MPI library says of itself."""
+    return str(MPI.Get_library_version()).splitlines()[0].strip("\0 ")
+
+
+def world() -> Any:
+    """The communicator of all ranks of the job."""
+    return MPI.COMM_WORLD
+
+
+def abort_job(code: int) -> None:
+    """Ends every process of the job."""
+    MPI.COMM_WORLD.Abort(code)
+
+
+def world_hosts(comm: Any, name: str) -> list[str]:
+    """The host name of every rank of `comm`, of which this one's is `name`."""
+    own = torch.zeros(256, dtype=torch.uint8)
+    encoded = name.encode()[:256]
+    own[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    names = torch.zeros((comm.Get_size(), 256), dtype=torch.uint8)
+    comm.Allgather(own.numpy(), names.numpy())
+    return [bytes(row.tolist()).rstrip(b"\0").decode() for row in names]
+
+
+def _memory(tensor: Tensor) -> Any:
+    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size()), MPI.BYTE]
+
+
+class _Send:
+    __slots__ = ("mpi", "peer", "source")
+
+    def __init__(self, mpi: Any, peer: int, source: Tensor) -> None:
+        self.mpi, self.peer, self.source = mpi, peer, source
+
+
+class _Receive:
+    __slots__ = ("lent", "mpi", "nbytes", "peer", "tag", "target")
+
+    def __init__(self, mpi: Any, peer: int, target: Tensor, lent: bool, tag: int, nbytes: int) -> None:
+        self.mpi, self.peer, self.target, self.lent, self.tag, self.nbytes = (
+            mpi,
+            peer,
+            target,
+            lent,
+            tag,
+            nbytes,
+        )
+
+
+class MpiTransport:
+    """A communicator of its own, duplicated from `comm`. Creating one is collective over `comm`."""
+
+    name = "mpi"
+
+    def __init__(self, comm: Any) -> None:
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.counters = Counters()
+        self.segment_bytes = 1 << 19
+        self._data, self._control = comm.Dup(), comm.Dup()
+        for duplicate in (self._data, self._control):
+            duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+        self._contract = 0
+        self._pool: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
+        self._incoming = bytearray(_REPORT_BYTES)
+        self._status = MPI.Status()
+        self._wake = self._listen()
+        self._notices: list[Any] = []
+        self._abandoned: list[Any] = []
+        self._reports: dict[int, str] = {}
+        self._left: set[int] = set()
+        self._closed = False
+        self._waiting_since: float | None = None
+        self._active = threading.Event()
+        self._watchdog: threading.Thread | None = None
+
+    def begin(self, contract: int) -> None:
+        self._contract = contract
+        if self._wake.Test(self._status):
+            self._heed()
+
+    def _tag(self, nbytes: int) -> int:
+        # A multiplicative hash spreads lengths, which are mostly multiples of powers of two.
+        return (self._contract ^ (nbytes * 0x9E3779B97F4A7C15 >> 17)) & _TAG_MASK
+
+    def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
+        nbytes = src.numel() * src.element_size()
+        self.counters.messages_sent += 1
+        self.counters.bytes_sent += nbytes
+        return _Send(self._data.Isend(_memory(src), peer, self._tag(nbytes)), peer, src)
+
+    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> _Receive:
+        target = dst
+        if lend:
+            pool = self._pool[dst.dtype, dst.numel()]
+            target = pool.pop() if pool else torch.empty_like(dst)
+        nbytes = dst.numel() * dst.element_size()
+        tag = self._tag(nbytes)
+        return _Receive(self._data.Irecv(_memory(target), peer, tag), peer, target, lend, tag, nbytes)
+
+    def wait(self, request: _Send | _Receive, deadline: float) -> Tensor | None:
+        if self._reports:
+            self._abandon(request)
+        elif not request.mpi.Test():
+            self._block(request, deadline)
+        if isinstance(request, _Send):
+            return None
+        self.counters.messages_received += 1
+        self.counters.bytes_received += request.nbytes
+        return request.target if request.lent else None
+
+    def _block(self, request: _Send | _Receive, deadline: float) -> None:
+        self._waiting_since = time.monotonic()
+        self._watch()
+        try:
+            while MPI.Request.Waitany([request.mpi, self._wake], self._status) == 1:
+                self._heed()
+                if request.mpi.Test():
+                    return
+                if self._reports:
+                    self._abandon(request)
+                self._look_at_peer(request)
+                if time.monotonic() >= deadline:
+                    self._abandoned.append(request)
+                    raise Fault(FaultKind.TIMEOUT, request.peer, "deadline passed")
+        finally:
+            self._waiting_since = None
+
+    def _abandon(self, request: _Send | _Receive) -> None:
+        """Gives `request` up: it keeps its memory, for MPI may still use it."""
+        self._abandoned.append(request)
+        culprit = next(iter(self._reports))
+        raise Fault(FaultKind.ABORTED, culprit, self._reports[culprit])
+
+    def _look_at_peer(self, request: _Send | _Receive) -> None:
+        """Raises if the peer of a receive that is not served has sent something else, or has left."""
+        if isinstance(request, _Receive):
+            status = MPI.Status()
+            other = self._data.Iprobe(request.peer, MPI.ANY_TAG, status)
+            # A message of this tag may be the next one, not yet posted; order tells that ours is not behind it.
+            if other and status.Get_tag() != request.tag and not request.mpi.Test():
+                got = status.Get_count(MPI.BYTE)
+                self._abandoned.append(request)
+                raise Fault(FaultKind.MISMATCH, request.peer, f"expected {request.nbytes} bytes, got {got}")
+        if request.peer in self._left and not request.mpi.Test():
+            self._abandoned.append(request)
+            raise Fault(FaultKind.PEER, request.peer, "closed its communicator")
+
+    def release(self, request: _Receive) -> None:
+        pool = self._pool[request.target.dtype, request.target.numel()]
+        pool.append(request.target)
+        if len(self._pool) > _POOLED:
+            self._pool.clear()
+
+    def _listen(self) -> Any:
+        return self._control.Irecv([self._incoming, MPI.BYTE], MPI.ANY_SOURCE, MPI.ANY_TAG)
+
+    def _heed(self) -> None:
+        """Takes the control message that `_wake` completed with, and listens for the next."""
+        source, tag = self._status.Get_source(), self._status.Get_tag()
+        if tag == _ABORT:
+            length = self._status.Get_count(MPI.BYTE)
+            self._reports[source] = self._incoming[:length].decode(errors="replace")
+        elif tag == _LEFT:
+            self._left.add(source)
+        self._wake = self._listen()
+
+    def _watch(self) -> None:
+        if not self._active.is_set():
+            self._active.set()
+            if self._watchdog is None:
+                self._watchdog = threading.Thread(target=self._tick, name="ringred-mpi-watchdog", daemon=True)
+                self._watchdog.start()
+
+    def _tick(self) -> None:
+        """Wakes this rank's own wait every so often, so that it looks at the clock. Sleeps while nobody waits."""
+        nothing = bytearray(1)
+        idle = 0
+        while not self._closed:
+            if idle > 20:
+                self._active.clear()
+                self._active.wait()
+                idle = 0
+            time.sleep(_TICK_SECONDS)
+            since = self._waiting_since
+            if since is None:
+                idle += 1
+            elif time.monotonic() - since >= _TICK_SECONDS and not self._closed:
+                self._control.Send([nothing, MPI.BYTE], self.rank, _TICK)
+
+    def _notify(self, tag: int, text: str) -> None:
+        message = bytearray(text.encode()[:_REPORT_BYTES] or b" ")
+        for peer in range(self.size):
+            if peer != self.rank:
+                self._notices.append((self._control.Isend([message, MPI.BYTE], peer, tag), message))
+
+    def abort(self, report: str) -> None:
+        if self.rank not in self._reports and not self._closed:
+            self._reports[self.rank] = report
+            self._notify(_ABORT, report)
+
+    def reports(self, timeout: float) -> dict[int, str]:
+        deadline = time.monotonic() + timeout
+        while not self._closed and len(self._reports.keys() | self._left) < self.size:
+            if self._wake.Test(self._status):
+                self._heed()
+            elif time.monotonic() >= deadline:
+                break
+            else:
+                time.sleep(0.001)
+        return dict(self._reports)
+
+    def native_all_reduce(self, tensor: Tensor, op: str, deadline: float) -> bool:
+        """MPI's own all-reduce, in place; False where MPI has no such type or operation."""
+        datatype, operation = _DATATYPES.get(tensor.dtype), _OPERATIONS[op]
+        if datatype is None:
+            return False
+        memory = [_memory(tensor)[0], tensor.numel(), datatype]
+        request = _Send(self._data.Iallreduce(MPI.IN_PLACE, memory, operation), -1, tensor)
+        self.wait(request, deadline)
+        if op == "avg":
+            tensor.div_(self.size)
+        return True
+
+    def subset(self, members: Sequence[int], key: str) -> MpiTransport:
+        group = self._data.Get_group().Incl(list(members))
+        comm = self._data.Create_group(group, zlib.crc32(key.encode()) & _TAG_MASK)
+        transport = MpiTransport(comm)
+        comm.Free()
+        group.Free()
+        return transport
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        if not self._reports:
+            self._notify(_LEFT, "")
+        self._closed = True
+        self._active.set()
+        if self._watchdog is not None:
+            self._watchdog.join()
+        for request in [self._wake, *(r.mpi for r in self._abandoned if isinstance(r, _Receive))]:
+            if request != MPI.REQUEST_NULL:
+                request.Cancel()
+                request.Wait()

@@ -1,0 +1,329 @@
+"""Ranks over the point-to-point of torch's Gloo process group, set up from a torch store: no MPI needed.
+
+The first message of a collective from one rank to another travels in a frame: the collective's contract and the
+payload's length, then the payload if it is small. Its receiver posts room for any frame, compares, and only then
+posts what else it expects from that peer: Gloo ends the whole process when a message exceeds the posted buffer.
+
+A Gloo request can be waited for once, a send is done only when it was received, and a wait that times out closes
+every connection of the process group. That closing is how an abort travels: each rank that sees it looks into the
+store for the reason, and closes its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as _distributed
+from torch import Tensor
+
+from ringred.errors import TransportUnavailable
+from ringred.transports.base import Counters, Fault, FaultKind
+
+dist: Any = _distributed  # torch declares no types for most of what is used here
+
+__all__ = ["TorchP2PTransport", "group_store", "rendezvous", "store_hosts"]
+
+_HEADER_BYTES = 16  # contract and payload length, as int64
+_FRAME_BYTES = 1 << 16
+_TAG, _NEVER_SENT = 0, 1
+_POOLED = 64
+
+
+def rendezvous(timeout: float, restart: str) -> Any:
+    """The store that torchrun, or rank 0 at MASTER_ADDR:MASTER_PORT, serves. Raises `TransportUnavailable`."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    except (RuntimeError, ValueError) as failure:
+        raise TransportUnavailable(
+            f"no store at MASTER_ADDR:MASTER_PORT: {failure}; start every rank with torchrun"
+        ) from failure
+    # After an elastic restart the store may be the old one, with the old keys in it.
+    return dist.PrefixStore(f"ringred/{restart}", store)
+
+
+def group_store(group: Any) -> tuple[Any, int, int]:
+    """(store, rank, size) of a torch process group, for ranks that have called `init_process_group`.
+
+    Every call gives a fresh corner of the group's store; all ranks make as many calls.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    group = dist.group.WORLD if group is None else group
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    store = c10d._get_process_group_store(group)
+    # The ranks count together: the n-th call of each gets the n-th corner.
+    turn = store.add(f"ringred/turn/{rank}", 1)
+    return dist.PrefixStore(f"ringred/{turn}", store), rank, size
+
+
+def store_hosts(store: Any, rank: int, size: int, name: str, timeout: float) -> list[str]:
+    """The host name of every rank, of which this one's is `name`. Raises `TransportUnavailable`."""
+    try:
+        store.set(f"host/{rank}", name)
+        keys = [f"host/{peer}" for peer in range(size)]
+        store.wait(keys, timedelta(seconds=timeout))
+        return [store.get(key).decode() for key in keys]
+    except RuntimeError as failure:
+        raise TransportUnavailable(
+            f"rank {rank}: not all of {size} ranks came to the store within {timeout:g} s: {failure}"
+        ) from failure
+
+
+class _Send:
+    __slots__ = ("frame", "peer", "source", "works")
+
+    def __init__(self, peer: int, source: Tensor) -> None:
+        self.peer, self.source = peer, source
+        self.works: list[Any] = []
+        self.frame: Tensor | None = None
+
+
+class _Receive:
+    __slots__ = ("frame", "lend", "peer", "target", "view", "work")
+
+    def __init__(self, peer: int, target: Tensor, lend: bool) -> None:
+        self.peer, self.target, self.lend = peer, target, lend
+        self.view: Tensor | None = None
+        self.frame: Tensor | None = None
+        self.work: Any = None
+
+
+class TorchP2PTransport:
+    """A Gloo process group of its own. Creating one waits for all `size` ranks, `timeout` seconds at the most.
+
+    `address` is the local address to bind; None leaves it to Gloo, which takes the host's own.
+    """
+
+    name = "torch_p2p"
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float = 300.0, address: str | None = None) -> None:
+        self.rank, self.size = rank, size
+        self.counters = Counters()
+        self.segment_bytes = 1 << 20
+        self._store, self._timeout, self._address = store, timeout, address
+        # A store serves one call at a time: this transport must not wait behind somebody else's.
+        self._board = store.clone() if hasattr(store, "clone") else store
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout)
+        options._threads = 2
+        try:
+            if address is None:
+                options._devices = [dist.ProcessGroupGloo.create_default_device()]
+            else:
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+            self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+        except RuntimeError as failure:
+            raise TransportUnavailable(
+                f"rank {rank}: no Gloo connections among {size} ranks within {timeout:g} s: {failure}; "
+                "are all ranks up? RINGRED_INTERFACE names the address to use"
+            ) from failure
+        self._contract = 0
+        self._greeted: set[int] = set()
+        self._first: dict[int, _Receive] = {}  # peers whose frame of this collective is posted
+        self._verified: set[int] = set()  # ... and has come, with the right contract
+        self._deferred: dict[int, deque[_Receive]] = defaultdict(deque)
+        self._frames: list[Tensor] = []
+        self._pool: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
+        self._in_flight: set[_Send | _Receive] = set()
+        self._fault: Fault | None = None
+        self._closed = False
+
+    def begin(self, contract: int) -> None:
+        self._contract = contract
+        self._greeted.clear()
+        self._first.clear()
+        self._verified.clear()
+
+    def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
+        nbytes = src.numel() * src.element_size()
+        request = _Send(peer, src)
+        payload: Tensor | None = src
+        if peer not in self._greeted:
+            self._greeted.add(peer)
+            frame = request.frame = self._frame()
+            header = frame[:_HEADER_BYTES].view(torch.int64)
+            header[0], header[1] = self._contract, nbytes
+            length = _HEADER_BYTES
+            if nbytes <= _FRAME_BYTES - _HEADER_BYTES:
+                length += nbytes
+                frame[_HEADER_BYTES:length].copy_(src.view(torch.uint8))
+                payload = None
+            self._post(request, lambda: self._group.send([frame[:length]], peer, _TAG))
+            self.counters.contract_bytes_sent += _HEADER_BYTES
+        if payload is not None:
+            self._post(request, lambda: self._group.send([src], peer, _TAG))
+        self._in_flight.add(request)
+        self.counters.messages_sent += 1
+        self.counters.bytes_sent += nbytes
+        return request
+
+    def _post(self, request: _Send, post: Any) -> None:
+        if self._fault is None:
+            try:
+                request.works.append(post())
+            except RuntimeError as failure:
+                self._fault = self._explain(request.peer, failure)
+
+    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> _Receive:
+        request = _Receive(peer, dst, lend)
+        self._in_flight.add(request)
+        if peer in self._verified:
+            self._post_receive(request)
+        elif peer in self._first:
+            self._deferred[peer].append(request)
+        else:
+            self._first[peer] = request
+            request.frame = self._frame()
+            self._receive_into(request, request.frame)
+        return request
+
+    def _post_receive(self, request: _Receive) -> None:
+        if request.lend:
+            pool = self._pool[request.target.dtype, request.target.numel()]
+            request.view = pool.pop() if pool else torch.empty_like(request.target)
+        self._receive_into(request, request.target if request.view is None else request.view)
+
+    def _receive_into(self, request: _Receive, memory: Tensor) -> None:
+        if self._fault is None:
+            try:
+                request.work = self._group.recv([memory], request.peer, _TAG)
+            except RuntimeError as failure:
+                self._fault = self._explain(request.peer, failure)
+
+    def wait(self, request: _Send | _Receive, deadline: float) -> Tensor | None:
+        if isinstance(request, _Send):
+            for work in request.works:
+                self._wait_for(work, request.peer, deadline)
+            if self._fault is not None:
+                raise self._fault
+            if request.frame is not None:
+                self._frames.append(request.frame)
+            self._in_flight.discard(request)
+            return None
+        if request.peer not in self._verified:
+            self._open(request.peer, deadline)
+        if request.work is not None:
+            self._wait_for(request.work, request.peer, deadline)
+        if self._fault is not None:
+            raise self._fault
+        self._in_flight.discard(request)
+        self.counters.messages_received += 1
+        self.counters.bytes_received += request.target.numel() * request.target.element_size()
+        return request.view if request.lend else None
+
+    def _open(self, peer: int, deadline: float) -> None:
+        """Waits for the frame of `peer`, compares contracts, and posts what was held back until then."""
+        request = self._first[peer]
+        frame = request.frame
+        assert frame is not None, "the first receive from a peer has a frame"
+        self._wait_for(request.work, peer, deadline)
+        request.work = None
+        contract, nbytes = frame[:_HEADER_BYTES].view(torch.int64).tolist()
+        self.counters.contract_bytes_received += _HEADER_BYTES
+        expected = request.target.numel() * request.target.element_size()
+        if contract != self._contract or nbytes != expected:
+            self._fault = Fault(FaultKind.MISMATCH, peer, f"expected {expected} bytes, got {nbytes}")
+            raise self._fault
+        self._verified.add(peer)
+        if nbytes > _FRAME_BYTES - _HEADER_BYTES:
+            self._frames.append(frame)
+            request.frame = None
+            self._post_receive(request)
+        else:
+            payload = frame[_HEADER_BYTES : _HEADER_BYTES + nbytes].view(request.target.dtype)
+            if request.lend:
+                request.view = payload
+            else:
+                request.target.copy_(payload)
+                self._frames.append(frame)
+                request.frame = None
+        deferred = self._deferred[peer]
+        while deferred:
+            self._post_receive(deferred.popleft())
+
+    def _wait_for(self, work: Any, peer: int, deadline: float) -> None:
+        if self._fault is not None:
+            raise self._fault
+        # Gloo takes no timeout of zero, and closes all connections at one that passes: so does our caller.
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            work.wait(timedelta(seconds=left))
+        except RuntimeError as failure:
+            self._fault = self._explain(peer, failure)
+            raise self._fault from None
+
+    def _explain(self, peer: int, failure: RuntimeError) -> Fault:
+        if "Timed out waiting" in str(failure):
+            return Fault(FaultKind.TIMEOUT, peer, "deadline passed")
+        reports = self.reports(0.0)
+        for culprit, report in reports.items():
+            if culprit != self.rank:
+                return Fault(FaultKind.ABORTED, culprit, report)
+        return Fault(FaultKind.PEER, peer, "its connection closed")
+
+    def release(self, request: _Receive) -> None:
+        if request.frame is not None:
+            self._frames.append(request.frame)
+        elif request.view is not None:
+            self._pool[request.view.dtype, request.view.numel()].append(request.view)
+            if len(self._pool) > _POOLED:
+                self._pool.clear()
+
+    def _frame(self) -> Tensor:
+        return self._frames.pop() if self._frames else torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+
+    def abort(self, report: str) -> None:
+        if self._closed:
+            return
+        with contextlib.suppress(RuntimeError):
+            self._board.set(f"abort/{self.rank}", report)
+            # set() may return before the store has it; what is read back was stored.
+            self._board.get(f"abort/{self.rank}")
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Closes every connection: a wait that times out does. It takes one that still lives."""
+        nothing = torch.empty(1, dtype=torch.uint8)
+        for peer in range(self.size):
+            if peer != self.rank:
+                try:
+                    self._group.recv([nothing], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+                except RuntimeError as failure:
+                    if "Timed out" in str(failure):
+                        return
+
+    def reports(self, timeout: float) -> dict[int, str]:
+        deadline = time.monotonic() + timeout
+        found: dict[int, str] = {}
+        try:
+            while not self._closed:
+                for peer in range(self.size):
+                    if peer not in found and self._board.check([f"abort/{peer}"]):
+                        found[peer] = self._board.get(f"abort/{peer}").decode(errors="replace")
+                if len(found) == self.size or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.005)
+        except RuntimeError:
+            pass  # the rank that served the store is gone; what was found counts
+        return found
+
+    def subset(self, members: Sequence[int], key: str) -> TorchP2PTransport:
+        store = dist.PrefixStore(f"subset/{key}", self._store)
+        rank = list(members).index(self.rank)
+        return TorchP2PTransport(store, rank, len(members), self._timeout, self._address)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._in_flight:
+            self._hang_up()
+        self._in_flight.clear()
+        self._deferred.clear()
+        self._group = None

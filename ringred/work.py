@@ -1,0 +1,106 @@
+"""Work in flight: the handle that an asynchronous call returns, and the thread that does it, in order."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Generic, TypeVar
+
+from ringred.errors import CollectiveTimeout
+
+__all__ = ["Progress", "Work"]
+
+T = TypeVar("T")
+
+
+class Work(Generic[T]):
+    """A collective that was started. It fails with the exception that the synchronous call would raise."""
+
+    def __init__(self, description: str) -> None:
+        self._future: Future[T] = Future()
+        self._description = description
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Blocks until done and returns the result; raises the collective's exception, or `CollectiveTimeout`
+        after `timeout` seconds, with the collective still in flight."""
+        try:
+            return self._future.result(timeout)
+        except FutureTimeout:
+            if self._future.done():
+                raise
+            raise CollectiveTimeout(f"{self._description}: not done after waiting {timeout:g} s") from None
+
+    result = wait
+
+    def is_completed(self) -> bool:
+        """Whether it is done, well or not; never blocks."""
+        return self._future.done()
+
+    def exception(self) -> BaseException | None:
+        """What it failed with, if it is done and failed; never blocks."""
+        return self._future.exception() if self._future.done() else None
+
+    def on_done(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once done: on the progress thread, or at once if that is now."""
+        self._future.add_done_callback(lambda future: callback())
+
+    def finish(self, job: Callable[[], T]) -> None:
+        """Runs `job` and keeps what it returns or raises. For the communicator."""
+        try:
+            outcome = job()
+        except BaseException as failure:
+            self._future.set_exception(failure)
+        else:
+            self._future.set_result(outcome)
+
+
+class Progress:
+    """A thread that runs jobs in the order in which they came. It starts with the first, and sleeps in the
+    kernel between two."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._busy = False
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        with self._wake:
+            return not self._busy and not self._jobs
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Appends `job`, which must not raise."""
+        with self._wake:
+            self._jobs.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Runs what is queued and ends the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._busy = False
+                while not self._jobs and not self._closing:
+                    self._wake.wait()
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+                self._busy = True
+            job()
+            del job  # it holds tensors
