@@ -12,10 +12,12 @@ from __future__ import annotations
 from ringred.bootstrap import init
 from ringred.collectives.registry import algorithms as _algorithms
 from ringred.communicator import Communicator
+from ringred.ddp import DistributedDataParallel
 from ringred.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
     GridError,
+    ModelMismatch,
     PeerFailed,
     RingredError,
     TransportUnavailable,
@@ -29,7 +31,9 @@ __all__ = [
     "CollectiveMismatch",
     "CollectiveTimeout",
     "Communicator",
+    "DistributedDataParallel",
     "GridError",
+    "ModelMismatch",
     "PeerFailed",
     "ReduceOp",
     "RingredError",

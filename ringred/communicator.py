@@ -413,6 +413,11 @@ class Communicator:
     # ------------------------------------------------------------------ what it says of itself
 
     @property
+    def local_ranks(self) -> list[int]:
+        """The ranks on this rank's host, itself among them."""
+        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
+
+    @property
     def counters(self) -> Counters:
         """Messages and bytes that this rank has sent and received so far."""
         return self.transport.counters

@@ -11,6 +11,7 @@ __all__ = [
     "CollectiveTimeout",
     "DeadlockError",
     "GridError",
+    "ModelMismatch",
     "OverwriteError",
     "PeerFailed",
     "RingredError",
@@ -35,6 +36,10 @@ class CollectiveTimeout(RingredError, TimeoutError):
 
 class PeerFailed(RingredError, ConnectionError):
     """A peer died, raised, or gave the collective up; this communicator can no longer be used."""
+
+
+class ModelMismatch(RingredError, RuntimeError):
+    """The ranks built different models."""
 
 
 class UnknownAlgorithm(RingredError, ValueError):

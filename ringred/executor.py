@@ -40,8 +40,11 @@ class Plan(NamedTuple):
     folder: Folder | None
 
 
-def bind(program: Program, pieces: Sequence[Piece], folder: Folder | None) -> Plan:
-    """Binds `program` to the memory in `pieces`, which are in ascending order of `lo` and do not overlap."""
+def bind(program: Program, pieces: Sequence[Piece], folder: Folder | None, slots: Tensor | None = None) -> Plan:
+    """Binds `program` to the memory in `pieces`, which are in ascending order of `lo` and do not overlap.
+
+    `slots` is memory for `program.slot_elements`, where a transport wants them in a certain place.
+    """
     starts = [piece.lo for piece in pieces]
     views: dict[tuple[int, int], Tensor] = {}
 
@@ -52,7 +55,8 @@ def bind(program: Program, pieces: Sequence[Piece], folder: Folder | None) -> Pl
             found = views[lo, hi] = piece.tensor[lo - piece.lo : hi - piece.lo]
         return found
 
-    slots = torch.empty(program.slot_elements, dtype=pieces[0].tensor.dtype)
+    if slots is None:
+        slots = torch.empty(program.slot_elements, dtype=pieces[0].tensor.dtype)
     operations: list[tuple[Any, ...]] = []
     for op in program.instructions:
         if isinstance(op, PostSend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ class Work(Generic[T]):
     def __init__(self, description: str) -> None:
         self._future: Future[T] = Future()
         self._description = description
+        self.started_ns = self.ended_ns = 0  # of time.monotonic_ns, on the progress thread
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks until done and returns the result; raises the collective's exception, or `CollectiveTimeout`
@@ -49,11 +51,14 @@ class Work(Generic[T]):
 
     def finish(self, job: Callable[[], T]) -> None:
         """Runs `job` and keeps what it returns or raises. For the communicator."""
+        self.started_ns = time.monotonic_ns()
         try:
             outcome = job()
         except BaseException as failure:
+            self.ended_ns = time.monotonic_ns()
             self._future.set_exception(failure)
         else:
+            self.ended_ns = time.monotonic_ns()
             self._future.set_result(outcome)
 
 

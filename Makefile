@@ -1,0 +1,35 @@
+# Two commands: `make demo` and `make test`. Both make .venv and install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test check install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mpi,dev]"
+	touch $@
+
+demo: $(STAMP)
+	mkdir -p out
+	for algorithm in ring torus tree; do \
+	    launch/mpirun.sh 2 examples/train_digits.py --algorithm $$algorithm --json out/digits-$$algorithm.json || exit 1; \
+	done
+	launch/mpirun.sh 2 benchmarks/scaling.py --short --json out/scaling.json --plot out/scaling.png
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,233 @@
+"""The `ringred` command: verify, explain, topology, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from tabulate import tabulate
+
+from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup, prove
+from ringred.errors import RingredError
+from ringred.schedule import closed_forms
+from ringred.schedule.draw import draw
+from ringred.select import candidates, predict, segments_for, share_bounds
+from ringred.topology.detect import machine
+from ringred.topology.model import flat
+from ringred.topology.torus import near_square
+
+__all__ = ["main"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (RingredError, ValueError) as failure:
+        print(f"ringred: {failure}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ringred", description="Collective algorithms: proved, priced and drawn.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    verify = commands.add_parser("verify", help="prove every schedule on every number of ranks and every grid")
+    verify.add_argument("--max-ranks", type=_count, default=17, metavar="N", help="1 to N ranks (default 17)")
+    verify.set_defaults(command=_verify)
+
+    explain = commands.add_parser("explain", help="steps, messages, bytes and predicted time of a collective")
+    explain.add_argument("collective", choices=COLLECTIVES)
+    explain.add_argument("--ranks", type=_count, required=True, metavar="N")
+    explain.add_argument("--bytes", type=_size, required=True, metavar="SIZE", help="such as 4, 64K, 25M, 1G")
+    explain.add_argument("--algorithm", metavar="NAME", help="one of them; all, without drawing, where left out")
+    explain.add_argument("--grid", type=_grid, metavar="XxY", help="such as 4x3, X innermost")
+    explain.add_argument("--alpha", type=float, default=20e-6, metavar="S", help="seconds a message (default 20e-6)")
+    explain.add_argument("--beta", type=float, default=0.32e-9, metavar="S", help="seconds a byte (default 0.32e-9)")
+    explain.add_argument("--gamma", type=float, default=0.1e-9, metavar="S", help="seconds a reduced byte (0.1e-9)")
+    explain.set_defaults(command=_explain)
+
+    topology = commands.add_parser("topology", help="what this machine is")
+    topology.set_defaults(command=_topology)
+
+    doctor = commands.add_parser("doctor", help="check what ringred needs here, and say how to mend it")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number ≥ 1, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if unit not in _UNITS or not number.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a size such as 4, 64K, 25M or 1G, got {text!r}")
+    return int(number) * _UNITS[unit]
+
+
+def _grid(text: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected a grid such as 4x3, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+# ---------------------------------------------------------------------- verify
+
+
+def _verify(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    rows, total = [], 0
+    for collective in COLLECTIVES:
+        for name, entry in sorted(algorithms(collective).items()):
+            if entry.native:
+                continue
+            proofs = [prove(entry, group) for size in range(1, options.max_ranks + 1) for group in groups(entry, size)]
+            total += len(proofs)
+            ordered = "yes" if all(proof.rank_ordered for proof in proofs) else ""
+            rows.append((collective, name, len(proofs), ordered, entry.summary))
+    print(tabulate(rows, headers=["collective", "algorithm", "proved", "in rank order", ""]))
+    print(f"\n{total} schedules proved on 1 to {options.max_ranks} ranks in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+# ---------------------------------------------------------------------- explain
+
+
+def _explain(options: argparse.Namespace) -> int:
+    model = flat(options.ranks, options.alpha, options.beta, options.gamma)
+    head = f"{options.collective} of {options.bytes} bytes on {options.ranks} ranks"
+    costs = f"α = {options.alpha:g} s, β = {options.beta:g} s/B, γ = {options.gamma:g} s/B"
+    if options.algorithm is None:
+        if options.grid is not None:
+            raise ValueError("explain: --grid needs --algorithm")
+        found = candidates(options.collective, options.ranks, options.bytes, model)
+        rows = [(c.name, "x".join(map(str, c.grid)) if c.grid else "", f"{c.seconds * 1e3:.3f}") for c in found]
+        print(f"{head}; {costs}\n{tabulate(rows, headers=['algorithm', 'grid', 'predicted ms'])}")
+        return 0
+    entry = lookup(options.collective, options.algorithm)
+    if entry.native:
+        raise ValueError(f"explain: {options.algorithm!r} is the library's own; its steps are not known")
+    group = entry.group(options.ranks, 0, options.grid, segments_for(options.bytes, 1 << 20))
+    proof = prove(entry, group)
+    bounds = share_bounds(options.bytes, entry.units(group))
+    cost = predict(entry, group, options.bytes, model)
+    form = None
+    if options.collective == "all_reduce":
+        links = ((options.alpha, options.beta),) * len(group.grid or (1,))
+        form = closed_forms.all_reduce(entry.name, group, options.bytes, links, options.gamma)
+    table: list[tuple[str, object, object]] = [
+        ("messages sent by the busiest rank", cost.messages, "" if form is None else form.messages),
+        (
+            "bytes sent by the busiest rank",
+            cost.bytes_sent,
+            "" if form is None else f"{form.data_sent * bounds[-1][1]:.0f}",
+        ),
+        ("bytes received by the busiest rank", cost.bytes_received, ""),
+        ("predicted ms", f"{cost.seconds * 1e3:.3f}", "" if form is None else f"{form.seconds * 1e3:.3f}"),
+    ]
+    print(f"{head} by {entry.name} ({group}), {entry.summary}\n{costs}; proved, {max(proof.steps)} steps")
+    print(
+        tabulate(
+            rows, headers=["", "schedule", "closed form"], disable_numparse=True, colalign=("left", "right", "right")
+        )
+    )
+    print(f"\n{draw(group.size, entry.steps(group))}")
+    return 0
+
+
+# ---------------------------------------------------------------------- topology and doctor
+
+
+def _topology(options: argparse.Namespace) -> int:
+    here = machine()
+    rows = [
+        ("host", here.host),
+        ("processor", here.processor),
+        ("cores this process may use", here.usable_cores),
+        ("cores", here.cores),
+        ("sockets", here.sockets),
+        ("memory", f"{here.memory_bytes / 2**30:.1f} GiB"),
+        ("grid of one rank a core", "x".join(map(str, near_square(here.usable_cores)))),
+    ]
+    print(tabulate(rows, tablefmt="plain", disable_numparse=True))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    checks = [_check_torch, _check_machine, _check_mpi, _check_threads, _check_gloo]
+    results = [check() for check in checks]
+    print(tabulate([(("ok" if good else "FAILED"), what, remedy) for good, what, remedy in results], tablefmt="plain"))
+    failed = [what for good, what, _ in results if not good]
+    print(f"\n{'all well' if not failed else f'{len(failed)} of {len(results)} checks failed'}")
+    return 1 if failed else 0
+
+
+def _check_torch() -> tuple[bool, str, str]:
+    import torch
+
+    return True, f"torch {torch.__version__}", ""
+
+
+def _check_machine() -> tuple[bool, str, str]:
+    here = machine()
+    return True, f"{here.usable_cores} of {here.cores} cores, {here.sockets} socket(s), {here.processor}", ""
+
+
+def _check_mpi() -> tuple[bool, str, str]:
+    """In a process of its own: starting MPI leaves threads and files that end with the process."""
+    remedy = "pip install 'ringred[mpi]' brings mpi4py and an MPI; torchrun works without"
+    script = "from ringred.transports import mpi; print(mpi.library())"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    if found.returncode:
+        reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return False, f"MPI: {reason}", remedy
+    if shutil.which("mpirun") is None:
+        return False, f"MPI: {found.stdout.strip()}, and no mpirun on PATH", "activate the environment that holds it"
+    return True, f"MPI: {found.stdout.strip()}, {shutil.which('mpirun')}", ""
+
+
+def _self_test(transport: str) -> None:
+    import torch
+
+    from ringred.testing import run_ranks
+
+    def reduce(comm: object) -> float:
+        data = torch.ones(1000)
+        comm.all_reduce(data, algorithm="ring")  # type: ignore[attr-defined]
+        return float(data.sum())
+
+    results = run_ranks(reduce, 2, transport, timeout=20)
+    if results != [2000.0, 2000.0]:
+        raise RingredError(f"wrong sum: expected 2000 on both ranks, got {results}")
+
+
+def _checked(what: str, transport: str, remedy: str) -> tuple[bool, str, str]:
+    try:
+        _self_test(transport)
+    except (RingredError, RuntimeError, OSError) as failure:
+        return False, f"{what}: {failure}", remedy
+    return True, f"{what}: a ring all-reduce on two ranks", ""
+
+
+def _check_threads() -> tuple[bool, str, str]:
+    return _checked("threads", "local", "this should work everywhere: please report it")
+
+
+def _check_gloo() -> tuple[bool, str, str]:
+    return _checked("Gloo over the loopback", "torch_p2p", "is the loopback interface up, and not filtered?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,458 @@
+"""DistributedDataParallel: autograd hooks fill buckets, and full buckets are reduced while backward goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ringred.bootstrap import default_communicator
+from ringred.buckets import FIRST_BUCKET_BYTES, Bucket, Entry, assign
+from ringred.communicator import Communicator, PersistentAllReduce
+from ringred.errors import ModelMismatch, RingredError, UnsupportedTensor
+from ringred.ops import ReduceOp
+from ringred.overlap import BucketTimes, OverlapReport
+from ringred.work import Work
+
+__all__ = ["DistributedDataParallel"]
+
+_MIB = 1 << 20
+_COALESCED_BYTES = 250 * _MIB  # broadcast at construction in parts of this size, as torch does
+
+# torch's arguments that this version does not carry out: the value that asks for nothing, and why not.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "device_ids": (None, "modules on CPUs have no device ids"),
+    "output_device": (None, "modules on CPUs have no output device"),
+    "static_graph": (False, "graphs are not recorded; find_unused_parameters=True covers unused ones"),
+    "delay_all_reduce_named_params": (None, "delayed reduction is not supported"),
+    "param_to_hook_all_reduce": (None, "delayed reduction is not supported"),
+    "mixed_precision": (None, "use torch.autocast around the forward pass"),
+    "device_mesh": (None, "pass the mesh's process group as process_group"),
+    "skip_all_reduce_unused_params": (False, "unused parameters are reduced as zeros"),
+}
+
+
+class DistributedDataParallel(nn.Module):
+    """Trains `module` on every rank with the mean of the gradients of all: torch's DDP over ringred.
+
+    Parameters and buffers of rank 0 are copied to all ranks at the start (`init_sync`), after a check that all
+    ranks built the same model (`ModelMismatch` names what differs, on every rank). In backward a gradient is
+    ready when it is accumulated; gradients fill buckets of `bucket_cap_mb` MiB (25, the first 1, where it is
+    None), in reverse order of the parameters, and, from the second iteration, in the order in which rank 0's
+    gradients were ready. A full bucket is averaged over the ranks while backward goes on.
+
+    `process_group` is a `Communicator` or a torch process group; by default `ringred.init()`'s communicator.
+    `algorithm` and `grid` are as in `Communicator.all_reduce`. `find_unused_parameters` as in torch: without
+    it, a parameter without gradient is an error at the next forward, which names it. With
+    `gradient_as_bucket_view` each `.grad` is its place in the bucket, and nothing is copied back.
+
+    Li et al., PyTorch distributed: experiences on accelerating data parallel training (VLDB 2020).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Any = None,
+        output_device: Any = None,
+        dim: int = 0,
+        broadcast_buffers: bool = True,
+        init_sync: bool = True,
+        process_group: Any = None,
+        bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False,
+        check_reduction: bool = False,
+        gradient_as_bucket_view: bool = False,
+        static_graph: bool = False,
+        *,
+        algorithm: str = "auto",
+        grid: Sequence[int] | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        asked = {**others, "device_ids": device_ids, "output_device": output_device, "static_graph": static_graph}
+        for name, value in asked.items():
+            if name not in _REFUSED:
+                raise TypeError(f"DistributedDataParallel got an unexpected argument {name!r}")
+            neutral, reason = _REFUSED[name]
+            if value != neutral:
+                raise ValueError(f"DistributedDataParallel: {name}={value!r} is not supported: {reason}")
+        ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        named = [(name, p) for name, p in module.named_parameters() if name not in ignored]
+        self._names = [name for name, parameter in named if parameter.requires_grad]
+        self._parameters_in_order = [parameter for _, parameter in named if parameter.requires_grad]
+        if not self._parameters_in_order:
+            raise RuntimeError(
+                "DistributedDataParallel is not needed when a module has no parameter that requires a gradient"
+            )
+        if bucket_cap_mb is not None and bucket_cap_mb <= 0:
+            raise ValueError(f"DistributedDataParallel: expected bucket_cap_mb > 0, got {bucket_cap_mb}")
+        self.module = module
+        self.dim, self.check_reduction = dim, check_reduction
+        self.broadcast_buffers = broadcast_buffers
+        self.find_unused_parameters = find_unused_parameters
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.require_backward_grad_sync = True
+        self.algorithm, self.grid = algorithm, grid
+        self.comm: Communicator = default_communicator(process_group)
+        self._buffers_in_order = [b for name, b in module.named_buffers() if name not in ignored]
+        _check_same_model(self.comm, module, ignored)
+        if init_sync:
+            _broadcast(self.comm, [*(p for _, p in named), *self._buffers_in_order])
+        cap = 25 if bucket_cap_mb is None else bucket_cap_mb
+        self._cap_bytes = int(cap * _MIB)
+        self._first_cap_bytes = FIRST_BUCKET_BYTES if bucket_cap_mb is None else self._cap_bytes
+        self._index = {id(parameter): at for at, parameter in enumerate(self._parameters_in_order)}
+        self._build_buckets(list(reversed(range(len(self._parameters_in_order)))))
+        self._ready_order: list[int] = []
+        self._rebuilt = find_unused_parameters
+        self._expecting = False  # a synchronised forward was made and its reduction is not finished
+        self._sync_buffers_next = True
+        self._unused: list[int] = []
+        self._used_somewhere: tuple[Tensor, Work[None]] | None = None
+        self._began_ns = self._forward_ended_ns = 0
+        self._report: OverlapReport | None = None
+        for parameter in self._parameters_in_order:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        tracer = self.comm.tracer
+        with tracer.record("ddp", "forward") if tracer is not None else nullcontext():
+            syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
+            if syncing:
+                self._check_finished()
+                self._check_parameters()
+                self._rebuild_buckets()
+            if self.broadcast_buffers and self._sync_buffers_next and self._buffers_in_order:
+                _broadcast(self.comm, self._buffers_in_order)
+            outputs = self.module(*inputs, **kwargs)
+            # As in torch: the pass after one that was not synchronised leaves the buffers alone.
+            self._sync_buffers_next = syncing or not torch.is_grad_enabled()
+            if syncing:
+                self._prepare(outputs)
+        return outputs
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, forward and backward accumulate local gradients; the next synchronised backward reduces
+        the sum."""
+        before = self.require_backward_grad_sync
+        self.require_backward_grad_sync = False
+        try:
+            yield
+        finally:
+            self.require_backward_grad_sync = before
+
+    def _check_finished(self) -> None:
+        if not self._expecting:
+            return
+        missing = [self._names[i] for i in range(len(self._names)) if i not in self._seen]
+        if not self._seen:
+            return  # no backward was made at all: the last outputs were only looked at
+        self._expecting = False
+        raise RuntimeError(
+            f"rank {self.comm.rank}: expected to have finished reduction in the prior iteration before starting a "
+            f"new one: no gradient came for {', '.join(missing)}. Parameters that take no part in the loss need "
+            "find_unused_parameters=True; all outputs of forward must take part in it"
+        )
+
+    def _check_parameters(self) -> None:
+        """A parameter that was replaced, frozen or unfrozen since the construction would go unsynchronised."""
+        now = [(name, p) for name, p in self.module.named_parameters() if id(p) in self._index or p.requires_grad]
+        for name, parameter in now:
+            at = self._index.get(id(parameter))
+            if at is None and not self._is_ignored(name):
+                what = "was added, replaced or unfrozen"
+            elif at is not None and not parameter.requires_grad:
+                what = "was frozen"
+            else:
+                continue
+            raise RuntimeError(
+                f"rank {self.comm.rank}: parameter {name!r} {what} after DistributedDataParallel was constructed; "
+                "its gradient would not be reduced. Construct it anew"
+            )
+
+    def _is_ignored(self, name: str) -> bool:
+        return name in getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())
+
+    def _prepare(self, outputs: Any) -> None:
+        """Gets ready for the backward of this forward."""
+        self._expecting = True
+        self._seen: set[int] = set()
+        self._launched = 0
+        self._times: list[int] = [0] * len(self._buckets)
+        self._works: list[Work[None] | None] = [None] * len(self._buckets)
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.indices)
+        self._unused, self._used_somewhere = [], None
+        tensors = list(_tensors(outputs))
+        if self.find_unused_parameters:
+            used = _parameters_behind(tensors)
+            self._unused = [at for at, p in enumerate(self._parameters_in_order) if id(p) not in used]
+        self._forward_ended_ns = time.monotonic_ns()
+        self._began_ns = 0
+        for tensor in tensors:
+            if tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(self._on_backward)
+
+    # ------------------------------------------------------------------ backward
+
+    def _on_backward(self, gradient: Tensor) -> None:
+        if not self._began_ns:
+            self._began_ns = time.monotonic_ns()
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        """Runs in backward, after the gradient of `parameter` is accumulated."""
+        if not self._expecting:
+            return
+        if not self._seen and self.find_unused_parameters:
+            self._announce_unused()
+        self._mark_ready(self._index[id(parameter)])
+
+    def _announce_unused(self) -> None:
+        used = torch.ones(len(self._parameters_in_order), dtype=torch.uint8)
+        used[self._unused] = 0
+        work = self.comm.all_reduce(used, ReduceOp.MAX, async_op=True)
+        self._used_somewhere = used, work
+        for at in self._unused:
+            self._mark_ready(at)
+
+    def _mark_ready(self, at: int) -> None:
+        if at in self._seen:
+            raise RuntimeError(
+                f"rank {self.comm.rank}: parameter {self._names[at]!r} was marked ready twice in one iteration: it "
+                "took part in a second backward, or in a reentrant checkpoint (use_reentrant=False helps)"
+            )
+        self._seen.add(at)
+        if not self._rebuilt:
+            self._ready_order.append(at)
+        number = self._bucket_of[at]
+        bucket = self._buckets[number]
+        bucket.missing -= 1
+        if bucket.missing == 0:
+            self._fill(bucket)
+            self._times[number] = time.monotonic_ns()
+            self._launch_ready()
+
+    def _fill(self, bucket: Bucket) -> None:
+        unused = set(self._unused)
+        gradients = [None if i in unused else self._parameters_in_order[i].grad for i in bucket.indices]
+        for index, gradient in zip(bucket.indices, gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise UnsupportedTensor(
+                    f"rank {self.comm.rank}: parameter {self._names[index]!r}: expected a dense gradient, got "
+                    f"layout {gradient.layout}; use sparse=False"
+                )
+        bucket.fill(gradients)
+        if self.gradient_as_bucket_view:
+            for index, view in zip(bucket.indices, bucket.views, strict=True):
+                if index not in unused:
+                    self._parameters_in_order[index].grad = view
+
+    def _launch_ready(self) -> None:
+        """Starts the reduction of full buckets, in the order in which all ranks do."""
+        while self._launched < len(self._buckets) and self._buckets[self._launched].missing == 0:
+            self._works[self._launched] = self._reductions[self._launched].start()
+            self._launched += 1
+            if self._launched == len(self._buckets):
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        """Runs at the end of the backward in which the last bucket was full."""
+        ended_ns = time.monotonic_ns()
+        self._expecting = False
+        for number, bucket in enumerate(self._buckets):
+            work = self._works[number]
+            assert work is not None, "every bucket was launched"
+            work.wait()
+            if not self.gradient_as_bucket_view:
+                self._copy_back(bucket)
+        self._settle_unused()
+        self._note_times(ended_ns)
+
+    def _copy_back(self, bucket: Bucket) -> None:
+        unused = set(self._unused)
+        targets, sources = [], []
+        for index, view in zip(bucket.indices, bucket.views, strict=True):
+            gradient = self._parameters_in_order[index].grad
+            if index not in unused and gradient is not None:
+                targets.append(gradient.detach())
+                sources.append(view)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _settle_unused(self) -> None:
+        """A parameter unused here and used elsewhere gets the mean; one that nobody used keeps its gradient."""
+        if self._used_somewhere is None:
+            return
+        used, work = self._used_somewhere
+        work.wait()
+        for at in self._unused:
+            if used[at]:
+                number = self._bucket_of[at]
+                bucket = self._buckets[number]
+                view = bucket.views[bucket.indices.index(at)]
+                self._parameters_in_order[at].grad = view if self.gradient_as_bucket_view else view.clone()
+
+    def _note_times(self, ended_ns: int) -> None:
+        began = self._began_ns or self._forward_ended_ns
+
+        def since(at_ns: int) -> float:
+            return (at_ns - began) / 1e6
+
+        rows = []
+        for number, (bucket, work) in enumerate(zip(self._buckets, self._works, strict=True)):
+            assert work is not None, "every bucket was launched"
+            exposed = max(0, work.ended_ns - max(ended_ns, work.started_ns)) / 1e6
+            ready = self._times[number]
+            times = (since(ready), since(work.started_ns), since(work.ended_ns))
+            rows.append(BucketTimes(number, bucket.nbytes, len(bucket.indices), *times, exposed))
+            if self.comm.tracer is not None:
+                tracer = self.comm.tracer
+                tracer.instant("ddp", f"bucket {number} ready", ready, "buckets", bytes=bucket.nbytes)
+                name = f"bucket {number} ({self._reductions[number].algorithm})"
+                tracer.span("ddp", name, work.started_ns, work.ended_ns, "buckets", bytes=bucket.nbytes)
+        if self.comm.tracer is not None:
+            self.comm.tracer.span("ddp", "backward", began, ended_ns)
+        self._report = OverlapReport(since(ended_ns), tuple(rows))
+
+    def overlap_report(self) -> OverlapReport:
+        """Per bucket of the last synchronised backward: ready, start, end, and what backward did not hide."""
+        if self._report is None:
+            raise RingredError("overlap_report: no synchronised backward has ended yet")
+        return self._report
+
+    # ------------------------------------------------------------------ buckets
+
+    def _build_buckets(self, order: Sequence[int]) -> None:
+        parameters = self._parameters_in_order
+        entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in parameters]
+        assigned = assign(entries, order, self._cap_bytes, self._first_cap_bytes)
+        self._buckets = [Bucket(indices, parameters) for indices in assigned]
+        self._bucket_of = {index: number for number, indices in enumerate(assigned) for index in indices}
+        self._reductions: list[PersistentAllReduce] = [
+            self.comm.all_reduce_init(bucket.flat, ReduceOp.AVG, algorithm=self.algorithm, grid=self.grid)
+            for bucket in self._buckets
+        ]
+
+    def _rebuild_buckets(self) -> None:
+        """Once, after the first synchronised backward: buckets in the order in which rank 0's were ready."""
+        if self._rebuilt or len(self._ready_order) < len(self._parameters_in_order):
+            return
+        self._rebuilt = True
+        order = torch.tensor(self._ready_order, dtype=torch.int64)
+        self.comm.broadcast(order, 0)
+        gradients = [parameter.grad for parameter in self._parameters_in_order]
+        self._build_buckets(order.tolist())
+        if self.gradient_as_bucket_view:
+            for bucket in self._buckets:
+                for index, view in zip(bucket.indices, bucket.views, strict=True):
+                    gradient = gradients[index]
+                    if gradient is not None:
+                        view.copy_(gradient)
+                        self._parameters_in_order[index].grad = view
+
+
+# ---------------------------------------------------------------------- models and graphs
+
+
+def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
+    named: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in module.named_parameters()]
+    named += [("buffer", *item) for item in module.named_buffers()]
+    return [
+        f"{kind} {name!r}: {list(t.shape)}, {t.dtype}{'' if t.requires_grad else ', requires no gradient'}"
+        for kind, name, t in named
+        if name not in ignored
+    ]
+
+
+def _check_same_model(comm: Communicator, module: nn.Module, ignored: set[str]) -> None:
+    """Raises `ModelMismatch` on every rank if one of them built another model than rank 0."""
+    text = "\n".join(_describe(module, ignored)).encode()
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+    table = torch.empty(2 * comm.size, dtype=torch.int64)
+    comm.all_gather(table, torch.tensor([digest, len(text)], dtype=torch.int64))
+    rows = table.view(comm.size, 2).tolist()
+    if all(row == rows[0] for row in rows):
+        return
+    # Only now, when they differ, do the descriptions travel.
+    outputs = [torch.empty(length, dtype=torch.uint8) for _, length in rows]
+    comm.all_gather(outputs, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    models = [bytes(output.tolist()).decode().split("\n") for output in outputs]
+    differing = next(rank for rank in range(comm.size) if models[rank] != models[0])
+    mine, theirs = models[0], models[differing]
+    at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
+    there = [model[at] if at < len(model) else "nothing more" for model in (mine, theirs)]
+    raise ModelMismatch(
+        f"rank {comm.rank}: DistributedDataParallel expects the same model on all ranks; "
+        f"rank 0 has {there[0]}; rank {differing} has {there[1]}"
+    )
+
+
+def _broadcast(comm: Communicator, tensors: Sequence[Tensor]) -> None:
+    """Copies rank 0's tensors to all ranks, those of one dtype together."""
+    if comm.size == 1:
+        return
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor.detach())
+    for together in groups.values():
+        for part in _parts(together, _COALESCED_BYTES):
+            flat = torch.cat([tensor.reshape(-1) for tensor in part])
+            comm.broadcast(flat, 0)
+            if comm.rank != 0:
+                pieces = flat.split([tensor.numel() for tensor in part])
+                views = [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)]
+                torch._foreach_copy_(part, views)
+
+
+def _parts(tensors: Sequence[Tensor], cap_bytes: int) -> Iterator[list[Tensor]]:
+    part: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        part.append(tensor)
+        filled += tensor.numel() * tensor.element_size()
+        if filled >= cap_bytes:
+            yield part
+            part, filled = [], 0
+    if part:
+        yield part
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested outputs: sequences, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _parameters_behind(outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of the leaves that the graph of `outputs` leads to."""
+    leaves = {id(tensor) for tensor in outputs if tensor.grad_fn is None}
+    nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    visited = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                nodes.append(following)
+    return leaves
