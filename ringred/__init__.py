@@ -9,10 +9,9 @@ Collectives: `Communicator`. Algorithms by name: `algorithms("all_reduce")`. Exc
 
 from __future__ import annotations
 
-from ringred.bootstrap import init
-from ringred.collectives.registry import algorithms as _algorithms
-from ringred.communicator import Communicator
-from ringred.ddp import DistributedDataParallel
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ringred.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
@@ -24,8 +23,13 @@ from ringred.errors import (
     UnknownAlgorithm,
     UnsupportedTensor,
 )
-from ringred.ops import ReduceOp
-from ringred.work import Work
+
+if TYPE_CHECKING:
+    from ringred.bootstrap import init
+    from ringred.communicator import Communicator
+    from ringred.ddp import DistributedDataParallel
+    from ringred.ops import ReduceOp
+    from ringred.work import Work
 
 __all__ = [
     "CollectiveMismatch",
@@ -47,7 +51,29 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+# Imported at first use: schedules, topologies and their tools need no torch, and start in milliseconds without.
+_LAZY = {
+    "Communicator": "ringred.communicator",
+    "DistributedDataParallel": "ringred.ddp",
+    "ReduceOp": "ringred.ops",
+    "Work": "ringred.work",
+    "init": "ringred.bootstrap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ringred' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 def algorithms(collective: str) -> list[str]:
     """The names of the algorithms for `collective` ("all_reduce", "broadcast", ...)."""
-    return sorted(_algorithms(collective))
+    from ringred.collectives import registry
+
+    return sorted(registry.algorithms(collective))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Callable, Sequence
 from tabulate import tabulate
 
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup, prove
+from ringred.config import mpirun_environment
 from ringred.errors import RingredError
 from ringred.schedule import closed_forms
 from ringred.schedule.draw import draw
@@ -140,7 +143,7 @@ def _explain(options: argparse.Namespace) -> int:
     print(f"{head} by {entry.name} ({group}), {entry.summary}\n{costs}; proved, {max(proof.steps)} steps")
     print(
         tabulate(
-            rows, headers=["", "schedule", "closed form"], disable_numparse=True, colalign=("left", "right", "right")
+            table, headers=["", "schedule", "closed form"], disable_numparse=True, colalign=("left", "right", "right")
         )
     )
     print(f"\n{draw(group.size, entry.steps(group))}")
@@ -185,17 +188,35 @@ def _check_machine() -> tuple[bool, str, str]:
     return True, f"{here.usable_cores} of {here.cores} cores, {here.sockets} socket(s), {here.processor}", ""
 
 
+_MPI_SELF_TEST = """
+import torch, ringred
+from ringred.transports import mpi
+comm, data = ringred.init(), torch.ones(1000)
+comm.all_reduce(data, algorithm="ring")
+assert data.sum() == 2000, f"wrong sum: {data.sum()}"
+print(mpi.library() if comm.rank == 0 else "", end="")
+"""
+
+
 def _check_mpi() -> tuple[bool, str, str]:
-    """In a process of its own: starting MPI leaves threads and files that end with the process."""
     remedy = "pip install 'ringred[mpi]' brings mpi4py and an MPI; torchrun works without"
-    script = "from ringred.transports import mpi; print(mpi.library())"
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    beside = os.path.dirname(sys.executable)  # the environment's own, if it is not activated
+    mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=beside)
+    if mpirun is None:
+        return False, "MPI: no mpirun on PATH", remedy
+    if importlib.util.find_spec("mpi4py") is None:
+        return False, f"MPI: {mpirun}, and no mpi4py", remedy
+    command = [mpirun, "-n", "2", sys.executable, "-c", _MPI_SELF_TEST]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=mpirun_environment()
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"MPI: {mpirun}: two ranks did not end within 60 s", "is another MPI's mpirun on the PATH?"
+    said = [line.strip("\0 ") for line in (found.stdout + found.stderr).splitlines() if line.strip("\0 -")]
     if found.returncode:
-        reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return False, f"MPI: {reason}", remedy
-    if shutil.which("mpirun") is None:
-        return False, f"MPI: {found.stdout.strip()}, and no mpirun on PATH", "activate the environment that holds it"
-    return True, f"MPI: {found.stdout.strip()}, {shutil.which('mpirun')}", ""
+        return False, f"MPI: {mpirun}: {next((s for s in said if 'Error' in s), said[0] if said else '')}", remedy
+    return True, f"MPI: a ring all-reduce on two ranks by {mpirun} ({said[0] if said else ''})", ""
 
 
 def _self_test(transport: str) -> None:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-__all__ = ["Config", "Launch", "detect_launch", "mpi_environment"]
+__all__ = ["Config", "Launch", "detect_launch", "mpi_environment", "mpirun_environment"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +94,14 @@ def mpi_environment(environment: MutableMapping[str, str] | None = None) -> None
     env = os.environ if environment is None else environment
     for name in ("OMPI_MCA_mpi_yield_when_idle", "I_MPI_THREAD_YIELD"):
         env.setdefault(name, "1")
+
+
+def mpirun_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment with which any mpirun starts more ranks than cores, as root too; what is set stays.
+
+    As launch/mpirun.sh: Open MPI refuses both unless it is told.
+    """
+    defaults = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_btl": "^ofi"}
+    if os.geteuid() == 0:
+        defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**defaults, **(os.environ if environment is None else environment)}

@@ -10,19 +10,23 @@ from ringred.schedule.ir import Chunk, Group, Recv, Send, Steps, unit
 __all__ = ["all_gather_among", "reduce_scatter_among"]
 
 
-def _others(members: Sequence[int], rank: int) -> Iterator[tuple[int, int]]:
-    """(position, rank) of the other members, beginning behind `rank`, so that not all send to one at once."""
+def _others(members: Sequence[int], rank: int, direction: int) -> Iterator[tuple[int, int]]:
+    """(position, rank) of the other members, going round from `rank`.
+
+    All send forwards and receive backwards: nobody is sent to by two at a time, and what comes first is
+    waited for first.
+    """
     size, position = len(members), members.index(rank)
     for distance in range(1, size):
-        other = (position + distance) % size
+        other = (position + direction * distance) % size
         yield other, members[other]
 
 
 def reduce_scatter_among(members: Sequence[int], rank: int, chunks: Sequence[Chunk]) -> Steps:
     """One step after which `members[i]` holds `chunks[i]`, folded in rank order."""
     mine = chunks[members.index(rank)]
-    sends = [Send(peer, chunks[position]) for position, peer in _others(members, rank)]
-    receives = [Recv(peer, mine, reduce=True) for _, peer in _others(members, rank)]
+    sends = [Send(peer, chunks[position]) for position, peer in _others(members, rank, 1)]
+    receives = [Recv(peer, mine, reduce=True) for _, peer in _others(members, rank, -1)]
     if sends:
         yield (*sends, *receives)
 
@@ -30,8 +34,8 @@ def reduce_scatter_among(members: Sequence[int], rank: int, chunks: Sequence[Chu
 def all_gather_among(members: Sequence[int], rank: int, chunks: Sequence[Chunk]) -> Steps:
     """One step after which every member holds the `chunks[i]` that `members[i]` held before."""
     mine = chunks[members.index(rank)]
-    sends = [Send(peer, mine) for _, peer in _others(members, rank)]
-    receives = [Recv(peer, chunks[position]) for position, peer in _others(members, rank)]
+    sends = [Send(peer, mine) for _, peer in _others(members, rank, 1)]
+    receives = [Recv(peer, chunks[position]) for position, peer in _others(members, rank, -1)]
     if sends:
         yield (*sends, *receives)
 

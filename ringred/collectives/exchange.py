@@ -8,8 +8,12 @@ from ringred.schedule.ir import Group, Recv, Send, Steps, unit
 __all__: list[str] = []
 
 
-def _others(rank: int, group: Group) -> list[int]:
+def _after(rank: int, group: Group) -> list[int]:
     return [(rank + distance) % group.size for distance in range(1, group.size)]
+
+
+def _before(rank: int, group: Group) -> list[int]:
+    return [(rank - distance) % group.size for distance in range(1, group.size)]
 
 
 @algorithm("gather", "direct")
@@ -18,7 +22,7 @@ def gather(rank: int, group: Group) -> Steps:
     if rank != group.root:
         yield (Send(group.root, unit(rank)),)
     elif group.size > 1:
-        yield tuple(Recv(peer, unit(peer)) for peer in _others(rank, group))
+        yield tuple(Recv(peer, unit(peer)) for peer in _after(rank, group))
 
 
 @algorithm("scatter", "direct")
@@ -27,16 +31,15 @@ def scatter(rank: int, group: Group) -> Steps:
     if rank != group.root:
         yield (Recv(group.root, unit(rank)),)
     elif group.size > 1:
-        yield tuple(Send(peer, unit(peer)) for peer in _others(rank, group))
+        yield tuple(Send(peer, unit(peer)) for peer in _after(rank, group))
 
 
 @algorithm("all_to_all", "direct", units=lambda group: group.size**2)
 def all_to_all(rank: int, group: Group) -> Steps:
     """Unit sender·P + receiver moves from sender to receiver, all in one round."""
-    others = _others(rank, group)
-    if others:
-        sends = [Send(peer, unit(rank * group.size + peer)) for peer in others]
-        yield (*sends, *(Recv(peer, unit(peer * group.size + rank)) for peer in others))
+    if group.size > 1:
+        sends = [Send(peer, unit(rank * group.size + peer)) for peer in _after(rank, group)]
+        yield (*sends, *(Recv(peer, unit(peer * group.size + rank)) for peer in _before(rank, group)))
 
 
 @algorithm("send_recv", "direct", units=lambda group: 1)

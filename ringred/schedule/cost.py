@@ -88,9 +88,9 @@ def simulate(
                     waiting[rank] = event
                     wanted_by[absent, rank] = rank
                     break
-                for peer in event.peers:
+                # The port takes what was sent first first, in whichever order it is added afterwards.
+                for start, peer in sorted((on_the_way[peer, rank].popleft(), peer) for peer in event.peers):
                     alpha, beta = link(peer, rank)
-                    start = on_the_way[peer, rank].popleft()
                     receive_port[rank] = max(start, receive_port[rank]) + alpha + beta * event.nbytes
                     received[rank] += event.nbytes
                 clock[rank] = max(clock[rank], receive_port[rank])
