@@ -241,8 +241,8 @@ class Communicator:
     ) -> Work[None] | None:
         """Combines over all ranks and leaves share r on rank r, in `output`; `input` is not changed.
 
-        `input` is one tensor of all shares, as equal as can be, or a list of one tensor a rank; shares in a
-        list may differ in length.
+        `input` is one tensor of equal shares in rank order, or a list of one tensor a rank, whose lengths may
+        differ.
         """
         kind = reduce_op(op)
         shares = self._shares("reduce_scatter", input, kind)
@@ -272,7 +272,7 @@ class Communicator:
         grid: Sequence[int] | None = None,
         async_op: bool = False,
     ) -> Work[None] | None:
-        """Gathers `tensor` of every rank into `output` on all: one tensor of all shares in rank order, or a
+        """Gathers `tensor` of every rank into `output` on all: one tensor of equal shares in rank order, or a
         list of one tensor a rank, whose lengths may differ."""
         shares, back = self._outputs("all_gather", output)
         flat, _ = self._flat("all_gather", tensor, None)
@@ -505,6 +505,7 @@ class Communicator:
     def _shares(self, where: str, tensors: Tensor | Sequence[Tensor], op: ReduceOp | None) -> list[Tensor]:
         """One flat tensor for each rank."""
         if isinstance(tensors, Tensor):
+            self._expect_equal_shares(where, tensors)
             flat, _ = self._flat(where, tensors, op)
             return [flat[lo:hi] for lo, hi in share_bounds(flat.numel(), self.size)]
         self._expect_list(where, tensors)
@@ -515,12 +516,20 @@ class Communicator:
     ) -> tuple[list[Tensor], Callable[[], None] | None]:
         """One flat tensor for each rank to write to, and what writes back those that are copies."""
         if isinstance(tensors, Tensor):
+            self._expect_equal_shares(where, tensors)
             flat, back = self._flat(where, tensors, None, fill=False)
             return [flat[lo:hi] for lo, hi in share_bounds(flat.numel(), self.size)], back
         self._expect_list(where, tensors)
         pairs = [self._flat(where, tensor, None, fill=False) for tensor in tensors]
         backs = [back for _, back in pairs if back is not None]
         return [flat for flat, _ in pairs], _then(*backs) if backs else None
+
+    def _expect_equal_shares(self, where: str, tensor: Tensor) -> None:
+        if tensor.numel() % self.size:
+            raise ValueError(
+                f"rank {self.rank}: {where}: expected a multiple of {self.size} elements, got {tensor.numel()}; "
+                "shares of different lengths are given as a list of tensors"
+            )
 
     def _expect_list(self, where: str, tensors: Sequence[Tensor]) -> None:
         if len(tensors) != self.size:

@@ -114,7 +114,7 @@ def algorithm(
     """Registers the decorated schedule as the algorithm `name` of `collective`."""
 
     def register(schedule: Schedule) -> Schedule:
-        summary = (schedule.__doc__ or "").strip().splitlines()[0]
+        summary = next(iter((schedule.__doc__ or "").strip().splitlines()), "")
         grids = _all_grids if grid else None
         _add(Algorithm(collective, name, summary, schedule, units, home, grids, segmented))
         return schedule

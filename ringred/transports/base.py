@@ -3,6 +3,8 @@
 A transport connects `size` ranks by reliable, ordered channels, one for each ordered pair. It knows nothing of
 algorithms. One thread at a time drives it. All memory is 1-D, contiguous tensors.
 
+A rank never sends to itself.
+
 The order of calls is the whole protocol: the n-th `isend` of p to q meets the n-th `irecv` of q from p. Both
 ends derive that order from one schedule, so messages carry no addresses; they carry the contract of the
 collective that they belong to, so that two ranks in different collectives find out.
@@ -73,7 +75,7 @@ class Transport(Protocol):
 
     def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> Request:
         """Receives what is like `dst` in length and dtype: into `dst`, or, if `lend`, into memory that `wait`
-        lends until `release`. Never blocks."""
+        lends until `release`. Never blocks. At most one loan of each peer is held at a time."""
 
     def wait(self, request: Request, deadline: float) -> Tensor | None:
         """Blocks in the kernel, without the GIL, until `request` is done; drives all that is pending meanwhile.

@@ -1,0 +1,272 @@
+"""Scaling efficiency of data-parallel training, algorithm by algorithm, beside the parameter-server pattern.
+
+    launch/mpirun.sh 2 benchmarks/scaling.py --json out/scaling.json --plot out/scaling.png
+
+Weak scaling: every rank has the same batch on 1 and on N ranks. Efficiency is the time of a step of one rank,
+alone on its machine and without any communication, over the time of a step on N. `central` is the baseline that
+rings replace: everybody to rank 0 and back. An efficiency counts only with the accuracy beside it, so each
+algorithm also trains the digits example to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Spread, context, interleaved, write_json
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+import ringred
+from ringred.collectives.registry import lookup
+from ringred.errors import RingredError
+from ringred.select import predict
+from ringred.topology.model import flat
+
+EXAMPLE = __import__("runpy").run_path(str(Path(__file__).parents[1] / "examples" / "train_digits.py"))
+
+# The network that the simulation assumes: 25 Gbit/s Ethernet, and a processor that adds 10 GB/s.
+ALPHA, BETA, GAMMA = 20e-6, 0.32e-9, 0.1e-9
+SIMULATED = ("ring", "torus", "tree", "halving_doubling", "central")
+
+
+def step_model(width: int) -> nn.Module:
+    """A multi-layer perceptron whose gradients are large for its arithmetic: 4·width² + ... parameters."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(256, width), nn.ReLU()]
+    for _ in range(4):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def step_timer(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Callable[[], float]:
+    """Seconds per training step, as the mean of `steps` steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def run() -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        return (time.perf_counter() - began) / steps
+
+    run()
+    run()
+    return run
+
+
+def final_accuracy(comm: ringred.Communicator, algorithm: str, epochs: int) -> float:
+    """Test accuracy of the digits example, trained with `algorithm`."""
+    train, test = EXAMPLE["digits"]()
+    model = ringred.DistributedDataParallel(
+        EXAMPLE["make_model"](), process_group=comm, algorithm=algorithm, bucket_cap_mb=EXAMPLE["BUCKET_CAP_MB"]
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    sampler = DistributedSampler(train, num_replicas=comm.size, rank=comm.rank, seed=1)
+    loader = DataLoader(train, batch_size=EXAMPLE["BATCH"], sampler=sampler, drop_last=True)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        for index, (images, labels) in enumerate(loader):
+            for group in optimizer.param_groups:
+                step = epoch * len(loader) + index
+                group["lr"] = EXAMPLE["learning_rate"](step, comm.size, len(loader), epochs)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return float(EXAMPLE["accuracy"](model, test, comm))
+
+
+def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Spread, list[dict[str, Any]], int]:
+    """The step of one rank alone, a row for each algorithm, and the bytes of the gradients."""
+    images, labels = torch.randn(options.batch, 256), torch.randint(0, 10, (options.batch,))
+    gradient_bytes = sum(4 * p.numel() for p in step_model(options.width).parameters())
+    alone = step_timer(step_model(options.width), images, labels, options.steps)
+    models: dict[str, ringred.DistributedDataParallel] = {}
+    for name in options.algorithms:
+        try:
+            models[name] = ringred.DistributedDataParallel(
+                step_model(options.width), process_group=comm, algorithm=name, gradient_as_bucket_view=True
+            )
+        except RingredError as refusal:
+            if comm.rank == 0:
+                print(f"{name} left out: {refusal}")
+    measures: dict[str, Callable[[], float]] = {
+        name: step_timer(model, images, labels, options.steps) for name, model in models.items()
+    }
+
+    def one_rank() -> float:
+        seconds = alone() if comm.rank == 0 else 0.0
+        comm.barrier()
+        return seconds
+
+    samples = interleaved({"one rank": one_rank, **measures}, options.rounds)
+    baseline = Spread.of(samples.pop("one rank"))
+    rows = []
+    for name, model in models.items():
+        before = comm.counters.bytes_sent
+        step_timer(model, images, labels, 1)  # warms up with two steps, whose bytes are counted
+        sent = torch.tensor([comm.counters.bytes_sent - before]) // 2
+        comm.all_reduce(sent, "max")
+        spread = Spread.of(samples[name])
+        rows.append(
+            {
+                "algorithm": name,
+                "step_ms": spread.median * 1e3,
+                "step_ms_low": spread.low * 1e3,
+                "step_ms_high": spread.high * 1e3,
+                "efficiency": baseline.median / spread.median,
+                "speedup": comm.size * baseline.median / spread.median,
+                "overhead_ms": (spread.median - baseline.median) * 1e3,
+                # What a library moves by itself, no counter sees.
+                "bytes_sent_by_the_busiest": None if lookup("all_reduce", name).native else int(sent.item()),
+                "hidden": model.overlap_report().hidden,
+                "accuracy": final_accuracy(comm, name, options.epochs),
+            }
+        )
+    return baseline, rows, gradient_bytes
+
+
+def simulate(step_seconds: float, gradient_bytes: int, most: int) -> list[dict[str, Any]]:
+    """Predicted efficiency on 1 to `most` ranks, without any overlap: step / (step + all-reduce)."""
+    rows = []
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if size <= most]
+    for name in SIMULATED:
+        entry = lookup("all_reduce", name)
+        for size in sizes:
+            group = entry.group(size)
+            cost = predict(entry, group, gradient_bytes, flat(size, ALPHA, BETA, GAMMA))
+            efficiency = step_seconds / (step_seconds + cost.seconds)
+            rows.append(
+                {"algorithm": name, "ranks": size, "all_reduce_ms": cost.seconds * 1e3, "efficiency": efficiency}
+            )
+    return rows
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    rows = result["rows"]
+    colours = ["#c44e52" if row["algorithm"] == "central" else "#4c72b0" for row in rows]
+    left.barh([row["algorithm"] for row in rows], [row["efficiency"] for row in rows], color=colours)
+    left.axvline(1, color="grey", linewidth=0.8)
+    left.invert_yaxis()
+    left.set_xlabel(f"efficiency on {result['ranks']} ranks (one rank alone = 1)")
+    left.set_title(f"Measured: {result['gradient_bytes'] / 2**20:.0f} MiB of gradients, {result['transport']}")
+    for name in SIMULATED:
+        points = [row for row in result["simulated"] if row["algorithm"] == name]
+        style = "--" if name == "central" else "-"
+        right.plot(
+            [row["ranks"] for row in points], [row["efficiency"] for row in points], style, marker=".", label=name
+        )
+    right.set_xscale("log", base=2)
+    right.set_ylim(0, 1.05)
+    right.set_xlabel("ranks")
+    right.set_title(f"Simulated, no overlap: α {ALPHA * 1e6:g} µs, β {BETA * 1e9:g} ns/B, γ {GAMMA * 1e9:g} ns/B")
+    right.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithms", nargs="+", default=ringred.algorithms("all_reduce"), metavar="NAME")
+    parser.add_argument("--width", type=int, default=768, help="of the perceptron that is timed")
+    parser.add_argument("--batch", type=int, default=128, help="per rank")
+    parser.add_argument("--steps", type=int, default=5, help="steps in one measurement")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each algorithm, interleaved")
+    parser.add_argument("--epochs", type=int, default=15, help="of the digits example, for the accuracy")
+    parser.add_argument("--simulate-ranks", type=int, default=1024)
+    parser.add_argument("--short", action="store_true", help="few rounds and epochs, for a first look")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    if options.short:
+        options.rounds, options.epochs, options.steps = 5, 8, 3
+
+    comm = ringred.init()
+    baseline, rows, gradient_bytes = measure(comm, options)
+    if comm.rank == 0:
+        simulated = simulate(baseline.median, gradient_bytes, options.simulate_ranks)
+        result = {
+            **context(),
+            "ranks": comm.size,
+            "transport": comm.transport.name,
+            "baseline": "one rank alone, no communication",
+            "baseline_step_ms": baseline.median * 1e3,
+            "gradient_bytes": gradient_bytes,
+            "rows": rows,
+            "model": {"alpha_s": ALPHA, "beta_s_per_byte": BETA, "gamma_s_per_byte": GAMMA},
+            "simulated": simulated,
+        }
+        report(result, baseline, options)
+    comm.barrier()
+    comm.close()
+
+
+def report(result: dict[str, Any], baseline: Spread, options: argparse.Namespace) -> None:
+    cores, ranks = result["machine"]["usable_cores"], result["ranks"]
+    print(
+        f"\nMeasured on {ranks} ranks over {result['transport']}, {result['gradient_bytes'] / 2**20:.1f} MiB of "
+        f"gradients, batch {options.batch} a rank, {torch.get_num_threads()} thread(s) a rank."
+    )
+    print(
+        f"Baseline: one rank alone without communication, {baseline.median * 1e3:.2f} ms a step "
+        f"(quartiles {baseline.low * 1e3:.2f} to {baseline.high * 1e3:.2f})."
+    )
+    if ranks * torch.get_num_threads() > cores:
+        print(f"{ranks} ranks share {cores} cores: the efficiency measures the cores, not the communication.")
+    table = [
+        (
+            row["algorithm"],
+            f"{row['step_ms']:.2f}",
+            f"{row['step_ms_low']:.2f}–{row['step_ms_high']:.2f}",
+            f"{row['efficiency']:.1%}",
+            f"{row['speedup']:.2f}",
+            f"{row['overhead_ms']:.2f}",
+            "" if row["bytes_sent_by_the_busiest"] is None else f"{row['bytes_sent_by_the_busiest'] / 1e6:.1f}",
+            f"{row['hidden']:.0%}",
+            f"{row['accuracy']:.4f}",
+        )
+        for row in result["rows"]
+    ]
+    headers = [
+        "algorithm",
+        "step ms",
+        "quartiles",
+        "efficiency",
+        "speedup",
+        "overhead ms",
+        "MB sent",
+        "hidden",
+        "accuracy",
+    ]
+    print(tabulate(table, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 8)))
+    ranks_shown = [size for size in (2, 16, 128, 1024) if size <= options.simulate_ranks]
+    print(
+        f"\nSimulated, not measured: efficiency with this step of {result['baseline_step_ms']:.2f} ms and no overlap, "
+        f"α = {ALPHA:g} s, β = {BETA:g} s/B, γ = {GAMMA:g} s/B"
+    )
+    efficiency = {(row["algorithm"], row["ranks"]): row["efficiency"] for row in result["simulated"]}
+    table = [(name, *(f"{efficiency[name, size]:.1%}" for size in ranks_shown)) for name in SIMULATED]
+    print(tabulate(table, headers=["algorithm", *(f"{size} ranks" for size in ranks_shown)], disable_numparse=True))
+    if options.json is not None:
+        write_json(options.json, result)
+        print(f"\nresults: {options.json}")
+    if options.plot is not None:
+        plot(options.plot, result)
+        print(f"plot:    {options.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Starting real launchers from tests: bounded in time, and nothing of theirs may stay behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).with_name("programs")
+LAUNCHERS = ("mpirun", "torchrun")
+
+
+class Ended(NamedTuple):
+    """How a job ended: exit status, all that it printed, seconds, and its processes that were still there."""
+
+    status: int
+    output: str
+    seconds: float
+    left_behind: list[str]
+
+
+def launch(
+    launcher: str, ranks: int, program: str | Path, *arguments: str, limit: float = 100.0, **variables: str
+) -> Ended:
+    """Runs `program` on `ranks` ranks by launch/mpirun.sh or launch/torchrun.sh."""
+    token = uuid.uuid4().hex
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RINGRED_TEST_TOKEN": token,
+        **variables,
+    }
+    path = PROGRAMS / program if isinstance(program, str) else program
+    shared_before = set(os.listdir("/dev/shm"))
+    began = time.monotonic()
+    job = subprocess.Popen(
+        [str(ROOT / "launch" / f"{launcher}.sh"), str(ranks), str(path), *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = job.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGTERM)
+        output, _ = job.communicate(timeout=20)
+        raise AssertionError(f"{launcher} {program} did not end within {limit} s:\n{output.decode()}") from None
+    seconds = time.monotonic() - began
+    left = processes_with(token)
+    left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before]
+    return Ended(job.returncode, output.decode(errors="replace").replace("\0", ""), seconds, left)
+
+
+def processes_with(token: str, patience: float = 3.0) -> list[str]:
+    """The command lines of processes started with `token`, once they had `patience` seconds to end."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = []
+        for directory in Path("/proc").iterdir():
+            if not directory.name.isdigit():
+                continue
+            try:
+                if f"RINGRED_TEST_TOKEN={token}".encode() in (directory / "environ").read_bytes():
+                    found.append((directory / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        found = [command for command in found if command]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)

@@ -1,0 +1,104 @@
+"""One rank of all the ways to disagree: each on a fresh communicator, on every path."""
+
+import dataclasses
+import sys
+import time
+
+import torch
+from torch import nn
+
+import ringred
+from ringred.errors import CollectiveMismatch, CollectiveTimeout, PeerFailed, RingredError
+
+world = ringred.init()
+
+
+def fresh(timeout):
+    config = dataclasses.replace(world.config, timeout=timeout)
+    if world.transport.name == "mpi":
+        return ringred.Communicator.from_mpi(config=config)
+    global count
+    count += 1
+    import torch.distributed as dist
+
+    return ringred.Communicator.from_store(
+        dist.PrefixStore(f"case/{count}", store), world.rank, world.size, config=config
+    )
+
+
+if world.transport.name != "mpi":
+    from ringred.transports.torch_p2p import rendezvous
+
+    store, count = rendezvous(60, "errors"), 0
+
+
+def backward(comm, action):
+    model = ringred.DistributedDataParallel(nn.Linear(4, 2), process_group=comm)
+    output = model(torch.ones(3, 4))
+    output.register_hook(lambda gradient: action() and None)
+    output.sum().backward()
+
+
+def on_path(comm, path, tensor, op="sum", **options):
+    if path == "sync":
+        comm.all_reduce(tensor, op, **options)
+    elif path == "async":
+        comm.all_reduce(tensor, op, async_op=True, **options).wait()
+    else:
+        backward(comm, lambda: comm.all_reduce(tensor, op, **options))
+
+
+def case(comm, path, what):
+    odd = comm.rank == 1
+    if what == "shape":
+        # The odd one's message is far longer: it must not be written behind anybody's buffer.
+        on_path(comm, path, torch.ones(1_000_000 if odd else 9), algorithm="ring")
+    elif what == "dtype":
+        on_path(comm, path, torch.ones(9, dtype=torch.int32 if odd else torch.float32))
+    elif what == "op":
+        on_path(comm, path, torch.ones(9), "max" if odd else "sum")
+    elif what == "collective":
+        if odd:
+            comm.broadcast(torch.ones(9), 1)
+            comm.barrier()
+        else:
+            on_path(comm, path, torch.ones(9))
+    elif what == "late":
+        if odd:
+            time.sleep(1.8)
+        on_path(comm, path, torch.ones(9))
+    elif what == "raises":
+        if odd:
+            failure = ZeroDivisionError("no batch left")
+            comm.abort(failure)
+            raise failure
+        on_path(comm, path, torch.ones(9))
+
+
+EXPECTED = dict.fromkeys(("shape", "dtype", "op", "collective"), CollectiveMismatch)
+for path in ("sync", "async", "backward"):
+    for what in ("shape", "dtype", "op", "collective", "late", "raises"):
+        comm = fresh(1.0 if what == "late" else 8.0)
+        comm.barrier()
+        began = time.monotonic()
+        try:
+            case(comm, path, what)
+        except (RingredError, ZeroDivisionError) as error:
+            took = time.monotonic() - began
+            text = str(error)
+            if what in EXPECTED:
+                assert isinstance(error, EXPECTED[what]), f"{what} {path}: {error!r}"
+                assert "rank 1 " in text, text
+            elif what == "late" and comm.rank != 1:
+                assert isinstance(error, CollectiveTimeout), f"{what} {path}: {error!r}"
+                assert "rank 1 did not take part" in text, text
+            elif what == "raises" and comm.rank != 1:
+                assert isinstance(error, PeerFailed), f"{what} {path}: {error!r}"
+                assert "rank 1 raised ZeroDivisionError: no batch left" in text, text
+            assert took < 5, f"{what} {path} took {took:.1f} s"
+        else:
+            raise AssertionError(f"rank {comm.rank}: {what} on the {path} path raised nothing")
+        comm.close()
+        world.barrier()
+print(f"rank {world.rank}: all cases raised", flush=True)
+sys.exit(0)

@@ -1,0 +1,87 @@
+"""Real processes under real launchers: the whole table, every error, and every way to die."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.procs.launching import LAUNCHERS, ROOT, launch
+
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
+
+EXAMPLE = ROOT / "examples" / "train_digits.py"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_whole_table(launcher: str, ranks: int) -> None:
+    ended = launch(launcher, ranks, "table.py", limit=200)
+    assert ended.status == 0, ended.output[-3000:]
+    transport, checks = ("mpi", 17) if launcher == "mpirun" else ("torch_p2p", 0)
+    assert f"table: {transport} {ranks} ranks, {68 * 5 * 9} all-reduces, " in ended.output
+    assert f"{checks} checks" in ended.output
+    assert ended.left_behind == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_disagreement_raises_on_every_rank(launcher: str) -> None:
+    ended = launch(launcher, 3, "errors.py", limit=150)
+    assert ended.status == 0, ended.output[-3000:]
+    for rank in range(3):
+        assert f"rank {rank}: all cases raised" in ended.output
+    assert ended.left_behind == []
+
+
+@pytest.mark.parametrize("how", ["killed", "raises", "exits"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_that_dies_ends_the_job(launcher: str, how: str) -> None:
+    ended = launch(launcher, 3, "dies.py", how, limit=60, RINGRED_TIMEOUT="20")
+    assert ended.status != 0, ended.output
+    assert ended.output.count("is at work") == 3, ended.output
+    # Python and torch take three to four of these seconds to start on a busy machine; the death costs at most 5.
+    assert ended.seconds < 15, ended.output
+    assert ended.left_behind == []
+    raised = [line for line in ended.output.splitlines() if " raised " in line and line.startswith("rank")]
+    # The launcher may end survivors before they can speak; those that spoke must name rank 1.
+    assert all("PeerFailed" in line and "rank 1" in line.partition(":")[2] for line in raised), ended.output
+    if how == "raises":
+        assert "a bug of the user's" in ended.output
+
+
+def test_ddp_equals_torchs_to_the_bit_on_two_ranks() -> None:
+    ended = launch("torchrun", 2, "ddp_pair.py")
+    assert ended.status == 0, ended.output[-3000:]
+    assert "equal to the bit: " in ended.output
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 1), ("mpirun", 2), ("torchrun", 4)])
+def test_the_example_learns(launcher: str, ranks: int, tmp_path: Path) -> None:
+    found = tmp_path / "digits.json"
+    ended = launch(launcher, ranks, EXAMPLE, "--algorithm", "torus", "--json", str(found))
+    assert ended.status == 0, ended.output[-3000:]
+    result = json.loads(found.read_text())
+    assert result["ranks"] == ranks
+    assert result["accuracy"] >= 0.97
+    assert len(result["overlap"]["buckets"]) >= 4
+    assert ended.left_behind == []
+
+
+def test_the_example_resumes_from_its_checkpoint_and_traces(tmp_path: Path) -> None:
+    arguments = ("--algorithm", "ring", "--checkpoint", str(tmp_path / "digits.pt"))
+    first = launch("mpirun", 2, EXAMPLE, *arguments, "--epochs", "2")
+    assert first.status == 0, first.output[-3000:]
+    found, trace = tmp_path / "digits.json", tmp_path / "trace.json"
+    more = ("--resume", "--epochs", "4", "--json", str(found))
+    second = launch("mpirun", 2, EXAMPLE, *arguments, *more, RINGRED_TRACE=str(trace))
+    assert second.status == 0, second.output[-3000:]
+    assert "2/4" in second.output, "it goes on from epoch 2"
+    assert [path.name for path in tmp_path.glob("*.pt*")] == ["digits.pt"]
+    for rank in range(2):
+        events = json.loads((tmp_path / f"trace.rank{rank}.json").read_text())["traceEvents"]
+        backward = [event for event in events if event["name"] == "backward"]
+        buckets = [event for event in events if event["name"] == "bucket 0 (ring)"]
+        assert len(backward) == len(buckets) == 2 * 29
+        early = sum(b["ts"] < over["ts"] + over["dur"] for b, over in zip(buckets, backward, strict=True))
+        assert early >= 0.9 * len(backward), "the first bucket's reduction starts before backward ends"

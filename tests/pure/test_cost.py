@@ -1,0 +1,109 @@
+"""The simulator replays the proved steps, and gives what the field's formulas give."""
+
+from __future__ import annotations
+
+from math import log2
+
+import pytest
+
+from ringred.collectives.registry import lookup
+from ringred.schedule import closed_forms
+from ringred.schedule.cost import simulate
+from ringred.select import predict, segments_for, share_bounds
+from ringred.topology.model import flat, grid_links, hosts
+from ringred.topology.torus import factorisations
+
+ALPHA, BETA, GAMMA = 17e-6, 0.37e-9, 0.11e-9
+# Divisible by every number of ranks tried, so that shares are equal and formulas exact.
+NBYTES = 5040 * 64 * 11 * 13 * 17
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 32, 64])
+@pytest.mark.parametrize("name", ["ring", "halving_doubling", "tree", "direct", "central", "torus"])
+def test_equals_the_closed_form(name: str, size: int) -> None:
+    entry = lookup("all_reduce", name)
+    group = entry.group(size)
+    form = closed_forms.all_reduce(name, group, NBYTES, ((ALPHA, BETA),), GAMMA)
+    if form is None:
+        assert name in ("tree", "halving_doubling")
+        assert size & (size - 1), "only the trees have no formula, and only away from powers of two"
+        return
+    cost = predict(entry, group, NBYTES, flat(size, ALPHA, BETA, GAMMA))
+    assert cost.seconds == pytest.approx(form.seconds, rel=1e-9)
+    assert cost.messages == form.messages
+    assert cost.bytes_sent == pytest.approx(form.data_sent * NBYTES, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [4, 6, 12, 16, 24, 30])
+def test_torus_equals_its_closed_form_with_other_links_along_each_dimension(size: int) -> None:
+    entry = lookup("all_reduce", "torus")
+    links = ((ALPHA, BETA), (3 * ALPHA, 7 * BETA), (10 * ALPHA, 2 * BETA), (ALPHA, 5 * BETA))
+    for grid in factorisations(size):
+        group = entry.group(size, grid=grid)
+        form = closed_forms.all_reduce("torus", group, NBYTES, links, GAMMA)
+        cost = predict(entry, group, NBYTES, grid_links(grid, links[: len(grid)], GAMMA))
+        assert form is not None
+        assert cost.seconds == pytest.approx(form.seconds, rel=1e-9), grid
+        # Whatever the grid: 2(P−1)/P of the data, in Σ2(d−1) messages.
+        assert cost.messages == sum(2 * (extent - 1) for extent in grid)
+        assert cost.bytes_sent * size == 2 * (size - 1) * NBYTES
+
+
+def test_messages_on_32_by_32_are_124_and_on_a_ring_of_1024_2046() -> None:
+    torus, ring = lookup("all_reduce", "torus"), lookup("all_reduce", "ring")
+    assert predict(torus, torus.group(1024), 1 << 20, flat(1024, ALPHA, BETA, GAMMA)).messages == 124
+    assert sum(len(step) == 2 for step in ring.steps(ring.group(1024))(0)) == 2046
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 16])
+@pytest.mark.parametrize("segments", [1, 2, 7, 40])
+def test_a_chain_of_segments_equals_its_closed_form(size: int, segments: int) -> None:
+    entry = lookup("broadcast", "chain")
+    nbytes = segments * 1000
+    cost = simulate(
+        size, entry.steps(entry.group(size)), [(0, nbytes)], lambda a, b: (ALPHA, BETA), GAMMA, segment=1000
+    )
+    expected = closed_forms.pipelined_chain(size, nbytes, segments, (ALPHA, BETA))
+    assert cost.seconds == pytest.approx(expected, rel=1e-9)
+
+
+def test_whole_and_segmented_replay_agree_where_nothing_is_cut() -> None:
+    for name in ("ring", "torus", "tree", "halving_doubling", "direct", "one_shot", "central"):
+        entry = lookup("all_reduce", name)
+        group = entry.group(6)
+        topology = flat(6, ALPHA, BETA, GAMMA)
+        whole = predict(entry, group, NBYTES, topology)
+        assert predict(entry, group, NBYTES, topology, segment_bytes=NBYTES).seconds == pytest.approx(whole.seconds)
+
+
+@pytest.mark.parametrize("size", [4, 15, 16, 63])
+def test_double_tree_comes_near_its_bound_once_segments_fill_the_pipeline(size: int) -> None:
+    entry = lookup("all_reduce", "double_tree")
+    nbytes, gamma = 1 << 28, 0.0
+    seconds = [
+        predict(entry, entry.group(size, segments=k), nbytes, flat(size, 1e-6, BETA, gamma)).seconds for k in (1, 64)
+    ]
+    bound = 2 * nbytes * BETA
+    assert bound * 0.75 <= seconds[1] < bound * 1.35
+    assert seconds[0] > 1.4 * seconds[1]
+    tree = predict(lookup("all_reduce", "tree"), entry.group(size), nbytes, flat(size, 1e-6, BETA, gamma))
+    if size >= 15:
+        assert tree.seconds > log2(size) * 0.4 * seconds[1]
+
+
+def test_between_hosts_a_hierarchy_sends_a_share_where_leaders_send_all() -> None:
+    """The inter-host term of X ranks on each of Y hosts: 2(Y−1)/Y·(N/X)β, X times less than with leaders."""
+    ranks, count = 4, 3
+    model = hosts([host for host in range(count) for _ in range(ranks)], (0.0, 0.0), (0.0, BETA), 0.0)
+    entry = lookup("all_reduce", "hierarchical")
+    cost = predict(entry, entry.group(12, grid=(ranks, count)), NBYTES, model)
+    assert cost.seconds == pytest.approx(2 * (count - 1) / count * NBYTES / ranks * BETA, rel=1e-9)
+
+
+def test_segments_follow_the_size() -> None:
+    assert [segments_for(nbytes, 1 << 20) for nbytes in (0, 1, 2 << 20, 3 << 20, 1 << 30)] == [1, 1, 1, 2, 64]
+
+
+def test_shares_are_as_equal_as_can_be() -> None:
+    assert share_bounds(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert share_bounds(1, 3) == [(0, 0), (0, 0), (0, 1)]

@@ -1,0 +1,90 @@
+"""The order of instructions: what is pipelined, what waits, and what is copied first."""
+
+from __future__ import annotations
+
+from ringred.collectives.registry import lookup
+from ringred.schedule.ir import Chunk, Recv, Send, unit
+from ringred.schedule.lower import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent, lower
+from ringred.select import share_bounds
+
+
+def ring(rank: int, size: int, count: int, segment: int) -> list:
+    entry = lookup("all_reduce", "ring")
+    return list(lower(rank, entry.steps(entry.group(size))(rank), share_bounds(count, size), segment).instructions)
+
+
+def test_a_segment_goes_out_as_soon_as_it_is_folded() -> None:
+    """Ring of 4, chunks of 4 segments: what is sent in step 1 is what step 0 folded, segment by segment."""
+    program = ring(0, 4, 64, 4)
+    folds = [at for at, op in enumerate(program) if isinstance(op, Fold) and op.step == 0]
+    sends = [at for at, op in enumerate(program) if isinstance(op, PostSend) and op.step == 1]
+    assert len(folds) == len(sends) == 4
+    for segment in range(3):
+        assert folds[segment] < sends[segment] < folds[segment + 1]
+
+
+def test_every_receive_is_posted_before_it_is_waited_for_and_in_the_order_of_its_pair() -> None:
+    for name in ("ring", "direct", "torus", "halving_doubling", "double_tree"):
+        entry = lookup("all_reduce", name)
+        group = entry.group(6, segments=3)
+        for rank in range(6):
+            program = lower(rank, entry.steps(group)(rank), share_bounds(100, entry.units(group)), 3).instructions
+            posted: dict[int, list[int]] = {}
+            for op in program:
+                if isinstance(op, PostReceive):
+                    posted.setdefault(op.peer, []).append(op.request)
+                elif isinstance(op, Fold):
+                    assert all(request in posted[peer] for request, peer in zip(op.requests, op.peers, strict=True))
+                elif isinstance(op, Take):
+                    assert op.request in posted[op.peer]
+            assert all(requests == sorted(requests) for requests in posted.values())
+
+
+def test_ring_waits_only_for_sends_whose_source_is_overwritten() -> None:
+    program = ring(1, 4, 64, 16)
+    before_end = program[: max(at for at, op in enumerate(program) if isinstance(op, Take)) + 1]
+    waited = [op for op in before_end if isinstance(op, WaitSent)]
+    # Three chunks are sent by the reduce-scatter and then replaced by the all-gather; the fourth never leaves.
+    assert len(waited) == 3
+    sends = [op for op in program if isinstance(op, PostSend)]
+    assert len(sends) == 6
+    assert {op.request for op in program if isinstance(op, WaitSent)} == {op.request for op in sends}
+
+
+def test_a_chunk_sent_and_received_in_one_step_is_sent_from_one_copy() -> None:
+    entry = lookup("all_reduce", "one_shot")
+    program = lower(0, entry.steps(entry.group(4))(0), [(0, 10)], 4)
+    snapshots = [op for op in program.instructions if isinstance(op, Snapshot)]
+    sends = [op for op in program.instructions if isinstance(op, PostSend)]
+    assert [(s.lo, s.hi) for s in snapshots] == [(0, 4), (4, 8), (8, 10)]
+    assert len(sends) == 9, "three segments to three peers"
+    assert all(send.slot is not None for send in sends)
+    assert program.slot_elements == 10
+    bare = lower(0, entry.steps(entry.group(4))(0), [(0, 10)], 4, snapshots=False)
+    assert not any(isinstance(op, Snapshot) for op in bare.instructions)
+
+
+def test_only_the_last_fold_of_what_a_rank_keeps_is_final() -> None:
+    program = ring(2, 4, 64, 64)
+    assert [op.final for op in program if isinstance(op, Fold)] == [False, False, True]
+    entry = lookup("reduce_scatter", "torus")
+    group = entry.group(6, grid=(3, 2))
+    home = entry.home(group)
+    for rank in range(6):
+        steps = entry.steps(group)(rank)
+        lowered = lower(rank, steps, share_bounds(60, 6), 60, keep=lambda u, rank=rank: home[u] == rank)
+        assert [op.final for op in lowered.instructions if isinstance(op, Fold)] == [False, False, True]
+
+
+def test_receives_of_several_peers_take_turns_segment_by_segment() -> None:
+    steps = [(Recv(1, unit(0)), Recv(2, unit(1)))]
+    program = lower(0, steps, [(0, 4), (4, 8)], 2).instructions
+    assert [(op.peer, op.lo) for op in program if isinstance(op, Take)] == [(1, 0), (2, 4), (1, 2), (2, 6)]
+
+
+def test_units_that_are_not_adjacent_are_cut_apart_and_empty_ones_left_out() -> None:
+    steps = [(Send(1, Chunk(0, 4)),)]
+    program = lower(0, steps, [(6, 9), (9, 9), (0, 3), (3, 4)], 100).instructions
+    assert [(op.lo, op.hi) for op in program if isinstance(op, PostSend)] == [(6, 9), (0, 4)]
+    empty = lower(0, steps, [(5, 5)] * 4, 100).instructions
+    assert [(op.lo, op.hi) for op in empty if isinstance(op, PostSend)] == [(5, 5)], "an empty message is still one"

@@ -1,0 +1,37 @@
+"""Which parameters share a bucket."""
+
+from __future__ import annotations
+
+import torch
+
+from ringred.buckets import Bucket, Entry, assign
+
+
+def test_a_bucket_is_closed_at_its_cap_and_the_first_cap_is_its_own() -> None:
+    entries = [Entry(4, "f")] * 10
+    order = list(reversed(range(10)))
+    assert assign(entries, order, 12, 4) == [[9], [8, 7, 6], [5, 4, 3], [2, 1, 0]]
+    assert assign(entries, order, 1000, 1000) == [order]
+    assert assign(entries, order, 1, 1) == [[index] for index in order]
+
+
+def test_what_differs_in_kind_does_not_share_and_buckets_come_as_they_fill() -> None:
+    entries = [Entry(4, "f" if index % 2 else "h") for index in range(6)]
+    assert assign(entries, [5, 4, 3, 2, 1, 0], 8, 8) == [[5, 3], [4, 2], [1], [0]]
+
+
+def test_views_have_the_shape_and_strides_of_their_parameters() -> None:
+    channels_last = torch.empty(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    overlapping = torch.empty(6).as_strided((2, 3), (1, 1))
+    parameters = [torch.empty(2, 3), channels_last, torch.empty(()), torch.empty(0), overlapping]
+    bucket = Bucket([0, 1, 2, 3, 4], parameters)
+    assert bucket.flat.numel() == 6 + 48 + 1 + 0 + 6
+    assert [view.shape for view in bucket.views] == [p.shape for p in parameters]
+    assert bucket.views[1].stride() == channels_last.stride()
+    assert bucket.views[4].is_contiguous()
+    gradients = [torch.randn(p.shape) for p in parameters]
+    bucket.fill(gradients)
+    assert all(torch.equal(view, g) for view, g in zip(bucket.views, gradients, strict=True))
+    bucket.fill([None, *gradients[1:]])
+    assert not bucket.views[0].any()
+    assert bucket.nbytes == 4 * 61

@@ -1,0 +1,342 @@
+"""Gradients of DDP equal one process on the joined batch, and what it says when they would not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ringred
+from ringred.communicator import Communicator
+from ringred.errors import ModelMismatch, UnsupportedTensor
+from ringred.testing import run_ranks
+
+BATCH = 24
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3).to(memory_format=torch.channels_last)
+        self.second = nn.Linear(6 * 36, 20)
+        self.third = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(F.relu(self.second(F.relu(self.first(x)).flatten(1))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 12, num_layers=2, batch_first=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.squeeze(1))[0][:, -1])
+
+
+class TiedTransformer(nn.Module):
+    """Token embedding and output projection share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 12)
+        self.block = nn.TransformerEncoderLayer(12, 3, 24, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(12, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x.flatten(1)[:, :10] * 100).long().abs() % 16
+        return self.head(self.block(self.embed(tokens))).mean(1)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"cnn": Convolutions, "lstm": Recurrent, "transformer": TiedTransformer}
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 5, (BATCH,), generator=generator)
+
+
+def share(comm: Communicator) -> tuple[Tensor, Tensor]:
+    images, labels = data()
+    return images[comm.rank :: comm.size], labels[comm.rank :: comm.size]
+
+
+def built(kind: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[kind]().double()
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 3) -> list[Tensor]:
+    """The gradients after `steps` steps of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("as_view", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_equal_one_process_on_the_joined_batch(kind: str, as_view: bool, size: int) -> None:
+    models = [built(kind, seed=rank) for rank in range(size)]
+
+    def body(comm: Communicator) -> list[Tensor]:
+        # Every rank starts from another model: rank 0's is what counts.
+        model = ringred.DistributedDataParallel(
+            models[comm.rank], process_group=comm, bucket_cap_mb=0.005, gradient_as_bucket_view=as_view
+        )
+        assert len(model._buckets) >= 2
+        return train(model, *share(comm))
+
+    results = run_ranks(body, size)
+    reference = train(built(kind), *data())
+    for gradients in results:
+        for got, wanted in zip(gradients, reference, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
+    for gradients in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients, results[0], strict=True)), "the same bits everywhere"
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "torus", "tree", "double_tree", "direct"])
+def test_any_algorithm_and_transport_gives_the_same_training(algorithm: str) -> None:
+    def body(comm: Communicator) -> list[Tensor]:
+        model = ringred.DistributedDataParallel(copy.deepcopy(original), process_group=comm, algorithm=algorithm)
+        return train(model, *share(comm))
+
+    original = built("cnn")
+    reference = train(built("cnn"), *data())
+    for got, wanted in zip(run_ranks(body, 3, "torch_p2p")[1], reference, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_buckets_are_rebuilt_in_the_order_in_which_gradients_come() -> None:
+    class Backwards(nn.Module):
+        """Declared in the order in which it is not used."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.middle, self.first = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.middle(self.first(x)))
+
+    def body(comm: Communicator) -> tuple[list[list[int]], list[list[int]]]:
+        model = ringred.DistributedDataParallel(Backwards(), process_group=comm, bucket_cap_mb=1e-4)
+        before = [bucket.indices for bucket in model._buckets]
+        for _ in range(2):
+            model(torch.ones(1, 8)).sum().backward()
+        return before, [bucket.indices for bucket in model._buckets]
+
+    (before, after), other = run_ranks(body, 2)
+    assert other == (before, after)
+    assert before == [[5, 4], [3, 2], [1, 0]]
+    assert [sorted(bucket) for bucket in after] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_no_sync_accumulates_and_the_next_backward_reduces_the_sum() -> None:
+    def body(comm: Communicator) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = ringred.DistributedDataParallel(nn.Linear(3, 2).double(), process_group=comm)
+        for turn in range(3):
+            inputs = torch.full((1, 3), float(10 * turn + comm.rank), dtype=torch.float64)
+            if turn < 2:
+                with model.no_sync():
+                    model(inputs).sum().backward()
+            else:
+                model(inputs).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    first, second = run_ranks(body, 2)
+    for weight, bias in (first, second):
+        assert torch.equal(weight, torch.full((2, 3), 30 + 3 * 0.5, dtype=torch.float64))
+        assert torch.equal(bias, torch.full((2,), 3.0, dtype=torch.float64))
+
+
+class Branches(nn.Module):
+    """Uses the left branch, or both, or always leaves one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.never = nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, both: bool) -> dict[str, Tensor]:
+        return {"out": self.left(x) + (self.right(x) if both else 0)}
+
+
+def test_unused_parameters_are_found_and_keep_their_gradients() -> None:
+    def body(comm: Communicator) -> tuple[Tensor, Tensor | None]:
+        torch.manual_seed(0)
+        model = ringred.DistributedDataParallel(Branches(), process_group=comm, find_unused_parameters=True)
+        for _ in range(2):
+            model.zero_grad()
+            # Only rank 1 uses the right branch: the others get the mean all the same.
+            model(torch.ones(1, 4), both=comm.rank == 1)["out"].sum().backward()
+        return model.module.right.weight.grad, model.module.never.weight.grad
+
+    for right, never in run_ranks(body, 3):
+        assert torch.allclose(right, torch.full((2, 4), 1 / 3))
+        assert never is None
+
+
+def test_without_the_option_unused_parameters_are_named_at_the_next_forward() -> None:
+    def body(comm: Communicator) -> str:
+        model = ringred.DistributedDataParallel(Branches(), process_group=comm)
+        model(torch.ones(1, 4), both=True)["out"].sum().backward()
+        with pytest.raises(RuntimeError, match="expected to have finished reduction in the prior iteration") as raised:
+            model(torch.ones(1, 4), both=True)
+        return str(raised.value)
+
+    for text in run_ranks(body, 2):
+        assert "never.weight, never.bias" in text
+        assert "find_unused_parameters=True" in text
+
+
+def test_models_that_differ_are_an_error_on_every_rank_naming_what_differs() -> None:
+    def body(comm: Communicator) -> str:
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5 if comm.rank == 2 else 2))
+        with pytest.raises(ModelMismatch) as raised:
+            ringred.DistributedDataParallel(model, process_group=comm)
+        assert isinstance(raised.value, RuntimeError)
+        return str(raised.value)
+
+    for rank, text in enumerate(run_ranks(body, 3)):
+        assert text.startswith(f"rank {rank}: ")
+        assert "rank 0 has parameter '1.weight': [2, 3]" in text
+        assert "rank 2 has parameter '1.weight': [5, 3]" in text
+
+
+def test_buffers_of_rank_0_are_everybodys() -> None:
+    def body(comm: Communicator) -> list[Tensor]:
+        torch.manual_seed(comm.rank)
+        model = ringred.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), process_group=comm)
+        for _ in range(3):
+            model(torch.randn(8, 4) + comm.rank).sum().backward()
+        model.eval()
+        model(torch.zeros(1, 4))
+        return [buffer.clone() for buffer in model.buffers()]
+
+    results = run_ranks(body, 3)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+    assert results[0][2].item() == 3, "batches tracked"
+
+
+def test_what_would_go_unsynchronised_is_an_error() -> None:
+    def body(comm: Communicator) -> list[str]:
+        texts = []
+
+        def refused(change: Callable[[nn.Module], object]) -> None:
+            inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            model = ringred.DistributedDataParallel(inner, process_group=comm)
+            change(inner)
+            with pytest.raises(RuntimeError) as raised:
+                model(torch.ones(1, 4))
+            texts.append(str(raised.value))
+
+        refused(lambda m: setattr(m[1], "bias", nn.Parameter(torch.zeros(4))))
+        refused(lambda m: m[0].weight.requires_grad_(False))
+        refused(lambda m: m.append(nn.Linear(4, 4)))
+        return texts
+
+    for replaced, frozen, added in run_ranks(body, 2):
+        assert "parameter '1.bias' was added, replaced or unfrozen" in replaced
+        assert "parameter '0.weight' was frozen" in frozen
+        assert "parameter '2.weight' was added" in added
+
+
+def test_arguments_are_torchs_and_what_is_not_done_is_refused_with_the_reason() -> None:
+    with pytest.raises(RuntimeError, match="no parameter that requires a gradient"):
+        ringred.DistributedDataParallel(nn.ReLU())
+    for name, value in (("device_ids", [0]), ("static_graph", True), ("mixed_precision", object())):
+        with pytest.raises(ValueError, match=f"{name}=.* is not supported: "):
+            ringred.DistributedDataParallel(nn.Linear(1, 1), **{name: value})
+    with pytest.raises(TypeError, match="unexpected argument 'bucket_cap'"):
+        ringred.DistributedDataParallel(nn.Linear(1, 1), bucket_cap=25)
+    with pytest.raises(ValueError, match="expected bucket_cap_mb > 0, got 0"):
+        ringred.DistributedDataParallel(nn.Linear(1, 1), bucket_cap_mb=0)
+
+
+def test_sparse_gradients_are_refused_by_name() -> None:
+    def body(comm: Communicator) -> bool:
+        model = ringred.DistributedDataParallel(nn.Embedding(5, 3, sparse=True), process_group=comm)
+        with pytest.raises(UnsupportedTensor, match="parameter 'weight': expected a dense gradient"):
+            model(torch.tensor([1, 2])).sum().backward()
+        return True
+
+    assert all(run_ranks(body, 2))
+
+
+def test_state_dict_has_the_prefix_and_one_rank_trains_as_well() -> None:
+    model = ringred.DistributedDataParallel(nn.Linear(2, 1))
+    assert list(model.state_dict()) == ["module.weight", "module.bias"]
+    model(torch.ones(1, 2)).sum().backward()
+    assert torch.equal(model.module.weight.grad, torch.ones(1, 2))
+    with pytest.raises(ringred.RingredError, match="no synchronised backward"):
+        ringred.DistributedDataParallel(nn.Linear(2, 1)).overlap_report()
+    model.comm.close()
+
+
+@dataclass
+class Outputs:
+    loss: Tensor
+    extra: list[Tensor]
+
+
+def test_outputs_may_be_nested() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Outputs:
+            return Outputs(self.a(x).sum(), [self.b(x)])
+
+    def body(comm: Communicator) -> Tensor:
+        model = ringred.DistributedDataParallel(Nested(), process_group=comm, find_unused_parameters=True)
+        outputs = model(torch.full((1, 2), float(comm.rank)))
+        (outputs.loss + outputs.extra[0].sum()).backward()
+        return model.module.b.weight.grad
+
+    assert all(torch.equal(gradient, torch.full((1, 2), 0.5)) for gradient in run_ranks(body, 2))
+
+
+def test_the_trace_shows_reductions_under_backward_and_the_report_says_how_much(tmp_path: Path) -> None:
+    def body(comm: Communicator) -> dict[str, object]:
+        comm.start_trace(str(tmp_path / "trace.json"))
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(300, 300), nn.ReLU()) for _ in range(6)]
+        model = ringred.DistributedDataParallel(nn.Sequential(*layers), process_group=comm, bucket_cap_mb=0.3)
+        for _ in range(3):
+            model(torch.randn(64, 300)).sum().backward()
+        return model.overlap_report().as_dict()
+
+    reports = run_ranks(body, 2)
+    for rank, report in enumerate(reports):
+        events = json.loads((tmp_path / f"trace.rank{rank}.json").read_text())["traceEvents"]
+        backward = [e for e in events if e["name"] == "backward"]
+        first = [e for e in events if e["name"].startswith("bucket 0 (")]
+        assert len(backward) == len(first) == 3
+        for under, over in zip(first, backward, strict=True):
+            assert over["ts"] < under["ts"] < over["ts"] + over["dur"], "bucket 0 starts before backward ends"
+        assert {"forward", "wait", "fold"} <= {e.get("cat") for e in events} | {e["name"] for e in events}
+        buckets = report["buckets"]
+        assert len(buckets) == 6
+        assert all(b["ready_ms"] <= b["start_ms"] <= b["end_ms"] for b in buckets)
+        assert report["exposed_ms"] == pytest.approx(sum(b["exposed_ms"] for b in buckets))
+        assert report["hidden"] == pytest.approx(1 - report["exposed_ms"] / report["communication_ms"])
+        # What ran after backward is what is exposed, no more and no less.
+        last = buckets[-1]
+        assert last["exposed_ms"] == pytest.approx(
+            max(0.0, last["end_ms"] - max(report["backward_ms"], last["start_ms"])), abs=1e-6
+        )

@@ -1,0 +1,81 @@
+"""The conformance kit on the transports whose ranks can be threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch.distributed as dist
+
+from ringred.testing import Faulty
+from ringred.testing.conformance import BREAKING, CHECKS, Check
+from ringred.transports.base import Transport
+from ringred.transports.local import Hub
+from ringred.transports.torch_p2p import TorchP2PTransport
+
+Connect = Callable[[int], Callable[[int], Transport]]
+
+
+def torch_p2p(size: int) -> Callable[[int], Transport]:
+    store = dist.HashStore()
+    return lambda rank: TorchP2PTransport(store, rank, size, 30.0, "127.0.0.1")
+
+
+def delayed(connect: Connect) -> Connect:
+    return lambda size: (lambda make: lambda rank: Faulty(make(rank), 0.002, seed=7))(connect(size))
+
+
+TRANSPORTS: dict[str, Connect] = {
+    "local": lambda size: Hub(size).transport,
+    "local-one-slot": lambda size: Hub(size, slots=1).transport,
+    "local-delayed": delayed(lambda size: Hub(size).transport),
+    "torch_p2p": torch_p2p,
+}
+
+
+def run_check(check: Check, connect: Connect, size: int) -> None:
+    make = connect(size)
+    failures: list[BaseException] = []
+
+    def rank_main(rank: int) -> None:
+        transport = make(rank)
+        try:
+            check(transport)
+        except BaseException as failure:
+            failures.append(failure)
+            transport.abort(repr(failure))
+        finally:
+            transport.close()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("check", [*CHECKS.values(), *BREAKING.values()], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_conforms(transport: str, check: Check, size: int) -> None:
+    run_check(check, TRANSPORTS[transport], size)
+
+
+def test_the_kit_is_not_blind() -> None:
+    """A transport that swaps two messages, and one that forgets to count, do not pass."""
+
+    class Swaps(Faulty):
+        def irecv(self, peer, dst, lend, put=False):  # type: ignore[no-untyped-def]
+            request = super().irecv(peer, dst, lend, put)
+            request.index ^= 1
+            return request
+
+    def swapped(size: int) -> Callable[[int], Transport]:
+        hub = Hub(size)
+        return lambda rank: Swaps(hub.transport(rank), 0.0, seed=0)
+
+    with pytest.raises((AssertionError, Exception), match=r"message|mismatch"):
+        run_check(CHECKS["messages_keep_their_order"], swapped, 2)
