@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ _GRACE_SECONDS = 1.0  # for peers to say what they saw before MPI ends the job
 
 _lock = threading.Lock()
 _default: Communicator | None = None
+_of_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
 
 
 def init(*, trace: str | None = None) -> Communicator:
@@ -44,9 +46,13 @@ def default_communicator(group: Any = None) -> Communicator:
     """What DDP uses: `init()`'s communicator, else the ranks of torch's default process group, else `init()`."""
     if isinstance(group, Communicator):
         return group
-    if group is not None:
-        return Communicator.from_process_group(group)
-    return init()
+    if group is None:
+        return init()
+    with _lock:
+        known = _of_groups.get(group)
+        if known is None or known.closed:
+            known = _of_groups[group] = Communicator.from_process_group(group)
+        return known
 
 
 def _connect(config: Config) -> Communicator:

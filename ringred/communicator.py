@@ -38,7 +38,7 @@ from ringred.work import Progress, Work
 
 __all__ = ["Communicator", "PersistentAllReduce", "abort_all"]
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
 _PROGRAMS = 256  # programs kept for reuse
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
 _GIB = 1 << 30
@@ -101,7 +101,8 @@ class Communicator:
         self._splits = 0
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self._calls: dict[tuple[Any, ...], _Call] = {}
-        self._current: tuple[str, str] | None = None
+        self._current: tuple[int, str, str] | None = None
+        self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
         self._failure: RingredError | None = None
         self._closed = False
         _live.add(self)
@@ -164,7 +165,9 @@ class Communicator:
         members = [rank for _, rank in sorted((rows[r][1], r) for r in range(self.size) if rows[r][0] == color)]
         label = f"{self.name}/{self._splits}.{color}"
         transport = self.transport.subset(members, label)
-        return Communicator(transport, hosts=[self.hosts[rank] for rank in members], config=self.config, name=label)
+        child = Communicator(transport, hosts=[self.hosts[rank] for rank in members], config=self.config, name=label)
+        self._children.add(child)
+        return child
 
     # ------------------------------------------------------------------ collectives
 
@@ -275,7 +278,7 @@ class Communicator:
         """Gathers `tensor` of every rank into `output` on all: one tensor of equal shares in rank order, or a
         list of one tensor a rank, whose lengths may differ."""
         shares, back = self._outputs("all_gather", output)
-        flat, _ = self._flat("all_gather", tensor, None)
+        flat, _ = self._flat("all_gather", tensor, None, written=False)
         self._expect("all_gather", f"share {self.rank} of output", shares[self.rank], flat.numel(), flat.dtype)
         bounds = _lengths_to_bounds([share.numel() for share in shares])
         call = self._call("all_gather", flat, bounds[-1][1], None, algorithm=algorithm, grid=grid, bounds=bounds)
@@ -330,7 +333,7 @@ class Communicator:
         """Gathers `tensor` of every rank into `output` on rank `dst`: one tensor of equal shares, or a list of
         one tensor a rank, whose lengths may differ. The other ranks give no `output`."""
         self._check_peer("gather", "dst", dst)
-        flat, _ = self._flat("gather", tensor, None)
+        flat, _ = self._flat("gather", tensor, None, written=False)
         if self.rank != dst:
             self._expect_none("gather", "output", output, dst)
             shares, back = [flat.new_empty(0)] * self.size, None
@@ -446,18 +449,22 @@ class Communicator:
         """Tells every rank that this one failed with `cause` and takes no further part; they all raise."""
         if self._failure is None and not self._closed:
             self._failure = PeerFailed(f"rank {self.rank}: gave this communicator up after {cause!r}")
-            call, site = self._current or ("no collective", "")
-            report = Report(self.rank, RAISED, -1, call, site, 0.0, f"{type(cause).__name__}: {cause}"[:1000])
-            self.transport.abort(report.dump())
+            number, call, site = self._current or (self._sequence, "no collective", "")
+            what = f"{type(cause).__name__}: {cause}"[:1000]
+            self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, what).dump())
+            for child in list(self._children):
+                child.abort(cause)
 
     def close(self) -> None:
         """Finishes what is in flight and gives everything back. A second call does nothing."""
-        if not self._closed:
+        with self._order:
+            if self._closed:
+                return
             self._closed = True
-            self._progress.close()
-            self.transport.close()
-            if self.tracer is not None:
-                self.tracer.write()
+        self._progress.close()
+        self.transport.close()
+        if self.tracer is not None:
+            self.tracer.write()
 
     def __enter__(self) -> Communicator:
         return self
@@ -473,9 +480,12 @@ class Communicator:
     # ------------------------------------------------------------------ tensors in and out
 
     def _flat(
-        self, where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True
+        self, where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, written: bool = True
     ) -> tuple[Tensor, Callable[[], None] | None]:
-        """`tensor` as 1-D contiguous memory, and what writes it back where that is a copy."""
+        """`tensor` as 1-D contiguous memory, and what writes it back where that is a copy.
+
+        `fill` says that its values count, `written` that it will be written to.
+        """
         where = f"rank {self.rank}: {where}"
         if not isinstance(tensor, Tensor):
             raise UnsupportedTensor(f"{where}: expected a tensor, got {type(tensor).__name__}")
@@ -487,8 +497,13 @@ class Communicator:
             )
         check_dtype(where, tensor.dtype, op)
         detached = tensor.detach()
+        if written and any(
+            stride == 0 and extent > 1 for stride, extent in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise UnsupportedTensor(f"{where}: expected memory of its own for each element, got an expanded tensor")
         if detached.is_contiguous() and not detached.is_conj() and not detached.is_neg():
-            return detached.view(-1), None
+            # as_strided, for view(-1) keeps an odd stride where there is at most one element.
+            return detached.as_strided((detached.numel(),), (1,)), None
         copy = (
             detached.resolve_conj().resolve_neg().contiguous()
             if fill
@@ -506,10 +521,10 @@ class Communicator:
         """One flat tensor for each rank."""
         if isinstance(tensors, Tensor):
             self._expect_equal_shares(where, tensors)
-            flat, _ = self._flat(where, tensors, op)
+            flat, _ = self._flat(where, tensors, op, written=False)
             return [flat[lo:hi] for lo, hi in share_bounds(flat.numel(), self.size)]
         self._expect_list(where, tensors)
-        return [self._flat(where, tensor, op)[0] for tensor in tensors]
+        return [self._flat(where, tensor, op, written=False)[0] for tensor in tensors]
 
     def _outputs(
         self, where: str, tensors: Tensor | Sequence[Tensor]
@@ -603,8 +618,8 @@ class Communicator:
         self._calls[key] = call
         return call
 
-    def _program(self, call: _Call, bounds: Sequence[tuple[int, int]], itemsize: int, segmented: bool) -> Program:
-        limit = self._segment_bytes if segmented else _GIB
+    def _program(self, call: _Call, bounds: Sequence[tuple[int, int]], itemsize: int, alike: bool) -> Program:
+        limit = self._segment_bytes if alike else _GIB
         segment = max(1, limit // itemsize)
         key = (call.collective, call.algorithm.name, call.group, tuple(bounds), segment)
         program = self._programs.get(key)
@@ -618,7 +633,9 @@ class Communicator:
             keep = lambda unit: home[unit] == rank  # noqa: E731
         elif call.collective == "reduce":
             keep = lambda unit: rank == call.group.root  # noqa: E731
-        program = lower(rank, call.algorithm.steps(call.group)(rank), bounds, segment, keep=keep)
+        # Shares lie in tensors of their own; one tensor in adjacent units.
+        merge = call.collective in ("all_reduce", "broadcast", "reduce", "barrier")
+        program = lower(rank, call.algorithm.steps(call.group)(rank), bounds, segment, keep=keep, merge=merge)
         self._programs[key] = program
         while len(self._programs) > _PROGRAMS:
             self._programs.popitem(last=False)
@@ -630,9 +647,10 @@ class Communicator:
         bounds: Sequence[tuple[int, int]],
         pieces: Sequence[Piece],
         folder: Folder | None,
-        segmented: bool = True,
+        alike: bool = True,
     ) -> Plan:
-        program = self._program(call, bounds, pieces[0].tensor.element_size(), segmented)
+        """`alike`: all ranks know the same `bounds`, so that they cut messages into the same segments."""
+        program = self._program(call, bounds, pieces[0].tensor.element_size(), alike)
         return bind(program, pieces, folder)
 
     def _whole_plan(self, call: _Call, flat: Tensor, op: ReduceOp | None, after: Callable[[], None] | None) -> _Sides:
@@ -659,14 +677,14 @@ class Communicator:
         bounds = _lengths_to_bounds([unit.numel() for unit in units])
         pieces = [Piece(lo, unit) for (lo, hi), unit in zip(bounds, units, strict=True) if hi > lo]
         pieces = pieces or [Piece(0, units[0])]
-        return _Sides(self._bind(call, bounds, pieces, None, segmented=False), before, after)
+        return _Sides(self._bind(call, bounds, pieces, None, alike=False), before, after)
 
     def _pair(self, what: str, tensor: Tensor, src: int, dst: int, async_op: bool) -> Work[None] | None:
         peer = dst if what == "send" else src
         self._check_peer(what, "dst" if what == "send" else "src", peer)
         if peer == self.rank:
             raise ValueError(f"rank {self.rank}: {what} to or from itself")
-        flat, back = self._flat(what, tensor, None, fill=what == "send")
+        flat, back = self._flat(what, tensor, None, fill=what == "send", written=what == "recv")
         entry = lookup("send_recv", "direct")
         place = min(src, dst), max(src, dst)
         group = entry.group(2, root=place.index(src))
@@ -696,7 +714,14 @@ class Communicator:
     ) -> Work[None] | None:
         site = _call_site()
         with self._order:
+            if self._closed:
+                raise PeerFailed(f"rank {self.rank}: {call.text}: this communicator is closed")
             self._check_usable(call)
+            if not async_op and self._progress.is_current():
+                raise RingredError(
+                    f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
+                    "for itself; use async_op=True there"
+                )
             if pair is None:
                 self._sequence += 1
                 number = self._sequence
@@ -704,7 +729,7 @@ class Communicator:
                 number = self._pair_sequence[pair] = self._pair_sequence.get(pair, 0) + 1
 
             def job() -> None:
-                self._run(call, number, site, prepare)
+                self._run(call, number, site, prepare, pair is not None)
 
             if not async_op and self._progress.idle():
                 job()
@@ -717,22 +742,22 @@ class Communicator:
         return None
 
     def _check_usable(self, call: _Call) -> None:
-        if self._closed:
-            raise PeerFailed(f"rank {self.rank}: {call.text}: this communicator is closed")
         if self._failure is not None:
             raise type(self._failure)(
                 f"rank {self.rank}: {call.text}: this communicator is unusable since an earlier failure: "
                 f"{self._failure}"
             ) from self._failure
 
-    def _run(self, call: _Call, number: int, site: str, prepare: Callable[[], _Sides | None]) -> None:
+    def _run(self, call: _Call, number: int, site: str, prepare: Callable[[], _Sides | None], of_a_pair: bool) -> None:
         self._check_usable(call)
-        self._current = (_numbered(call, number), site)
+        # Ranks count collectives alike; what two of them do between themselves has the number of the one before.
+        self._current = (self._sequence if of_a_pair else number, _numbered(call, number), site)
         began = time.monotonic()
         tracer = self.tracer
         start = time.monotonic_ns() if tracer is not None else 0
         try:
-            self.transport.begin((call.digest ^ number * 0x9E3779B97F4A7C15) & ((1 << 62) - 1))
+            contract = (call.digest ^ number * 0x9E3779B97F4A7C15) & ((1 << 62) - 1)
+            self.transport.begin(contract, -1 if of_a_pair else number)
             sides = prepare()
             if sides is not None:
                 if sides.before is not None:
@@ -755,8 +780,8 @@ class Communicator:
 
     def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
         """Publishes what this rank saw, reads what the others saw, and makes one exception of it."""
-        call, site = self._current or ("no collective", "")
-        mine = Report(self.rank, fault.kind, fault.peer, call, site, waited, fault.detail[:1000])
+        number, call, site = self._current or (self._sequence, "no collective", "")
+        mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, fault.detail[:1000])
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
         reports = {rank: report for rank, report in loaded.items() if report is not None}
@@ -821,9 +846,9 @@ def _then(*actions: Callable[[], object] | None) -> Callable[[], None]:
 
 
 def _call_site() -> str:
-    """Where in the user's program the collective was called: the innermost frame outside of ringred."""
+    """Where in the user's program the collective was called: the innermost frame outside of ringred and torch."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -86,10 +87,6 @@ class DistributedDataParallel(nn.Module):
         named = [(name, p) for name, p in module.named_parameters() if name not in ignored]
         self._names = [name for name, parameter in named if parameter.requires_grad]
         self._parameters_in_order = [parameter for _, parameter in named if parameter.requires_grad]
-        if not self._parameters_in_order:
-            raise RuntimeError(
-                "DistributedDataParallel is not needed when a module has no parameter that requires a gradient"
-            )
         if bucket_cap_mb is not None and bucket_cap_mb <= 0:
             raise ValueError(f"DistributedDataParallel: expected bucket_cap_mb > 0, got {bucket_cap_mb}")
         self.module = module
@@ -100,10 +97,14 @@ class DistributedDataParallel(nn.Module):
         self.require_backward_grad_sync = True
         self.algorithm, self.grid = algorithm, grid
         self.comm: Communicator = default_communicator(process_group)
-        self._buffers_in_order = [b for name, b in module.named_buffers() if name not in ignored]
+        self._ignored = ignored
         _check_same_model(self.comm, module, ignored)
+        if not self._parameters_in_order:
+            raise RuntimeError(
+                "DistributedDataParallel is not needed when a module has no parameter that requires a gradient"
+            )
         if init_sync:
-            _broadcast(self.comm, [*(p for _, p in named), *self._buffers_in_order])
+            _broadcast(self.comm, [*(p for _, p in named), *self._current_buffers()])
         cap = 25 if bucket_cap_mb is None else bucket_cap_mb
         self._cap_bytes = int(cap * _MIB)
         self._first_cap_bytes = FIRST_BUCKET_BYTES if bucket_cap_mb is None else self._cap_bytes
@@ -114,11 +115,14 @@ class DistributedDataParallel(nn.Module):
         self._expecting = False  # a synchronised forward was made and its reduction is not finished
         self._sync_buffers_next = True
         self._unused: list[int] = []
+        self._used_here: set[int] = set()  # since the last reduction, in unsynchronised passes too
         self._used_somewhere: tuple[Tensor, Work[None]] | None = None
         self._began_ns = self._forward_ended_ns = 0
         self._report: OverlapReport | None = None
-        for parameter in self._parameters_in_order:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        # The hooks live as long as the parameters; a wrapper that is dropped must not go on reducing.
+        on_gradient = weakref.WeakMethod(self._on_gradient)
+        handles = [p.register_post_accumulate_grad_hook(_calling(on_gradient)) for p in self._parameters_in_order]
+        weakref.finalize(self, _remove, handles)
 
     # ------------------------------------------------------------------ forward
 
@@ -130,11 +134,11 @@ class DistributedDataParallel(nn.Module):
                 self._check_finished()
                 self._check_parameters()
                 self._rebuild_buckets()
-            if self.broadcast_buffers and self._sync_buffers_next and self._buffers_in_order:
-                _broadcast(self.comm, self._buffers_in_order)
+            if self.broadcast_buffers and self._sync_buffers_next:
+                _broadcast(self.comm, self._current_buffers())
             outputs = self.module(*inputs, **kwargs)
             # As in torch: the pass after one that was not synchronised leaves the buffers alone.
-            self._sync_buffers_next = syncing or not torch.is_grad_enabled()
+            self._sync_buffers_next = syncing
             if syncing:
                 self._prepare(outputs)
         return outputs
@@ -150,50 +154,56 @@ class DistributedDataParallel(nn.Module):
         finally:
             self.require_backward_grad_sync = before
 
+    def _current_buffers(self) -> list[Tensor]:
+        """The buffers as they are now: a module may put new tensors in their places."""
+        return [buffer for name, buffer in self.module.named_buffers() if name not in self._ignored]
+
     def _check_finished(self) -> None:
-        if not self._expecting:
-            return
-        missing = [self._names[i] for i in range(len(self._names)) if i not in self._seen]
-        if not self._seen:
-            return  # no backward was made at all: the last outputs were only looked at
+        if not self._expecting or not self._seen:
+            return  # finished, or no backward was made at all: the last outputs were only looked at
         self._expecting = False
+        missing = [name for at, name in enumerate(self._names) if at not in self._seen]
+        if missing and not self.find_unused_parameters:
+            why = (
+                f"no gradient came for {', '.join(missing)}. Parameters that take no part in the loss need "
+                "find_unused_parameters=True; all outputs of forward must take part in it"
+            )
+        else:
+            why = "backward did not come to its end, for an exception in it perhaps"
         raise RuntimeError(
             f"rank {self.comm.rank}: expected to have finished reduction in the prior iteration before starting a "
-            f"new one: no gradient came for {', '.join(missing)}. Parameters that take no part in the loss need "
-            "find_unused_parameters=True; all outputs of forward must take part in it"
+            f"new one: {why}"
         )
 
     def _check_parameters(self) -> None:
         """A parameter that was replaced, frozen or unfrozen since the construction would go unsynchronised."""
-        now = [(name, p) for name, p in self.module.named_parameters() if id(p) in self._index or p.requires_grad]
-        for name, parameter in now:
-            at = self._index.get(id(parameter))
-            if at is None and not self._is_ignored(name):
-                what = "was added, replaced or unfrozen"
-            elif at is not None and not parameter.requires_grad:
-                what = "was frozen"
-            else:
-                continue
+        frozen = [n for n, p in self.module.named_parameters() if id(p) in self._index and not p.requires_grad]
+        if frozen and len(frozen) < len(self._names) and not self.find_unused_parameters:
             raise RuntimeError(
-                f"rank {self.comm.rank}: parameter {name!r} {what} after DistributedDataParallel was constructed; "
-                "its gradient would not be reduced. Construct it anew"
+                f"rank {self.comm.rank}: parameter {frozen[0]!r} was frozen after DistributedDataParallel was "
+                "constructed, and its bucket would wait for it: construct it anew, or use find_unused_parameters=True"
             )
-
-    def _is_ignored(self, name: str) -> bool:
-        return name in getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in self._index and name not in self._ignored:
+                raise RuntimeError(
+                    f"rank {self.comm.rank}: parameter {name!r} was added, replaced or unfrozen after "
+                    "DistributedDataParallel was constructed; its gradient would not be reduced. Construct it anew"
+                )
 
     def _prepare(self, outputs: Any) -> None:
         """Gets ready for the backward of this forward."""
         self._expecting = True
         self._seen: set[int] = set()
         self._launched = 0
+        if not self._rebuilt:
+            self._ready_order = []
         self._times: list[int] = [0] * len(self._buckets)
         self._works: list[Work[None] | None] = [None] * len(self._buckets)
         for bucket in self._buckets:
             bucket.missing = len(bucket.indices)
         self._unused, self._used_somewhere = [], None
         tensors = list(_tensors(outputs))
-        if self.find_unused_parameters:
+        if self.find_unused_parameters and tensors:
             used = _parameters_behind(tensors)
             self._unused = [at for at, p in enumerate(self._parameters_in_order) if id(p) not in used]
         self._forward_ended_ns = time.monotonic_ns()
@@ -210,19 +220,21 @@ class DistributedDataParallel(nn.Module):
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """Runs in backward, after the gradient of `parameter` is accumulated."""
+        at = self._index[id(parameter)]
+        self._used_here.add(at)
         if not self._expecting:
             return
         if not self._seen and self.find_unused_parameters:
-            self._announce_unused()
-        self._mark_ready(self._index[id(parameter)])
+            _at_the_end_of_backward(self._mark_the_rest)
+            for unused in self._unused:
+                self._mark_ready(unused)
+        self._mark_ready(at)
 
-    def _announce_unused(self) -> None:
-        used = torch.ones(len(self._parameters_in_order), dtype=torch.uint8)
-        used[self._unused] = 0
-        work = self.comm.all_reduce(used, ReduceOp.MAX, async_op=True)
-        self._used_somewhere = used, work
-        for at in self._unused:
-            self._mark_ready(at)
+    def _mark_the_rest(self) -> None:
+        """Parameters behind outputs that the loss does not use: the graph alone did not tell."""
+        for at in range(len(self._parameters_in_order)):
+            if at not in self._seen:
+                self._mark_ready(at)
 
     def _mark_ready(self, at: int) -> None:
         if at in self._seen:
@@ -242,18 +254,25 @@ class DistributedDataParallel(nn.Module):
             self._launch_ready()
 
     def _fill(self, bucket: Bucket) -> None:
-        unused = set(self._unused)
-        gradients = [None if i in unused else self._parameters_in_order[i].grad for i in bucket.indices]
+        # An unused parameter may hold what earlier passes accumulated; else it counts as zeros.
+        gradients = [self._parameters_in_order[i].grad for i in bucket.indices]
         for index, gradient in zip(bucket.indices, gradients, strict=True):
-            if gradient is not None and gradient.layout != torch.strided:
+            if gradient is None:
+                continue
+            where = f"rank {self.comm.rank}: parameter {self._names[index]!r}"
+            if gradient.layout != torch.strided:
                 raise UnsupportedTensor(
-                    f"rank {self.comm.rank}: parameter {self._names[index]!r}: expected a dense gradient, got "
-                    f"layout {gradient.layout}; use sparse=False"
+                    f"{where}: expected a dense gradient, got layout {gradient.layout}; use sparse=False"
+                )
+            if gradient.dtype != bucket.flat.dtype:
+                raise UnsupportedTensor(
+                    f"{where}: expected a gradient of {bucket.flat.dtype}, got {gradient.dtype}: it changed after "
+                    "DistributedDataParallel was constructed. Construct it anew"
                 )
         bucket.fill(gradients)
         if self.gradient_as_bucket_view:
-            for index, view in zip(bucket.indices, bucket.views, strict=True):
-                if index not in unused:
+            for index, view, gradient in zip(bucket.indices, bucket.views, gradients, strict=True):
+                if gradient is not None:
                     self._parameters_in_order[index].grad = view
 
     def _launch_ready(self) -> None:
@@ -262,44 +281,42 @@ class DistributedDataParallel(nn.Module):
             self._works[self._launched] = self._reductions[self._launched].start()
             self._launched += 1
             if self._launched == len(self._buckets):
-                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+                if self.find_unused_parameters:
+                    used = torch.zeros(len(self._parameters_in_order), dtype=torch.uint8)
+                    used[list(self._used_here)] = 1
+                    self._used_somewhere = used, self.comm.all_reduce(used, ReduceOp.MAX, async_op=True)
+                _at_the_end_of_backward(self._finish)
 
     def _finish(self) -> None:
         """Runs at the end of the backward in which the last bucket was full."""
         ended_ns = time.monotonic_ns()
         self._expecting = False
-        for number, bucket in enumerate(self._buckets):
-            work = self._works[number]
+        for work in self._works:
             assert work is not None, "every bucket was launched"
             work.wait()
-            if not self.gradient_as_bucket_view:
-                self._copy_back(bucket)
-        self._settle_unused()
+        self._hand_out()
+        self._used_here.clear()
         self._note_times(ended_ns)
 
-    def _copy_back(self, bucket: Bucket) -> None:
-        unused = set(self._unused)
+    def _hand_out(self) -> None:
+        """Gives every parameter its reduced gradient; one that no rank used keeps what it has."""
+        used: Tensor | None = None
+        if self._used_somewhere is not None:
+            used, work = self._used_somewhere
+            work.wait()
         targets, sources = [], []
-        for index, view in zip(bucket.indices, bucket.views, strict=True):
-            gradient = self._parameters_in_order[index].grad
-            if index not in unused and gradient is not None:
-                targets.append(gradient.detach())
-                sources.append(view)
+        for bucket in self._buckets:
+            for index, view in zip(bucket.indices, bucket.views, strict=True):
+                if used is not None and not used[index]:
+                    continue
+                parameter = self._parameters_in_order[index]
+                if parameter.grad is None:
+                    parameter.grad = view if self.gradient_as_bucket_view else view.clone()
+                elif not self.gradient_as_bucket_view:
+                    targets.append(parameter.grad.detach())
+                    sources.append(view)
         if targets:
             torch._foreach_copy_(targets, sources)
-
-    def _settle_unused(self) -> None:
-        """A parameter unused here and used elsewhere gets the mean; one that nobody used keeps its gradient."""
-        if self._used_somewhere is None:
-            return
-        used, work = self._used_somewhere
-        work.wait()
-        for at in self._unused:
-            if used[at]:
-                number = self._bucket_of[at]
-                bucket = self._buckets[number]
-                view = bucket.views[bucket.indices.index(at)]
-                self._parameters_in_order[at].grad = view if self.gradient_as_bucket_view else view.clone()
 
     def _note_times(self, ended_ns: int) -> None:
         began = self._began_ns or self._forward_ended_ns
@@ -360,6 +377,24 @@ class DistributedDataParallel(nn.Module):
                         self._parameters_in_order[index].grad = view
 
 
+def _at_the_end_of_backward(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def _calling(method: weakref.WeakMethod[Any]) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        alive = method()
+        if alive is not None:
+            alive(parameter)
+
+    return hook
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 # ---------------------------------------------------------------------- models and graphs
 
 
@@ -367,7 +402,8 @@ def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
     named: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in module.named_parameters()]
     named += [("buffer", *item) for item in module.named_buffers()]
     return [
-        f"{kind} {name!r}: {list(t.shape)}, {t.dtype}{'' if t.requires_grad else ', requires no gradient'}"
+        f"{kind} {name!r}: {list(t.shape)}, strides {list(t.stride())}, {t.dtype}"
+        f"{'' if t.requires_grad else ', requires no gradient'}"
         for kind, name, t in named
         if name not in ignored
     ]
@@ -386,6 +422,7 @@ def _check_same_model(comm: Communicator, module: nn.Module, ignored: set[str]) 
     outputs = [torch.empty(length, dtype=torch.uint8) for _, length in rows]
     comm.all_gather(outputs, torch.frombuffer(bytearray(text), dtype=torch.uint8))
     models = [bytes(output.tolist()).decode().split("\n") for output in outputs]
+    comm.barrier()  # nobody may raise, and end, while others still read
     differing = next(rank for rank in range(comm.size) if models[rank] != models[0])
     mine, theirs = models[0], models[differing]
     at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
@@ -402,7 +439,8 @@ def _broadcast(comm: Communicator, tensors: Sequence[Tensor]) -> None:
         return
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor.detach())
+        # .data, as torch does it: writing to it does not spoil what autograd has saved for a backward to come.
+        groups.setdefault(tensor.dtype, []).append(tensor.data)
     for together in groups.values():
         for part in _parts(together, _COALESCED_BYTES):
             flat = torch.cat([tensor.reshape(-1) for tensor in part])

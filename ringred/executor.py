@@ -52,6 +52,7 @@ def bind(program: Program, pieces: Sequence[Piece], folder: Folder | None, slots
         found = views.get((lo, hi))
         if found is None:
             piece = pieces[max(bisect_right(starts, lo) - 1, 0)]
+            assert hi - piece.lo <= piece.tensor.numel(), f"elements {lo}:{hi} lie in no one piece"
             found = views[lo, hi] = piece.tensor[lo - piece.lo : hi - piece.lo]
         return found
 

@@ -21,11 +21,12 @@ RAISED = "raised"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one rank was doing and saw: its call, where in the program, and why its wait ended."""
+    """What one rank was doing and saw: its call and its number, where in the program, why its wait ended."""
 
     rank: int
     kind: str
     peer: int
+    number: int
     call: str
     site: str
     waited: float
@@ -43,6 +44,7 @@ class Report:
                 int(values["rank"]),
                 str(values["kind"]),
                 int(values["peer"]),
+                int(values["number"]),
                 str(values["call"]),
                 str(values["site"]),
                 float(values["waited"]),
@@ -59,33 +61,42 @@ def diagnose(mine: Report, reports: Mapping[int, Report], size: int) -> RingredE
     for report in everyone.values():
         if report.kind == RAISED and report.rank != mine.rank:
             return PeerFailed(f"{who} given up: rank {report.rank} raised {report.detail}")
+    speaking = [everyone[rank] for rank in sorted(everyone) if everyone[rank].kind != RAISED]
+    turn = min(report.number for report in speaking)
     calls: dict[str, list[Report]] = {}
-    for rank in sorted(everyone):
-        if everyone[rank].kind != RAISED:
-            calls.setdefault(everyone[rank].call, []).append(everyone[rank])
-    if len(calls) > 1:
-        described = "; ".join(_called(call, group) for call, group in calls.items())
-        return CollectiveMismatch(f"rank {mine.rank}: the ranks did not make the same call: {described}")
-    dead = sorted({r.peer for r in everyone.values() if r.kind == FaultKind.PEER} - everyone.keys())
+    for report in speaking:
+        if report.number == turn:
+            calls.setdefault(report.call, []).append(report)
+    ahead = [report for report in speaking if report.number > turn]
+    seen = next((report for report in speaking if report.kind == FaultKind.MISMATCH), None)
+    if len(calls) > 1 or seen is not None:
+        return _mismatch(mine, calls, ahead, seen)
+    dead = sorted({r.peer for r in speaking if r.kind == FaultKind.PEER} - everyone.keys())
     if dead:
-        detail = next(r.detail for r in everyone.values() if r.kind == FaultKind.PEER and r.peer == dead[0])
+        detail = next(r.detail for r in speaking if r.kind == FaultKind.PEER and r.peer == dead[0])
         return PeerFailed(f"{who}: {_ranks(dead)} {'is' if len(dead) == 1 else 'are'} gone ({detail})")
-    if any(report.kind == FaultKind.MISMATCH for report in everyone.values()):
-        seen = next(r for r in everyone.values() if r.kind == FaultKind.MISMATCH)
-        return CollectiveMismatch(
-            f"{who}: rank {seen.rank} got a message of another call from rank {seen.peer} ({seen.detail}); "
-            f"rank {seen.peer} has not said which"
-        )
-    timed_out = [report for report in everyone.values() if report.kind == FaultKind.TIMEOUT]
+    timed_out = [report for report in speaking if report.kind == FaultKind.TIMEOUT]
+    missing = sorted(set(range(size)) - everyone.keys())
+    if ahead and not (timed_out and missing):
+        return _mismatch(mine, calls, ahead, None)
     if timed_out:
         first = max(timed_out, key=lambda report: report.waited)
-        missing = sorted(set(range(size)) - everyone.keys()) or [first.peer]
         return CollectiveTimeout(
-            f"{who}: {_ranks(missing)} did not take part within {first.waited:.3g} s "
+            f"{who}: {_ranks(missing or [first.peer])} did not take part within {first.waited:.3g} s "
             f"(rank {first.rank} waited for rank {first.peer})"
         )
-    gone = next((report for report in everyone.values() if report.kind == FaultKind.PEER), mine)
+    gone = next((report for report in speaking if report.kind == FaultKind.PEER), mine)
     return PeerFailed(f"{who}: rank {gone.peer} left ({gone.detail or 'it gave the communicator up'})")
+
+
+def _mismatch(
+    mine: Report, calls: Mapping[str, list[Report]], ahead: list[Report], seen: Report | None
+) -> CollectiveMismatch:
+    said = [_called(call, group) for call, group in calls.items()]
+    said += [f"rank {r.rank} is past it, in {r.call} at {r.site}" for r in ahead]
+    if seen is not None:
+        said.append(f"rank {seen.rank} got from rank {seen.peer} what it did not expect: {seen.detail}")
+    return CollectiveMismatch(f"rank {mine.rank}: the ranks did not make the same call: {'; '.join(said)}")
 
 
 def _called(call: str, group: list[Report]) -> str:

@@ -46,7 +46,8 @@ class Work(Generic[T]):
         return self._future.exception() if self._future.done() else None
 
     def on_done(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once done: on the progress thread, or at once if that is now."""
+        """Calls `callback` once done: on the progress thread, or at once if that is now. It may start further
+        collectives with `async_op=True`, and must not wait for any."""
         self._future.add_done_callback(lambda future: callback())
 
     def finish(self, job: Callable[[], T]) -> None:
@@ -78,6 +79,10 @@ class Progress:
         """Whether nothing runs and nothing waits."""
         with self._wake:
             return not self._busy and not self._jobs
+
+    def is_current(self) -> bool:
+        """Whether the caller runs on this thread."""
+        return self._thread is threading.current_thread()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Appends `job`, which must not raise."""

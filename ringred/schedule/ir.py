@@ -9,11 +9,24 @@ one chunk form one n-ary fold in rank order, with the own value at the own rank'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-__all__ = ["Chunk", "Group", "Op", "Recv", "Send", "Spec", "Step", "Steps", "fold_groups", "unit"]
+__all__ = [
+    "Chunk",
+    "Group",
+    "Op",
+    "Recv",
+    "Send",
+    "Spec",
+    "Step",
+    "Steps",
+    "fold_groups",
+    "is_final",
+    "last_writes",
+    "unit",
+]
 
 
 class Chunk(NamedTuple):
@@ -115,3 +128,18 @@ def fold_groups(step: Step) -> list[tuple[Chunk, bool, list[int]]]:
     for peers in folds.values():
         peers.sort()
     return groups
+
+
+def last_writes(steps: Iterable[Step]) -> dict[int, int]:
+    """The last step that receives into each unit."""
+    return {
+        u: index for index, step in enumerate(steps) for op in step if not isinstance(op, Send) for u in op.chunk.units
+    }
+
+
+def is_final(chunk: Chunk, step: int, last_write: Mapping[int, int], keep: Callable[[int], bool]) -> bool:
+    """Whether a fold into `chunk` in `step` gives the whole value: it is the last write, of units to be kept.
+
+    There a mean is divided. A rank sees this in its own steps alone; the verifier proves that it is right.
+    """
+    return all(last_write[u] == step and keep(u) for u in chunk.units)

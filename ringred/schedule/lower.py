@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from ringred.schedule.ir import Chunk, Send, Step, fold_groups
+from ringred.schedule.ir import Chunk, Send, Step, fold_groups, is_final, last_writes
 
 __all__ = [
     "Fold",
@@ -152,16 +152,18 @@ def lower(
     keep: Callable[[int], bool] = lambda unit: True,
     put_safe: Callable[[int, int], bool] = lambda step, op: False,
     put_received: Callable[[int, int], bool] = lambda step, op: False,
+    merge: bool = True,
     snapshots: bool = True,
 ) -> Program:
     """The program of `rank`.
 
     `bounds[u]` are the elements (lo, hi) of unit `u`, in an address space that all ranks share; `segment` is
     the greatest number of elements in one message; `keep(u)` says whether the rank must hold unit `u` at the
-    end. `put_safe(step, op)` and `put_received(step, op)` say which sends and receives go by a put.
+    end. `put_safe(step, op)` and `put_received(step, op)` say which sends and receives go by a put. Adjacent
+    units travel in one message; with `merge=False` each in its own, for units that lie in tensors of their own.
     `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it.
     """
-    lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep)
+    lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge)
     lowering.put_safe, lowering.put_received = put_safe, put_received
     return lowering.run(snapshots)
 
@@ -179,8 +181,10 @@ class _Lowering:
         bounds: Sequence[tuple[int, int]],
         segment: int,
         keep: Callable[[int], bool],
+        merge: bool,
     ) -> None:
         self.rank, self.steps, self.bounds, self.segment, self.keep = rank, steps, bounds, segment, keep
+        self.merge = merge
         self.events = 0
         self.requests = 0
         self.slot_elements = 0
@@ -189,16 +193,10 @@ class _Lowering:
         self.arrivals: list[list[Instruction]] = []
         self.written: dict[int, list[_Span]] = defaultdict(list)
         self.read: dict[int, list[_Span]] = defaultdict(list)
-        self.waited: set[int] = set()
+        self.waited: dict[int, int] = {}  # send request -> the first event at which it is known to be done
         self.last_send: dict[int, int] = defaultdict(int)
         self.last_post: dict[int, int] = defaultdict(int)
-        self.last_write = {
-            u: index
-            for index, step in enumerate(steps)
-            for op in step
-            if not isinstance(op, Send)
-            for u in op.chunk.units
-        }
+        self.last_write = last_writes(steps)
 
     def run(self, snapshots: bool) -> Program:
         for index, step in enumerate(self.steps):
@@ -234,7 +232,7 @@ class _Lowering:
             lo, hi = self.bounds[u]
             if lo == hi:
                 continue
-            if runs and runs[-1][1] == lo:
+            if self.merge and runs and runs[-1][1] == lo:
                 runs[-1] = (runs[-1][0], hi)
             else:
                 runs.append((lo, hi))
@@ -315,18 +313,23 @@ class _Lowering:
             for span in self.spans(self.read, chunk, lo, hi)
             if span.request >= 0 and span.request not in self.waited
         }
-        self.waited.update(pending)
+        self.waited.update(dict.fromkeys(pending, event + 1))
         arrival: list[Instruction] = [WaitSent(request, peer) for request, peer in pending.items()]
+        held_back = False
         if receives.reduce:
             earliest = max(0, event - LEND_AHEAD)
         else:
-            touched = [span.at for table in (self.written, self.read) for span in self.spans(table, chunk, lo, hi)]
-            earliest = event if pending else max([0, event - REPLACE_AHEAD, *touched])
+            touched = [span.at for span in self.spans(self.written, chunk, lo, hi)]
+            for span in self.spans(self.read, chunk, lo, hi):
+                touched.append(self.waited.get(span.request, span.at))
+            # What is waited for in this very arrival is done before what the arrival itself posts, and no earlier.
+            held_back = max(touched, default=0) > event
+            earliest = max([0, event - REPLACE_AHEAD, *touched])
         first = self.requests
         for peer, op in zip(receives.peers, receives.ops, strict=True):
             put = not receives.reduce and self.put_received(step, op)
             post = PostReceive(self.requests, peer, lo, hi, receives.reduce, put, step)
-            if pending and not receives.reduce:
+            if held_back:
                 arrival.append(post)
                 self.last_post[peer] = event + 1
             else:
@@ -335,7 +338,7 @@ class _Lowering:
             self.requests += 1
         if receives.reduce:
             own = sum(peer < self.rank for peer in receives.peers)
-            final = all(self.last_write[u] == step and self.keep(u) for u in chunk.units)
+            final = is_final(chunk, step, self.last_write, self.keep)
             requests = tuple(range(first, self.requests))
             arrival.append(Fold(requests, tuple(receives.peers), own, lo, hi, final, step))
         else:

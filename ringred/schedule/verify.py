@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringred.errors import DeadlockError, OverwriteError, ScheduleError
-from ringred.schedule.ir import Chunk, Send, Spec, Step, fold_groups
+from ringred.schedule.ir import Chunk, Send, Spec, Step, fold_groups, is_final, last_writes
 
 __all__ = ["Proof", "verify"]
 
@@ -63,16 +63,26 @@ class _Interner:
 
     def __init__(self) -> None:
         self._values: dict[tuple[int, object], _Value] = {}
+        self._in_order: set[int] = set()
 
     def leaf(self, rank: int, index: int) -> _Value:
-        return self._intern(_Value(1 << rank, (rank, index)))
+        value = self._intern(_Value(1 << rank, (rank, index)))
+        self._in_order.add(id(value))
+        return value
 
     def fold(self, operands: list[_Value]) -> _Value:
-        ranks = 0
-        for operand in operands:
-            ranks |= operand.ranks
+        masks = [operand.ranks for operand in operands]
         ids = [id(operand) for operand in operands]
-        return self._intern(_Value(ranks, tuple(sorted(ids) if len(ids) == 2 else ids)))
+        pair = len(operands) == 2
+        value = self._intern(_Value(sum(masks), tuple(sorted(ids) if pair else ids)))
+        leaves = all(mask & (mask - 1) == 0 for mask in masks)
+        if leaves and (pair or masks == sorted(masks)):
+            self._in_order.add(id(value))
+        return value
+
+    def in_rank_order(self, value: _Value) -> bool:
+        """Whether the value is one fold of contributions in rank order, or one contribution itself."""
+        return id(value) in self._in_order
 
     def _intern(self, value: _Value) -> _Value:
         return self._values.setdefault((value.ranks, value.key), value)
@@ -120,6 +130,11 @@ def _check_operations(spec: Spec, steps: list[list[Step]]) -> None:
                     where = _where(spec, rank, index, op.chunk)
                     raise ScheduleError(f"{where}: {op} is no run of units of 0..{spec.units - 1}")
             groups = fold_groups(step)
+            for chunk, _, peers in groups:
+                if len(peers) > len(set(peers)):
+                    raise ScheduleError(
+                        f"{_where(spec, rank, index, chunk)}: one fold takes two messages of one rank, of {peers}"
+                    )
             turn = {chunk: at for at, (chunk, _, _) in enumerate(groups)}
             latest: dict[int, int] = {}
             for op in step:
@@ -250,7 +265,10 @@ def _run(
     for u, sources in enumerate(spec.sources):
         for rank in sources:
             held[rank][u] = interner.leaf(rank, u)
-    in_flight: dict[tuple[int, int, int], tuple[_Value, ...]] = {}
+    # What a mean was divided in: it must be all that is wanted, and nothing that is added to once more.
+    divided: list[set[int]] = [set() for _ in range(spec.size)]
+    last_write = [last_writes(rank_steps) for rank_steps in steps]
+    in_flight: dict[tuple[int, int, int], tuple[tuple[_Value, bool], ...]] = {}
 
     def post_sends(rank: int, index: int) -> None:
         if index >= len(steps[rank]):
@@ -262,29 +280,39 @@ def _run(
                     raise ScheduleError(
                         f"{_where(spec, rank, index, op.chunk)}: sends unit {missing[0]}, which it does not hold"
                     )
-                in_flight[rank, index, at] = tuple(held[rank][u] for u in op.chunk.units)
+                in_flight[rank, index, at] = tuple((held[rank][u], u in divided[rank]) for u in op.chunk.units)
 
     for rank in range(spec.size):
         post_sends(rank, 0)
     for rank, index in order:
         mine = held[rank]
         step = steps[rank][index]
-        arrived: dict[tuple[Chunk, bool], list[tuple[int, tuple[_Value, ...]]]] = defaultdict(list)
+        arrived: dict[tuple[Chunk, bool], list[tuple[int, tuple[tuple[_Value, bool], ...]]]] = defaultdict(list)
         for at, op in enumerate(step):
             if not isinstance(op, Send):
                 message = matched[rank, index, at]
                 values = in_flight.pop((message.sender, message.step, message.op))
                 arrived[op.chunk, op.reduce].append((op.peer, values))
         for (chunk, reduce), values_by_peer in arrived.items():
+            final = reduce and is_final(chunk, index, last_write[rank], spec.wants[rank].__contains__)
             for at, u in enumerate(chunk.units):
                 if not reduce:
-                    mine[u] = values_by_peer[0][1][at]
+                    mine[u], is_divided = values_by_peer[0][1][at]
+                    (divided[rank].add if is_divided else divided[rank].discard)(u)
                     continue
                 if u not in mine:
                     raise ScheduleError(
                         f"{_where(spec, rank, index, chunk)}: reduces into unit {u}, which it does not hold"
                     )
-                operands = sorted([(rank, mine[u]), *((peer, values[at]) for peer, values in values_by_peer)])
+                if u in divided[rank] or any(values[at][1] for _, values in values_by_peer):
+                    raise ScheduleError(
+                        f"{_where(spec, rank, index, chunk)}: unit {u} is added to although it was whole: a mean "
+                        "would have been divided already"
+                    )
+                if final:
+                    divided[rank].add(u)
+                operands = [(rank, mine[u]), *((peer, values[at][0]) for peer, values in values_by_peer)]
+                operands.sort(key=lambda operand: operand[0])
                 seen = 0
                 for peer, value in operands:
                     if seen & value.ranks:
@@ -296,10 +324,16 @@ def _run(
                     seen |= value.ranks
                 mine[u] = interner.fold([value for _, value in operands])
         post_sends(rank, index + 1)
-    return _check_end(spec, steps, held)
+    return _check_end(spec, steps, held, divided, interner)
 
 
-def _check_end(spec: Spec, steps: list[list[Step]], held: list[dict[int, _Value]]) -> bool:
+def _check_end(
+    spec: Spec,
+    steps: list[list[Step]],
+    held: list[dict[int, _Value]],
+    divided: list[set[int]],
+    interner: _Interner,
+) -> bool:
     whole = [sum(1 << rank for rank in sources) for sources in spec.sources]
     agreed: dict[int, tuple[int, _Value]] = {}
     rank_ordered = True
@@ -316,10 +350,13 @@ def _check_end(spec: Spec, steps: list[list[Step]], held: list[dict[int, _Value]
             if expression is not value:
                 where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
                 raise ScheduleError(f"{where}: was added in another order than on rank {other}; bits would differ")
-            leaves = len(spec.sources[u])
-            key = value.key
-            flat = isinstance(key, tuple) and len(key) == leaves
-            rank_ordered &= leaves <= 2 or flat
+            if len(spec.sources[u]) > 1 and u not in divided[rank]:
+                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
+                raise ScheduleError(
+                    f"{where}: whole, but made by no fold that is the last write of all its units on a rank that "
+                    "keeps them: a mean would not have been divided"
+                )
+            rank_ordered &= interner.in_rank_order(value)
     return rank_ordered
 
 

@@ -58,7 +58,7 @@ def _same(what: str, got: Tensor | None, expected: Tensor) -> None:
 @_check(CHECKS)
 def messages_keep_their_order(transport: Transport) -> None:
     left, right = _next(transport)
-    transport.begin(1)
+    transport.begin(1, 1)
     sources = [_pattern(1 + index % 7, index) for index in range(50)]
     targets = [torch.empty_like(source) for source in sources]
     sends = [transport.isend(right, source) for source in sources]
@@ -74,7 +74,7 @@ def messages_keep_their_order(transport: Transport) -> None:
 @_check(CHECKS)
 def receives_may_be_posted_before_sends(transport: Transport) -> None:
     left, right = _next(transport)
-    transport.begin(2)
+    transport.begin(2, 2)
     targets = [torch.empty(3, dtype=torch.int64) for _ in range(20)]
     receives = [transport.irecv(left, target, lend=False) for target in targets]
     sends = [transport.isend(right, _pattern(3, index)) for index in range(20)]
@@ -87,7 +87,7 @@ def receives_may_be_posted_before_sends(transport: Transport) -> None:
 @_check(CHECKS)
 def empty_messages_are_messages(transport: Transport) -> None:
     left, right = _next(transport)
-    transport.begin(3)
+    transport.begin(3, 3)
     empty, one = torch.empty(0), torch.full((1,), 7.0)
     target = torch.zeros(1)
     sends = [transport.isend(right, source) for source in (empty, one, empty)]
@@ -101,7 +101,7 @@ def empty_messages_are_messages(transport: Transport) -> None:
 @_check(CHECKS)
 def large_messages_arrive_whole_both_ways_at_once(transport: Transport) -> None:
     left, right = _next(transport)
-    transport.begin(4)
+    transport.begin(4, 4)
     count = 1 << 20  # 8 MiB: more than anything buffers
     source, target = _pattern(count, transport.rank), torch.empty(count, dtype=torch.int64)
     send = transport.isend(right, source)
@@ -112,7 +112,7 @@ def large_messages_arrive_whole_both_ways_at_once(transport: Transport) -> None:
 
 @_check(CHECKS)
 def every_pair_may_talk_at_once(transport: Transport) -> None:
-    transport.begin(5)
+    transport.begin(5, 5)
     peers = [peer for peer in range(transport.size) if peer != transport.rank]
     sends = [transport.isend(peer, _pattern(1000, transport.rank * 100 + peer)) for peer in peers]
     targets = {peer: torch.empty(1000, dtype=torch.int64) for peer in peers}
@@ -125,7 +125,7 @@ def every_pair_may_talk_at_once(transport: Transport) -> None:
 
 @_check(CHECKS)
 def views_of_all_peers_are_lent_at_once(transport: Transport) -> None:
-    transport.begin(6)
+    transport.begin(6, 6)
     own = torch.zeros(500, dtype=torch.int64)
     peers = [peer for peer in range(transport.size) if peer != transport.rank]
     sends = [transport.isend(peer, _pattern(500, 10 * turn + transport.rank)) for turn in range(3) for peer in peers]
@@ -144,7 +144,7 @@ def views_of_all_peers_are_lent_at_once(transport: Transport) -> None:
 @_check(CHECKS)
 def a_source_may_be_overwritten_after_its_wait(transport: Transport) -> None:
     left, right = _next(transport)
-    transport.begin(7)
+    transport.begin(7, 7)
     source = _pattern(4000, 1)
     send = transport.isend(right, source)
     target = torch.empty(4000, dtype=torch.int64)
@@ -160,7 +160,7 @@ def all_dtypes_travel(transport: Transport) -> None:
     left, right = _next(transport)
     dtypes = [torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.complex64, torch.int16]
     for number, dtype in enumerate(dtypes):
-        transport.begin(100 + number)
+        transport.begin(100 + number, 100 + number)
         source = torch.tensor([1, 0, 1, 1, 0]).to(dtype)
         target = torch.zeros(5, dtype=dtype)
         send = transport.isend(right, source)
@@ -193,7 +193,7 @@ def payload_is_counted(transport: Transport) -> None:
     left, right = _next(transport)
     counters = transport.counters
     before = (counters.messages_sent, counters.bytes_sent, counters.messages_received, counters.bytes_received)
-    transport.begin(8)
+    transport.begin(8, 8)
     sends = [transport.isend(right, torch.zeros(10)), transport.isend(right, torch.zeros(3, dtype=torch.uint8))]
     for into in (torch.empty(10), torch.empty(3, dtype=torch.uint8)):
         transport.wait(transport.irecv(left, into, lend=False), _soon())
@@ -228,7 +228,7 @@ def closing_twice_is_closing_once(transport: Transport) -> None:
 
 
 def _barrier(transport: Transport) -> None:
-    transport.begin(9)
+    transport.begin(9, 9)
     token, peers = torch.zeros(1), [peer for peer in range(transport.size) if peer != transport.rank]
     sends = [transport.isend(peer, token) for peer in peers]
     receives = [transport.irecv(peer, torch.empty(1), lend=False) for peer in peers]
@@ -261,7 +261,7 @@ def _fault(transport: Transport, peer: int, seconds: float = _PATIENCE) -> Fault
 def a_deadline_ends_a_wait_and_names_the_peer(transport: Transport) -> None:
     if not _ready(transport, "timed out"):
         return
-    transport.begin(20)
+    transport.begin(20, 20)
     left, _ = _next(transport)
     began = time.monotonic()
     fault = _fault(transport, left, 0.5)
@@ -280,7 +280,7 @@ def a_message_of_another_collective_is_found_out(transport: Transport) -> None:
     if not _ready(transport, "mismatch"):
         return
     left, right = _next(transport)
-    transport.begin(30 + transport.rank)
+    transport.begin(30 + transport.rank, 30)
     send = transport.isend(right, torch.zeros(4))
     fault = _fault(transport, left, 5)
     if fault.kind not in (FaultKind.MISMATCH, FaultKind.ABORTED, FaultKind.PEER):
@@ -294,7 +294,7 @@ def a_longer_message_is_found_out_and_written_nowhere(transport: Transport) -> N
     if not _ready(transport, "mismatch"):
         return
     left, right = _next(transport)
-    transport.begin(40)
+    transport.begin(40, 40)
     memory = torch.zeros(1 << 16)
     send = transport.isend(right, torch.ones(1 << 18))
     try:
@@ -313,7 +313,7 @@ def a_longer_message_is_found_out_and_written_nowhere(transport: Transport) -> N
 def an_abort_reaches_those_who_wait_and_carries_reports(transport: Transport) -> None:
     if not _ready(transport, f"report of {transport.rank}"):
         return
-    transport.begin(50)
+    transport.begin(50, 50)
     last = transport.size - 1
     if transport.rank == last:
         time.sleep(0.2)
@@ -326,7 +326,7 @@ def an_abort_reaches_those_who_wait_and_carries_reports(transport: Transport) ->
     _expect("reports", reports, {rank: f"report of {rank}" for rank in range(transport.size)})
     # And from here on everything raises.
     left, _ = _next(transport)
-    transport.begin(51)
+    transport.begin(51, 51)
     _fault(transport, left, 5)
 
 
@@ -334,7 +334,7 @@ def an_abort_reaches_those_who_wait_and_carries_reports(transport: Transport) ->
 def a_peer_that_leaves_is_missed(transport: Transport) -> None:
     if not _ready(transport, "rank 1 left"):
         return
-    transport.begin(60)
+    transport.begin(60, 60)
     if transport.rank == 1:
         transport.close()
         return

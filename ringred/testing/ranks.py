@@ -44,8 +44,8 @@ class Faulty:
         if self._random.random() < 0.3:
             time.sleep(self._random.random() * self.seconds)
 
-    def begin(self, contract: int) -> None:
-        self.inner.begin(contract)
+    def begin(self, contract: int, turn: int) -> None:
+        self.inner.begin(contract, turn)
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
         self._delay()

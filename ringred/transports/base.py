@@ -63,8 +63,11 @@ class Transport(Protocol):
     segment_bytes: int
     """The greatest message that pays: above, the executor sends several and overlaps them with folds."""
 
-    def begin(self, contract: int) -> None:
-        """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62."""
+    def begin(self, contract: int, turn: int) -> None:
+        """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.
+
+        `turn` counts the collectives of all ranks; it is −1 for what concerns one pair of them.
+        """
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
         """Sends `src`; never blocks. Done, to `wait`, means that `src` may be overwritten.

@@ -65,7 +65,7 @@ class Hub:
         self.size, self.slots, self.members = size, slots, tuple(members)
         self.lock = threading.Lock()
         self.wake = [threading.Condition(self.lock) for _ in range(size)]
-        self.channels: dict[tuple[int, int], _Channel] = defaultdict(_Channel)
+        self.channels = {(sender, receiver): _Channel() for sender in range(size) for receiver in range(size)}
         self.reports: dict[int, str] = {}
         self.gone: dict[int, str] = {}
         self.children: dict[str, Hub] = {}
@@ -107,7 +107,7 @@ class LocalTransport:
         self._posted: dict[int, int] = defaultdict(int)
         self._closed = False
 
-    def begin(self, contract: int) -> None:
+    def begin(self, contract: int, turn: int) -> None:
         self._contract = contract
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
@@ -172,11 +172,11 @@ class LocalTransport:
         with hub.lock:
             while True:
                 self._drain()
+                if done():  # what came before an abort is still there
+                    return
                 if hub.reports:
                     culprit = next(iter(hub.reports))
                     raise Fault(FaultKind.ABORTED, culprit, hub.reports[culprit])
-                if done():
-                    return
                 if peer in hub.gone:
                     raise Fault(FaultKind.PEER, peer, hub.gone[peer])
                 left = deadline - time.monotonic()

@@ -1,8 +1,9 @@
 """Ranks as MPI processes: mpi4py over any MPI, buffers only, CPU tensors.
 
-A message's tag is a hash of its collective's contract and its length, and receives ask for just that tag. So a
-message of another collective is never written anywhere: a receive that is not served looks what its peer sent
-instead, and says so. (Asking for any tag and comparing later is not safe: a message longer than the buffer
+A message's tag holds its collective's number, a hash of its contract, and one of the message's length, and receives
+ask for just that tag. So a message of another collective is never written anywhere: a receive that is not served
+looks what its peer sent instead, and says so; what a collective left over is found when the next one begins.
+(Asking for any tag and comparing later is not safe: a message longer than the buffer
 overruns it in some MPI libraries before they report the truncation.)
 
 Waiting is `Waitany` on the message and on a receive of a control communicator, which a peer's abort completes. MPI
@@ -33,7 +34,12 @@ __all__ = ["MpiTransport", "abort_job", "library", "world", "world_hosts"]
 _TICK, _ABORT, _LEFT = 1, 2, 3
 _TICK_SECONDS = 0.1
 _REPORT_BYTES = 8192
-_TAG_MASK = (1 << 29) - 1  # every MPI library tried allows at least 2^29 − 1
+# A tag of 29 bits, which every MPI library tried allows: pair or turn, contract, length.
+_LENGTH_BITS, _CONTRACT_BITS, _TURN_BITS = 7, 11, 10
+_PAIR = 1 << (_LENGTH_BITS + _CONTRACT_BITS + _TURN_BITS)
+_TURNS = 1 << _TURN_BITS
+_STALE_TURNS = 64  # so many turns back a message is taken for left over; a peer may be far ahead
+_LONG_SECONDS = 1.0  # longer than any segment takes once its first byte is here
 _POOLED = 64
 
 _DATATYPES = {
@@ -121,7 +127,7 @@ class MpiTransport:
         self._data, self._control = comm.Dup(), comm.Dup()
         for duplicate in (self._data, self._control):
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
-        self._contract = 0
+        self._contract = self._head = 0
         self._pool: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
         self._incoming = bytearray(_REPORT_BYTES)
         self._status = MPI.Status()
@@ -135,14 +141,26 @@ class MpiTransport:
         self._active = threading.Event()
         self._watchdog: threading.Thread | None = None
 
-    def begin(self, contract: int) -> None:
-        self._contract = contract
+    def begin(self, contract: int, turn: int) -> None:
+        head = _PAIR if turn < 0 else (turn % _TURNS) << (_LENGTH_BITS + _CONTRACT_BITS)
+        self._head = head | (contract & ((1 << _CONTRACT_BITS) - 1)) << _LENGTH_BITS
         if self._wake.Test(self._status):
             self._heed()
+        if turn >= 0 and self._data.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, self._status):
+            self._check_left_over(turn)
+
+    def _check_left_over(self, turn: int) -> None:
+        """Raises if the oldest message that nobody received is of a collective that is over."""
+        tag = self._status.Get_tag()
+        behind = (turn - (tag >> (_LENGTH_BITS + _CONTRACT_BITS))) % _TURNS
+        if not tag & _PAIR and 0 < behind <= _STALE_TURNS:
+            source, nbytes = self._status.Get_source(), self._status.Get_count(MPI.BYTE)
+            detail = f"a message of {nbytes} bytes that an earlier collective did not expect"
+            raise Fault(FaultKind.MISMATCH, source, detail)
 
     def _tag(self, nbytes: int) -> int:
         # A multiplicative hash spreads lengths, which are mostly multiples of powers of two.
-        return (self._contract ^ (nbytes * 0x9E3779B97F4A7C15 >> 17)) & _TAG_MASK
+        return self._head | (nbytes * 0x9E3779B97F4A7C15 >> 17) & ((1 << _LENGTH_BITS) - 1)
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
         nbytes = src.numel() * src.element_size()
@@ -160,9 +178,9 @@ class MpiTransport:
         return _Receive(self._data.Irecv(_memory(target), peer, tag), peer, target, lend, tag, nbytes)
 
     def wait(self, request: _Send | _Receive, deadline: float) -> Tensor | None:
-        if self._reports:
-            self._abandon(request)
-        elif not request.mpi.Test():
+        if not request.mpi.Test():  # what came before an abort is still there
+            if self._reports:
+                self._abandon(request)
             self._block(request, deadline)
         if isinstance(request, _Send):
             return None
@@ -197,12 +215,14 @@ class MpiTransport:
         """Raises if the peer of a receive that is not served has sent something else, or has left."""
         if isinstance(request, _Receive):
             status = MPI.Status()
-            other = self._data.Iprobe(request.peer, MPI.ANY_TAG, status)
-            # A message of this tag may be the next one, not yet posted; order tells that ours is not behind it.
-            if other and status.Get_tag() != request.tag and not request.mpi.Test():
-                got = status.Get_count(MPI.BYTE)
-                self._abandoned.append(request)
-                raise Fault(FaultKind.MISMATCH, request.peer, f"expected {request.nbytes} bytes, got {got}")
+            if self._data.Iprobe(request.peer, MPI.ANY_TAG, status) and not request.mpi.Test():
+                # A message of this very collective may be a later one: ours may have begun to arrive before it.
+                differs = (status.Get_tag() ^ request.tag) >> _LENGTH_BITS
+                waited = time.monotonic() - (self._waiting_since or 0.0)
+                if differs or (status.Get_tag() != request.tag and waited > _LONG_SECONDS):
+                    got = status.Get_count(MPI.BYTE)
+                    self._abandoned.append(request)
+                    raise Fault(FaultKind.MISMATCH, request.peer, f"expected {request.nbytes} bytes, got {got}")
         if request.peer in self._left and not request.mpi.Test():
             self._abandoned.append(request)
             raise Fault(FaultKind.PEER, request.peer, "closed its communicator")
@@ -285,7 +305,7 @@ class MpiTransport:
 
     def subset(self, members: Sequence[int], key: str) -> MpiTransport:
         group = self._data.Get_group().Incl(list(members))
-        comm = self._data.Create_group(group, zlib.crc32(key.encode()) & _TAG_MASK)
+        comm = self._data.Create_group(group, zlib.crc32(key.encode()) & (_PAIR - 1))
         transport = MpiTransport(comm)
         comm.Free()
         group.Free()

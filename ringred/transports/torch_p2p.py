@@ -56,6 +56,8 @@ def group_store(group: Any) -> tuple[Any, int, int]:
 
     group = dist.group.WORLD if group is None else group
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(f"rank {dist.get_rank()} is no member of the process group given")
     store = c10d._get_process_group_store(group)
     # The ranks count together: the n-th call of each gets the n-th corner.
     turn = store.add(f"ringred/turn/{rank}", 1)
@@ -134,7 +136,7 @@ class TorchP2PTransport:
         self._fault: Fault | None = None
         self._closed = False
 
-    def begin(self, contract: int) -> None:
+    def begin(self, contract: int, turn: int) -> None:
         self._contract = contract
         self._greeted.clear()
         self._first.clear()

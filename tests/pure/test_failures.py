@@ -8,8 +8,10 @@ from ringred.failures import RAISED, Report, diagnose
 CALL, OTHER = "all_reduce #17 (sum, float32, 10 elements, ring)", "broadcast #17 (float32, 10 elements, root 0, tree)"
 
 
-def report(rank: int, kind: str, peer: int, call: str = CALL, detail: str = "", waited: float = 30.0) -> Report:
-    return Report(rank, kind, peer, call, f"train.py:{rank}", waited, detail)
+def report(
+    rank: int, kind: str, peer: int, call: str = CALL, detail: str = "", waited: float = 30.0, number: int = 17
+) -> Report:
+    return Report(rank, kind, peer, number, call, f"train.py:{rank}", waited, detail)
 
 
 def test_a_report_survives_the_journey_and_nonsense_is_none() -> None:
@@ -48,7 +50,30 @@ def test_who_is_missing() -> None:
 def test_a_mismatch_whose_other_side_is_silent_still_names_it() -> None:
     error = diagnose(report(0, "mismatch", 1, detail="expected 4 bytes, got 8"), {}, 2)
     assert isinstance(error, CollectiveMismatch)
-    assert "from rank 1 (expected 4 bytes, got 8)" in str(error)
+    assert "rank 0 got from rank 1 what it did not expect: expected 4 bytes, got 8" in str(error)
+
+
+def test_a_length_that_differs_is_told_from_ranks_that_are_ahead() -> None:
+    """A gather whose root was sent too much, by a rank that has gone on like all others."""
+    barrier = "barrier #18 (max, uint8, 1 element, tree)"
+    reports = {rank: report(rank, "aborted", 0, barrier, number=18) for rank in (1, 2)}
+    error = diagnose(report(0, "mismatch", 2, detail="expected 32 bytes, got 36"), reports, 3)
+    assert isinstance(error, CollectiveMismatch)
+    assert "rank 0 all_reduce #17" in str(error)
+    assert "rank 2 is past it, in barrier #18" in str(error)
+    assert "rank 0 got from rank 2 what it did not expect: expected 32 bytes, got 36" in str(error)
+
+
+def test_who_is_late_is_not_confused_with_who_is_ahead() -> None:
+    late = diagnose(report(0, "timeout", 1), {2: report(2, "timeout", 1, "barrier #18 ()", number=18)}, 3)
+    assert isinstance(late, CollectiveTimeout)
+    assert "rank 1 did not take part" in str(late)
+    skipped = diagnose(report(0, "timeout", 1), {1: report(1, "timeout", 0, "barrier #18 ()", number=18)}, 2)
+    assert isinstance(skipped, CollectiveMismatch)
+    assert "rank 1 is past it, in barrier #18" in str(skipped)
+    died = diagnose(report(0, "peer", 1, detail="closed"), {2: report(2, "peer", 1, "barrier #18 ()", number=18)}, 3)
+    assert isinstance(died, PeerFailed)
+    assert "rank 1 is gone" in str(died)
 
 
 def test_the_dead_are_those_that_are_gone_and_left_no_report() -> None:

@@ -181,7 +181,7 @@ def test_the_executor_runs_by_itself() -> None:
         data = torch.arange(50) + comm.rank
         plan = bind(program, [Piece(0, data)], Folder(ReduceOp.SUM, torch.int64, comm.size))
         for _ in range(3):
-            comm.transport.begin(1)
+            comm.transport.begin(1, 1)
             run(plan, comm.transport, deadline=time.monotonic() + 20)
         return data
 
