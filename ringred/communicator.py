@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -33,13 +34,14 @@ from ringred.schedule.lower import Program, lower
 from ringred.select import candidates, choose, machine_model, segments_for, share_bounds
 from ringred.topology.detect import host_indices, host_name, local_grid
 from ringred.trace import Tracer
-from ringred.transports.base import Counters, Fault, Transport
+from ringred.transports.base import Counters, Fault, Request, Transport
 from ringred.work import Progress, Work
 
 __all__ = ["Communicator", "PersistentAllReduce", "abort_all"]
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
 _PROGRAMS = 256  # programs kept for reuse
+_OUTGOING = 32  # asynchronous sends that may be on their way
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
 _GIB = 1 << 30
 
@@ -99,6 +101,7 @@ class Communicator:
         self._sequence = 0
         self._pair_sequence: dict[tuple[int, int], int] = {}
         self._splits = 0
+        self._outgoing: deque[list[Request]] = deque()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self._calls: dict[tuple[Any, ...], _Call] = {}
         self._current: tuple[int, str, str] | None = None
@@ -406,7 +409,11 @@ class Communicator:
         return self._launch(call, lambda: self._whole_plan(call, token, ReduceOp.MAX, None), async_op)
 
     def send(self, tensor: Tensor, dst: int, *, async_op: bool = False) -> Work[None] | None:
-        """Sends `tensor` to rank `dst`, which calls `recv`. Calls between two ranks are matched in their order."""
+        """Sends `tensor` to rank `dst`, which calls `recv`. Calls between two ranks are matched in their order.
+
+        With `async_op` the tensor is copied and the call done at once, so that ranks may send to each other
+        before they receive. The other way round they wait for each other: one thread does all, in order.
+        """
         return self._pair("send", tensor, self.rank, dst, async_op)
 
     def recv(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work[None] | None:
@@ -462,6 +469,10 @@ class Communicator:
                 return
             self._closed = True
         self._progress.close()
+        if self._failure is None:
+            with contextlib.suppress(Fault):  # a peer that no longer receives is not this rank's trouble
+                while self._outgoing:
+                    self._wait_sent(self._outgoing.popleft())
         self.transport.close()
         if self.tracer is not None:
             self.tracer.write()
@@ -691,6 +702,9 @@ class Communicator:
         text = f"send {src}→{dst} ({str(flat.dtype).removeprefix('torch.')}, {flat.numel()} elements)"
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
         call = _Call("send_recv", text, entry, group, digest)
+        if what == "send" and async_op:
+            copy = flat.clone()
+            return self._launch(call, lambda: self._post_send(copy, dst), async_op, pair=(src, dst))
 
         def plan() -> _Sides:
             bounds = [(0, flat.numel())]
@@ -702,6 +716,19 @@ class Communicator:
             return _Sides(bind(program, [Piece(0, flat)], None), None, back)
 
         return self._launch(call, plan, async_op, pair=(src, dst))
+
+    def _post_send(self, copy: Tensor, dst: int) -> None:
+        """Sends memory that nobody else writes to, and waits for it later."""
+        step = max(1, self._segment_bytes // copy.element_size())
+        parts = [copy[lo : lo + step] for lo in range(0, max(copy.numel(), 1), step)]
+        self._outgoing.append([self.transport.isend(dst, part) for part in parts])
+        if len(self._outgoing) > _OUTGOING:
+            self._wait_sent(self._outgoing.popleft())
+
+    def _wait_sent(self, requests: Sequence[Request]) -> None:
+        deadline = time.monotonic() + self.config.timeout
+        for request in requests:
+            self.transport.wait(request, deadline)
 
     # ------------------------------------------------------------------ running
 

@@ -133,13 +133,18 @@ def check_others(comm: Communicator) -> int:
     if size > 1:
         left, right_peer = (rank - 1) % size, (rank + 1) % size
         got = torch.empty(100_000)
-        work = comm.send(values(100_000, rank), right_peer, async_op=True) if rank % 2 == 0 else None
-        comm.recv(got, left)
-        if work is None:
-            comm.send(values(100_000, rank), right_peer)
-        else:
-            work.wait()
-        assert torch.equal(got, values(100_000, left))
+        for turn in range(3):
+            outgoing = values(100_000, rank + turn)
+            sent = comm.send(outgoing, right_peer, async_op=True)
+            outgoing.zero_()
+            comm.recv(got, left)
+            sent.wait()
+            assert torch.equal(got, values(100_000, left + turn)), "everybody sends to the right first"
+        if rank % 2 == 0:
+            comm.send(values(9, rank), right_peer)
+        if left % 2 == 0:
+            comm.recv(got[:9], left)
+            assert torch.equal(got[:9], values(9, left))
     inner = comm.split(rank % 2, key=-rank)
     assert inner is not None
     tensor = torch.tensor([float(rank)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringred.collectives.registry import lookup
+from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup
 from ringred.schedule.ir import Chunk, Recv, Send, unit
 from ringred.schedule.lower import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent, lower
 from ringred.select import share_bounds
@@ -38,6 +38,35 @@ def test_every_receive_is_posted_before_it_is_waited_for_and_in_the_order_of_its
                 elif isinstance(op, Take):
                     assert op.request in posted[op.peer]
             assert all(requests == sorted(requests) for requests in posted.values())
+
+
+def check_receives_are_posted_into_free_memory(instructions: tuple) -> None:
+    """Nothing is received into place while an earlier send, not yet waited for, reads the place."""
+    reading: dict[int, tuple[int, int]] = {}
+    for op in instructions:
+        if isinstance(op, PostSend) and op.slot is None:
+            reading[op.request] = (op.lo, op.hi)
+        elif isinstance(op, WaitSent):
+            reading.pop(op.request, None)
+        elif isinstance(op, PostReceive) and not op.lend:
+            overlapping = [span for span in reading.values() if span[0] < op.hi and op.lo < span[1]]
+            assert not overlapping, f"{op} while {overlapping} are read"
+
+
+def test_no_receive_is_posted_into_memory_that_a_send_still_reads() -> None:
+    for collective in COLLECTIVES:
+        for entry in algorithms(collective).values():
+            for group in [group for size in (2, 3, 5, 6) for group in groups(entry, size)]:
+                for rank in range(group.size):
+                    steps = entry.steps(group)(rank)
+                    for segment in (1, 3, 100):
+                        bounds = share_bounds(40, entry.units(group))
+                        check_receives_are_posted_into_free_memory(lower(rank, steps, bounds, segment).instructions)
+    # Two receives overwrite what one send reads, and only the first of them has to wait.
+    steps = [(Send(1, Chunk(0, 2)),), (Recv(1, unit(0)), Recv(2, unit(1)))]
+    program = lower(0, steps, [(0, 4), (4, 8)], 100).instructions
+    check_receives_are_posted_into_free_memory(program)
+    assert sum(isinstance(op, WaitSent) for op in program) == 1
 
 
 def test_ring_waits_only_for_sends_whose_source_is_overwritten() -> None:
@@ -88,3 +117,9 @@ def test_units_that_are_not_adjacent_are_cut_apart_and_empty_ones_left_out() -> 
     assert [(op.lo, op.hi) for op in program if isinstance(op, PostSend)] == [(6, 9), (0, 4)]
     empty = lower(0, steps, [(5, 5)] * 4, 100).instructions
     assert [(op.lo, op.hi) for op in empty if isinstance(op, PostSend)] == [(5, 5)], "an empty message is still one"
+
+
+def test_units_in_tensors_of_their_own_are_not_merged() -> None:
+    steps = [(Send(1, Chunk(0, 3)),)]
+    program = lower(0, steps, [(0, 2), (2, 2), (2, 5)], 100, merge=False).instructions
+    assert [(op.lo, op.hi) for op in program if isinstance(op, PostSend)] == [(0, 2), (2, 5)]

@@ -171,3 +171,39 @@ def test_proves_which_messages_may_be_put_in_place() -> None:
         assert safe == replacing > 0, name
     assert puts("broadcast", "tree", 8) == (0, 7)
     assert puts("all_gather", "ring", 8)[0] == 0
+
+
+def test_two_messages_of_one_rank_in_one_fold_are_refused() -> None:
+    spec = Spec("all_reduce", 3, 1, (frozenset(range(3)),), (frozenset({0}), frozenset(), frozenset()))
+    chunk = unit(0)
+    steps: list[list[Step]] = [
+        [(Recv(1, chunk, True), Recv(1, chunk, True))],
+        [(Send(0, chunk), Recv(2, chunk)), (Send(0, chunk),)],
+        [(Send(1, chunk),)],
+    ]
+    with pytest.raises(ScheduleError, match=r"one fold takes two messages of one rank, of \[1, 1\]"):
+        verify(spec, lambda rank: steps[rank])
+
+
+def test_a_whole_value_whose_mean_nobody_would_divide_is_refused() -> None:
+    """Rank 1 adds for rank 0 and keeps nothing: where a mean is divided, a rank must see in its own steps."""
+    spec = Spec("reduce", 2, 1, (EVERYONE,), (frozenset({0}), frozenset()))
+    steps: list[list[Step]] = [
+        [(Send(1, unit(0)),), (Recv(1, unit(0)),)],
+        [(Recv(0, unit(0), True),), (Send(0, unit(0)),)],
+    ]
+    with pytest.raises(ScheduleError, match="a mean would not have been divided"):
+        verify(spec, lambda rank: steps[rank])
+
+
+def test_a_fold_in_another_order_is_not_taken_for_one_in_rank_order() -> None:
+    everyone = frozenset(range(3))
+    spec = Spec("reduce", 3, 1, (everyone,), (frozenset({0}), frozenset(), frozenset()))
+    # Ranks 1 and 2 swap what they hold, so that rank 0 folds 0, 2, 1.
+    swap: list[Step] = [(Send(2, unit(0)), Recv(2, unit(0))), (Send(0, unit(0)),)]
+    steps: list[list[Step]] = [
+        [(Recv(1, unit(0), True), Recv(2, unit(0), True))],
+        swap,
+        [(Send(1, unit(0)), Recv(1, unit(0))), (Send(0, unit(0)),)],
+    ]
+    assert not verify(spec, lambda rank: steps[rank]).rank_ordered

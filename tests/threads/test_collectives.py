@@ -188,3 +188,28 @@ def test_the_executor_runs_by_itself() -> None:
     once = sum(torch.arange(50) + rank for rank in range(6))
     for result in run_ranks(body, 6):
         assert torch.equal(result, once * 36)
+
+
+def test_shares_of_any_lengths_in_any_order_of_their_owners() -> None:
+    """Empty shares make neighbours of units that lie in different tensors."""
+
+    def body(comm: Communicator) -> bool:
+        for lengths in ([0, 1, 0, 1], [1, 0, 7, 7], [3, 0, 2, 1], [0, 0, 0, 5]):
+            for name in ("auto", "torus", "ring", "direct"):
+                outputs = [torch.full((length,), -1.0) for length in lengths]
+                comm.all_gather(outputs, torch.full((lengths[comm.rank],), comm.rank + 1.0), algorithm=name)
+                assert [o.tolist() for o in outputs] == [[r + 1.0] * n for r, n in enumerate(lengths)], (name, lengths)
+        return True
+
+    assert all(run_ranks(body, 4))
+
+
+def test_a_single_element_with_an_odd_stride() -> None:
+    def body(comm: Communicator) -> list[float]:
+        for length in (0, 1):
+            tensor = torch.full((9,), float(comm.rank))[1::2][:length]
+            comm.broadcast(tensor, 1)
+            assert tensor.tolist() == [1.0] * length
+        return tensor.tolist()
+
+    assert run_ranks(body, 2, "torch_p2p") == [[1.0], [1.0]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,3 +342,141 @@ def test_the_trace_shows_reductions_under_backward_and_the_report_says_how_much(
         assert last["exposed_ms"] == pytest.approx(
             max(0.0, last["end_ms"] - max(report["backward_ms"], last["start_ms"])), abs=1e-6
         )
+
+
+def test_two_forwards_before_a_backward_and_evaluation_in_between() -> None:
+    """Broadcasting buffers must not spoil what autograd has saved."""
+
+    def body(comm: Communicator) -> Tensor:
+        torch.manual_seed(0)
+        model = ringred.DistributedDataParallel(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), process_group=comm)
+        inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(comm.rank))
+        first = model(inputs)
+        with torch.no_grad():
+            model(inputs)
+        (first * model(inputs + 1)).mean().backward()
+        # Ranks may evaluate unequal numbers of batches before they train on.
+        model.eval()
+        with torch.no_grad():
+            for _ in range(2 + comm.rank):
+                model(inputs)
+        model.train()
+        model(inputs).mean().backward()
+        return model.module[1].weight.grad
+
+    results = run_ranks(body, 2)
+    assert torch.equal(*results)
+
+
+def test_what_was_accumulated_without_synchronisation_is_reduced_though_unused_now() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.ones(())) for _ in range(2))
+
+        def forward(self, x: Tensor, which: str) -> Tensor:
+            return getattr(self, which) * x
+
+    def body(comm: Communicator, as_view: bool) -> tuple[float, float]:
+        model = ringred.DistributedDataParallel(
+            Either(), process_group=comm, find_unused_parameters=True, gradient_as_bucket_view=as_view
+        )
+        x = torch.tensor(float(comm.rank))
+        with model.no_sync():
+            model(x, "a").backward()
+        model(x, "b").backward()
+        model(x, "b").backward()  # without zero_grad: a keeps what it has, b accumulates
+        return model.module.a.grad.item(), model.module.b.grad.item()
+
+    for as_view in (False, True):
+        assert run_ranks(lambda comm, as_view=as_view: body(comm, as_view), 2) == [(0.5, 1.0)] * 2
+
+
+def test_an_output_that_the_loss_does_not_use() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [head(x) for head in self.heads]
+
+    def body(comm: Communicator) -> list[Tensor | None]:
+        model = ringred.DistributedDataParallel(Heads(), process_group=comm, find_unused_parameters=True)
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.ones(1, 2))[comm.rank].sum().backward()  # each rank has a head of its own, none the third
+        return [head.weight.grad for head in model.module.heads]
+
+    for first, second, third in run_ranks(body, 2):
+        assert torch.equal(first, torch.full((1, 2), 0.5))
+        assert torch.equal(second, torch.full((1, 2), 0.5))
+        assert third is None
+
+
+def test_memory_format_is_part_of_the_model() -> None:
+    def body(comm: Communicator) -> str:
+        model = nn.Conv2d(2, 3, 2, bias=False)
+        if comm.rank == 1:
+            model = model.to(memory_format=torch.channels_last)
+        with pytest.raises(ModelMismatch) as raised:
+            ringred.DistributedDataParallel(model, process_group=comm)
+        return str(raised.value)
+
+    assert all("strides [8, 1, 4, 2]" in text for text in run_ranks(body, 2))
+
+
+def test_a_backward_that_failed_is_said_and_training_goes_on() -> None:
+    def body(comm: Communicator) -> Tensor:
+        torch.manual_seed(0)
+        model = ringred.DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)), process_group=comm)
+        output = model(torch.ones(1, 3))
+        inner = model.module[0].weight.register_hook(lambda gradient: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            output.sum().backward()
+        inner.remove()
+        with pytest.raises(RuntimeError, match="expected to have finished reduction"):
+            model(torch.ones(1, 3))
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.full((1, 3), float(comm.rank))).sum().backward()
+        return model.module[0].weight.grad
+
+    results = run_ranks(body, 2)
+    assert torch.equal(*results)
+    assert results[0].abs().sum() > 0
+
+
+def test_buffers_that_a_module_replaces_are_synchronised_too() -> None:
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+            return (x * self.weight + self.mean).sum()
+
+    def body(comm: Communicator) -> Tensor:
+        model = ringred.DistributedDataParallel(Average(), process_group=comm)
+        for _ in range(3):
+            model(torch.full((4, 2), float(comm.rank))).backward()
+        model(torch.zeros(4, 2))
+        return model.module.mean
+
+    first, second = run_ranks(body, 2)
+    assert torch.equal(first, second)
+
+
+def test_a_wrapper_that_is_dropped_takes_its_hooks_along() -> None:
+    def body(comm: Communicator) -> tuple[int, bool]:
+        model = nn.Linear(4, 4, bias=False)
+        wrappers = [weakref.ref(ringred.DistributedDataParallel(model, process_group=comm)) for _ in range(3)]
+        gc.collect()
+        last = ringred.DistributedDataParallel(model, process_group=comm)
+        before = comm.counters.bytes_sent
+        last(torch.ones(1, 4)).sum().backward()
+        return comm.counters.bytes_sent - before, any(wrapper() is not None for wrapper in wrappers)
+
+    assert run_ranks(body, 2) == [(64, False)] * 2

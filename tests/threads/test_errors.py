@@ -176,6 +176,7 @@ def test_a_collective_in_vain_on_a_closed_communicator() -> None:
             "expected a dense .* got layout torch.sparse_coo",
         ),
         (lambda c: c.all_reduce(torch.ones(3, device="meta")), TypeError, "expected a CPU tensor, got one on meta"),
+        (lambda c: c.all_reduce(torch.ones(1).expand(4)), TypeError, "expected memory of its own .* got an expanded"),
         (lambda c: c.all_reduce([1.0]), TypeError, "expected a tensor, got list"),
         (
             lambda c: c.all_reduce(torch.ones(3, dtype=torch.int32), "avg"),
@@ -226,3 +227,58 @@ def test_waiting_for_a_work_has_a_limit_of_its_own() -> None:
 def test_ranks_that_need_a_launcher_are_refused() -> None:
     with pytest.raises(ValueError, match="transport is 'local' or 'torch_p2p', got 'mpi'"):
         run_ranks(lambda comm: None, 2, "mpi")
+
+
+@TRANSPORTS
+def test_closing_finishes_what_was_started(transport: str) -> None:
+    def body(comm: Communicator) -> list[float]:
+        tensors = [torch.ones(100_000) for _ in range(6)]
+        works = [comm.all_reduce(tensor, async_op=True) for tensor in tensors]
+        comm.close()
+        assert [work.exception() for work in works] == [None] * 6
+        return [tensor[0].item() for tensor in tensors]
+
+    assert run_ranks(body, 2, transport) == [[2.0] * 6] * 2
+
+
+def test_a_callback_may_start_but_not_wait() -> None:
+    def body(comm: Communicator) -> tuple[list[BaseException], float]:
+        caught: list[BaseException] = []
+        tensor = torch.ones(1)
+
+        def callback() -> None:
+            try:
+                comm.barrier()
+            except RingredError as refusal:
+                caught.append(refusal)
+            started.append(comm.all_reduce(tensor, async_op=True))
+
+        started: list[object] = []
+        work = comm.barrier(async_op=True)
+        work.on_done(callback)
+        work.wait()
+        while not started:
+            time.sleep(0.001)
+        started[0].wait()  # type: ignore[attr-defined]
+        return caught, tensor.item()
+
+    for caught, total in run_ranks(body, 2):
+        # Where the work was done before the callback was set, it ran on this thread, and could wait.
+        assert all("called from a callback on the progress thread" in str(error) for error in caught)
+        assert total == 2.0
+
+
+@TRANSPORTS
+def test_a_failure_reaches_those_who_wait_in_a_part_of_the_ranks(transport: str) -> None:
+    def body(comm: Communicator) -> None:
+        part = comm.split(0)
+        assert part is not None
+        comm.barrier()
+        if comm.rank == 1:
+            raise ZeroDivisionError("no batch left")
+        part.all_reduce(torch.ones(3))
+
+    errors = caught(body, 3, transport, timeout=10)
+    for rank in (0, 2):
+        assert isinstance(errors[rank], PeerFailed)
+        assert "raised ZeroDivisionError: no batch left" in str(errors[rank])
