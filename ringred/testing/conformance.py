@@ -236,10 +236,11 @@ def _barrier(transport: Transport) -> None:
         transport.wait(request, _soon())
 
 
-def _ready(transport: Transport, report: str) -> bool:
-    """Whether all ranks are here; False, with `report` published, where a faster one has aborted already."""
+def _ready(transport: Transport, report: str, turn: int, contract: int | None = None) -> bool:
+    """Begins once all ranks are here; False, with `report` published, where a faster one has aborted already."""
     try:
         _barrier(transport)
+        transport.begin(turn if contract is None else contract, turn)
     except Fault as fault:
         if fault.kind not in (FaultKind.ABORTED, FaultKind.PEER):
             raise
@@ -259,9 +260,8 @@ def _fault(transport: Transport, peer: int, seconds: float = _PATIENCE) -> Fault
 
 @_check(BREAKING)
 def a_deadline_ends_a_wait_and_names_the_peer(transport: Transport) -> None:
-    if not _ready(transport, "timed out"):
+    if not _ready(transport, "timed out", 20):
         return
-    transport.begin(20, 20)
     left, _ = _next(transport)
     began = time.monotonic()
     fault = _fault(transport, left, 0.5)
@@ -277,10 +277,9 @@ def a_deadline_ends_a_wait_and_names_the_peer(transport: Transport) -> None:
 
 @_check(BREAKING)
 def a_message_of_another_collective_is_found_out(transport: Transport) -> None:
-    if not _ready(transport, "mismatch"):
+    if not _ready(transport, "mismatch", 30, contract=30 + transport.rank):
         return
     left, right = _next(transport)
-    transport.begin(30 + transport.rank, 30)
     send = transport.isend(right, torch.zeros(4))
     fault = _fault(transport, left, 5)
     if fault.kind not in (FaultKind.MISMATCH, FaultKind.ABORTED, FaultKind.PEER):
@@ -291,10 +290,9 @@ def a_message_of_another_collective_is_found_out(transport: Transport) -> None:
 
 @_check(BREAKING)
 def a_longer_message_is_found_out_and_written_nowhere(transport: Transport) -> None:
-    if not _ready(transport, "mismatch"):
+    if not _ready(transport, "mismatch", 40):
         return
     left, right = _next(transport)
-    transport.begin(40, 40)
     memory = torch.zeros(1 << 16)
     send = transport.isend(right, torch.ones(1 << 18))
     try:
@@ -311,9 +309,8 @@ def a_longer_message_is_found_out_and_written_nowhere(transport: Transport) -> N
 
 @_check(BREAKING)
 def an_abort_reaches_those_who_wait_and_carries_reports(transport: Transport) -> None:
-    if not _ready(transport, f"report of {transport.rank}"):
+    if not _ready(transport, f"report of {transport.rank}", 50):
         return
-    transport.begin(50, 50)
     last = transport.size - 1
     if transport.rank == last:
         time.sleep(0.2)
@@ -326,15 +323,17 @@ def an_abort_reaches_those_who_wait_and_carries_reports(transport: Transport) ->
     _expect("reports", reports, {rank: f"report of {rank}" for rank in range(transport.size)})
     # And from here on everything raises.
     left, _ = _next(transport)
-    transport.begin(51, 51)
-    _fault(transport, left, 5)
+    try:
+        transport.begin(51, 51)
+        _fault(transport, left, 5)
+    except Fault as fault:
+        _expect("the kind of fault", fault.kind, FaultKind.ABORTED)
 
 
 @_check(BREAKING)
 def a_peer_that_leaves_is_missed(transport: Transport) -> None:
-    if not _ready(transport, "rank 1 left"):
+    if not _ready(transport, "rank 1 left", 60):
         return
-    transport.begin(60, 60)
     if transport.rank == 1:
         transport.close()
         return

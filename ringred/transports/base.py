@@ -66,7 +66,8 @@ class Transport(Protocol):
     def begin(self, contract: int, turn: int) -> None:
         """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.
 
-        `turn` counts the collectives of all ranks; it is −1 for what concerns one pair of them.
+        `turn` counts the collectives of all ranks; it is −1 for what concerns one pair of them. Raises `Fault`
+        where it is known by now that a rank aborted; once begun, what has arrived counts, whoever aborts.
         """
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:

@@ -109,6 +109,8 @@ class LocalTransport:
 
     def begin(self, contract: int, turn: int) -> None:
         self._contract = contract
+        with self.hub.lock:
+            self._check_aborted()
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
         message = _Message(src, self._contract)
@@ -174,15 +176,18 @@ class LocalTransport:
                 self._drain()
                 if done():  # what came before an abort is still there
                     return
-                if hub.reports:
-                    culprit = next(iter(hub.reports))
-                    raise Fault(FaultKind.ABORTED, culprit, hub.reports[culprit])
+                self._check_aborted()
                 if peer in hub.gone:
                     raise Fault(FaultKind.PEER, peer, hub.gone[peer])
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise Fault(FaultKind.TIMEOUT, peer, "deadline passed")
                 hub.wake[self.rank].wait(left)
+
+    def _check_aborted(self) -> None:
+        if self.hub.reports:
+            culprit = next(iter(self.hub.reports))
+            raise Fault(FaultKind.ABORTED, culprit, self.hub.reports[culprit])
 
     def _drain(self) -> None:
         """Moves what waits for a slot into those that became free."""

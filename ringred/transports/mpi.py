@@ -144,8 +144,9 @@ class MpiTransport:
     def begin(self, contract: int, turn: int) -> None:
         head = _PAIR if turn < 0 else (turn % _TURNS) << (_LENGTH_BITS + _CONTRACT_BITS)
         self._head = head | (contract & ((1 << _CONTRACT_BITS) - 1)) << _LENGTH_BITS
-        if self._wake.Test(self._status):
+        while self._wake.Test(self._status):
             self._heed()
+        self._check_aborted()
         if turn >= 0 and self._data.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, self._status):
             self._check_left_over(turn)
 
@@ -208,8 +209,12 @@ class MpiTransport:
     def _abandon(self, request: _Send | _Receive) -> None:
         """Gives `request` up: it keeps its memory, for MPI may still use it."""
         self._abandoned.append(request)
-        culprit = next(iter(self._reports))
-        raise Fault(FaultKind.ABORTED, culprit, self._reports[culprit])
+        self._check_aborted()
+
+    def _check_aborted(self) -> None:
+        if self._reports:
+            culprit = next(iter(self._reports))
+            raise Fault(FaultKind.ABORTED, culprit, self._reports[culprit])
 
     def _look_at_peer(self, request: _Send | _Receive) -> None:
         """Raises if the peer of a receive that is not served has sent something else, or has left."""
