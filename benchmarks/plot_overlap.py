@@ -1,7 +1,7 @@
 """Draws one training step from the traces of its ranks: forward, backward, and the reduction of each bucket.
 
-RINGRED_TRACE=out/trace.json launch/mpirun.sh 2 examples/train_digits.py --algorithm ring
-python benchmarks/plot_overlap.py out/trace.rank0.json out/trace.rank1.json --output out/overlap.png
+RINGRED_TRACE=out/trace.json launch/mpirun.sh 2 benchmarks/scaling.py --algorithms ring --bucket-mb 2 --short
+python benchmarks/plot_overlap.py out/trace.rank0.json out/trace.rank1.json --output docs/overlap.png
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def step(events: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", type=Path, nargs="+")
-    parser.add_argument("--step", type=int, default=100)
+    parser.add_argument("--step", type=int, default=15)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     figure, axes = pyplot.subplots(
@@ -54,9 +54,9 @@ def main() -> None:
             line = 1 if kind == "bucket" else 0
             left, width = (span["ts"] - origin) / 1000, span["dur"] / 1000
             axis.barh(line, width, left=left, color=COLOURS[kind], edgecolor="white", height=0.8)
-            label = span["name"].split(" (")[0] if kind == "bucket" else span["name"]
+            label = span["name"].split()[1] if kind == "bucket" else span["name"]
             axis.text(left + width / 2, line, label, ha="center", va="center", fontsize=7, color="white")
-        axis.set_yticks([0, 1], ["model", "reductions"])
+        axis.set_yticks([0, 1], ["model", "buckets reduced"])
         axis.invert_yaxis()
         axis.set_title(f"rank {rank[0]['pid']}", loc="left", fontsize=9)
     axes[-1][0].set_xlabel("ms")

@@ -92,7 +92,11 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
     for name in options.algorithms:
         try:
             models[name] = ringred.DistributedDataParallel(
-                step_model(options.width), process_group=comm, algorithm=name, gradient_as_bucket_view=True
+                step_model(options.width),
+                process_group=comm,
+                bucket_cap_mb=options.bucket_mb,
+                gradient_as_bucket_view=True,
+                algorithm=name,
             )
         except RingredError as refusal:
             if comm.rank == 0:
@@ -183,6 +187,7 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", default=ringred.algorithms("all_reduce"), metavar="NAME")
     parser.add_argument("--width", type=int, default=768, help="of the perceptron that is timed")
     parser.add_argument("--batch", type=int, default=128, help="per rank")
+    parser.add_argument("--bucket-mb", type=float, help="bucket cap in MiB (default: 25, the first 1)")
     parser.add_argument("--steps", type=int, default=5, help="steps in one measurement")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each algorithm, interleaved")
     parser.add_argument("--epochs", type=int, default=15, help="of the digits example, for the accuracy")
