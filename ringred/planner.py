@@ -1,0 +1,220 @@
+"""From a collective as the user asked for it to a plan: algorithm, contract, program, memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from ringred.collectives.registry import Algorithm, lookup
+from ringred.executor import Piece, Plan, bind
+from ringred.ops import Folder, ReduceOp
+from ringred.schedule.ir import Group
+from ringred.schedule.lower import Program, lower
+from ringred.select import choose, segments_for, share_bounds
+from ringred.tensors import WriteBack
+from ringred.topology.detect import local_grid
+from ringred.topology.model import Topology
+
+__all__ = ["Call", "Planner", "Prepared", "adjacent"]
+
+_T = TypeVar("_T")
+
+_PROGRAMS = 256  # programs and calls kept for reuse
+_GIB = 1 << 30
+_ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
+_ONE_TENSOR = frozenset({"all_reduce", "broadcast", "reduce", "barrier"})
+
+
+class Call(NamedTuple):
+    """A collective with its algorithm settled. `digest` stands for all that every rank must ask for alike."""
+
+    collective: str
+    text: str
+    algorithm: Algorithm
+    group: Group
+    digest: int
+
+
+class Prepared(NamedTuple):
+    """A plan, and what is done on either side of it."""
+
+    plan: Plan
+    before: Callable[[], None] | None = None
+    after: WriteBack = None
+
+
+def adjacent(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Bounds of units of these lengths, one behind the other."""
+    bounds, lo = [], 0
+    for length in lengths:
+        bounds.append((lo, lo + length))
+        lo += length
+    return bounds
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+class Planner:
+    """Makes the calls and plans of one rank of one communicator, and keeps what can be used again."""
+
+    def __init__(
+        self, name: str, rank: int, size: int, hosts: Sequence[int], model: Topology, segment_bytes: int
+    ) -> None:
+        self.name, self.rank, self.size = name, rank, size
+        self.hosts, self.model, self.segment_bytes = tuple(hosts), model, segment_bytes
+        self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
+        self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+
+    # ------------------------------------------------------------------ calls
+
+    def call(
+        self,
+        collective: str,
+        like: Tensor,
+        count: int | None,
+        op: ReduceOp | None,
+        *,
+        algorithm: str = "auto",
+        grid: Sequence[int] | None = None,
+        root: int = 0,
+        bounds: Sequence[tuple[int, int]] | None = None,
+    ) -> Call:
+        """Settles algorithm and grid for `count` elements of the dtype of `like`; None where ranks differ.
+
+        `bounds` are those of the ranks' shares, where all ranks know them. Raises `UnknownAlgorithm`, `GridError`.
+        """
+        shape = tuple(grid) if grid is not None else None
+        lengths = None if bounds is None else tuple(hi for _, hi in bounds)
+        key = (collective, like.dtype, count, op, algorithm, shape, root, lengths)
+        known = self._calls.get(key)
+        if known is not None:
+            self._calls.move_to_end(key)
+            return known
+        nbytes = (count or 0) * like.element_size()
+        entry, shape = self._settle(collective, algorithm, shape, nbytes, root)
+        group = entry.group(self.size, root, shape, segments_for(nbytes, self.segment_bytes))
+        parts = [] if op is None else [op.value]
+        parts.append(str(like.dtype).removeprefix("torch."))
+        if count is not None:
+            parts.append(f"{count} element{'' if count == 1 else 's'}")
+        if collective in _ROOTED:
+            parts.append(f"root {root}")
+        parts.append(entry.name if group.grid is None else f"{entry.name} {'x'.join(map(str, group.grid))}")
+        text = f"{collective} ({', '.join(parts)})"
+        digest = _digest(f"{self.name} {text} {group} {lengths} {self.segment_bytes}")
+        return _keep(self._calls, key, Call(collective, text, entry, group, digest))
+
+    def _settle(
+        self, collective: str, algorithm: str, shape: tuple[int, ...] | None, nbytes: int, root: int
+    ) -> tuple[Algorithm, tuple[int, ...] | None]:
+        if algorithm != "auto":
+            entry = lookup(collective, algorithm)
+            if shape is None and entry.grids is not None and len(set(self.hosts)) > 1:
+                shape = local_grid(self.hosts)
+            return entry, shape
+        if shape is not None:
+            return lookup(collective, "torus"), shape
+        entry, best = choose(collective, nbytes, self.model, root)
+        return entry, best.grid
+
+    def pair_call(self, like: Tensor, src: int, dst: int) -> Call:
+        """The call of a send from `src` to `dst`, as both of them see it."""
+        entry = lookup("send_recv", "direct")
+        dtype = str(like.dtype).removeprefix("torch.")
+        text = f"send {src}→{dst} ({dtype}, {like.numel()} element{'' if like.numel() == 1 else 's'})"
+        group = entry.group(2, root=int(src > dst))
+        return Call("send_recv", text, entry, group, _digest(f"{self.name} {text} {self.segment_bytes}"))
+
+    # ------------------------------------------------------------------ plans
+
+    def whole(self, call: Call, tensor: Tensor, op: ReduceOp | None, after: WriteBack) -> Prepared:
+        """The plan of a collective on one flat tensor that every rank holds whole."""
+        folder = None if op is None else Folder(op, tensor.dtype, self.size)
+        bounds = share_bounds(tensor.numel(), call.algorithm.units(call.group))
+        plan = bind(self._program(call, bounds, tensor), [Piece(0, tensor)], folder)
+        return Prepared(plan, self._scaling(folder, tensor), after)
+
+    def reduced_shares(
+        self, call: Call, tensor: Tensor, bounds: Sequence[tuple[int, int]], op: ReduceOp, after: WriteBack
+    ) -> Prepared:
+        """The plan of a reduce-scatter in `tensor`, in which the share of rank r is `bounds[r]`."""
+        folder = Folder(op, tensor.dtype, self.size)
+        units = [bounds[owner] for owner in call.algorithm.home(call.group)]
+        plan = bind(self._program(call, units, tensor), [Piece(0, tensor)], folder)
+        return Prepared(plan, self._scaling(folder, tensor), after)
+
+    def gathered_shares(
+        self, call: Call, shares: Sequence[Tensor], before: Callable[[], None], after: WriteBack
+    ) -> Prepared:
+        """The plan of an all-gather into `shares`, one a rank, whose lengths all ranks know."""
+        bounds = adjacent([share.numel() for share in shares])
+        units = [bounds[owner] for owner in call.algorithm.home(call.group)]
+        pieces = [Piece(lo, share) for (lo, _), share in zip(bounds, shares, strict=True)]
+        return Prepared(bind(self._program(call, units, shares[0]), pieces, None), before, after)
+
+    def pieces(
+        self, call: Call, units: Sequence[Tensor], before: Callable[[], None] | None, after: WriteBack
+    ) -> Prepared:
+        """The plan of a collective whose unit `u` is the tensor `units[u]`, of which ranks may know few.
+
+        Each is one message: their lengths are no part of the contract, so only whole ones can be compared.
+        """
+        bounds = adjacent([unit.numel() for unit in units])
+        held = [Piece(lo, unit) for (lo, hi), unit in zip(bounds, units, strict=True) if hi > lo]
+        program = self._program(call, bounds, units[0], whole_messages=True)
+        return Prepared(bind(program, held or [Piece(0, units[0])], None), before, after)
+
+    def pair(self, call: Call, tensor: Tensor, src: int, dst: int, after: WriteBack) -> Prepared:
+        """The plan of a send, or of its receive."""
+        # The schedule is written for ranks 0 and 1; `place` gives them their real numbers.
+        place = (min(src, dst), max(src, dst))
+        steps = call.algorithm.steps(call.group)(place.index(self.rank))
+        renamed = [tuple(op._replace(peer=place[op.peer]) for op in step) for step in steps]
+        program = lower(self.rank, renamed, [(0, tensor.numel())], self.segment_elements(tensor))
+        return Prepared(bind(program, [Piece(0, tensor)], None), None, after)
+
+    def segment_elements(self, tensor: Tensor) -> int:
+        """The greatest number of elements in one message of the dtype of `tensor`."""
+        return max(1, self.segment_bytes // tensor.element_size())
+
+    def _scaling(self, folder: Folder | None, tensor: Tensor) -> Callable[[], None] | None:
+        if folder is None or not folder.scales_first or self.size == 1:
+            return None
+        return lambda: folder.scale_first(tensor)
+
+    def _program(
+        self, call: Call, bounds: Sequence[tuple[int, int]], like: Tensor, whole_messages: bool = False
+    ) -> Program:
+        segment = _GIB // like.element_size() if whole_messages else self.segment_elements(like)
+        key = (call.collective, call.algorithm.name, call.group, tuple(bounds), segment)
+        known = self._programs.get(key)
+        if known is not None:
+            self._programs.move_to_end(key)
+            return known
+        steps = call.algorithm.steps(call.group)(self.rank)
+        # Units of one tensor travel together where they are adjacent; shares lie in tensors of their own.
+        merge = call.collective in _ONE_TENSOR
+        program = lower(self.rank, steps, bounds, segment, keep=self._keeps(call), merge=merge)
+        return _keep(self._programs, key, program)
+
+    def _keeps(self, call: Call) -> Callable[[int], bool]:
+        """Which units of a reduction this rank must hold at the end."""
+        if call.collective == "reduce_scatter":
+            home = call.algorithm.home(call.group)
+            return lambda unit: home[unit] == self.rank
+        if call.collective == "reduce":
+            return lambda unit: call.group.root == self.rank
+        return lambda unit: True
+
+
+def _keep(cache: OrderedDict[tuple[Any, ...], _T], key: tuple[Any, ...], value: _T) -> _T:
+    cache[key] = value
+    if len(cache) > _PROGRAMS:
+        cache.popitem(last=False)
+    return value

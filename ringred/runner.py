@@ -1,0 +1,178 @@
+"""Runs calls of one communicator: in one order, on one thread at a time, and makes one exception of what fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ringred.errors import PeerFailed, RingredError
+from ringred.executor import run
+from ringred.failures import RAISED, Report, diagnose
+from ringred.planner import Call, Prepared
+from ringred.trace import Tracer
+from ringred.transports.base import Fault, Request, Transport
+from ringred.work import Progress, Work
+
+__all__ = ["Runner"]
+
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
+_OUTGOING = 32  # asynchronous sends that may be on their way
+_REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
+_CONTRACT_MASK = (1 << 62) - 1
+
+
+class Runner:
+    """The order, the thread and the fate of a communicator's calls; `timeout` is that of each, in seconds."""
+
+    def __init__(self, transport: Transport, timeout: float, name: str) -> None:
+        self.transport, self.timeout = transport, timeout
+        self.rank, self.size = transport.rank, transport.size
+        self.tracer: Tracer | None = None
+        self.closed = False
+        self._order = threading.RLock()
+        self._progress = Progress(f"ringred-{name}-{self.rank}")
+        self._sequence = 0
+        self._pair_sequence: dict[tuple[int, int], int] = {}
+        self._outgoing: deque[list[Request]] = deque()
+        self._current: tuple[int, str, str] | None = None
+        self._failure: RingredError | None = None
+
+    def launch(
+        self,
+        call: Call,
+        prepare: Callable[[], Prepared | None],
+        async_op: bool,
+        pair: tuple[int, int] | None = None,
+    ) -> Work[None] | None:
+        """Runs `call` behind all that was launched before: here if nothing is in flight, else on the progress thread.
+
+        `prepare` makes the plan, on the thread that runs it; None where it did all itself. `pair` is the sender
+        and receiver of what only concerns two ranks.
+        """
+        site = _call_site()
+        with self._order:
+            self._check_usable(call)
+            if self.closed:
+                raise PeerFailed(f"rank {self.rank}: {call.text}: this communicator is closed")
+            if not async_op and self._progress.is_current():
+                raise RingredError(
+                    f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
+                    "for itself; use async_op=True there"
+                )
+            if pair is None:
+                self._sequence += 1
+                number = self._sequence
+            else:
+                number = self._pair_sequence[pair] = self._pair_sequence.get(pair, 0) + 1
+
+            def job() -> None:
+                self._run(call, number, site, prepare, pair is not None)
+
+            if not async_op and self._progress.idle():
+                job()
+                return None
+            work: Work[None] = Work(f"rank {self.rank}: {_numbered(call, number)} at {site}")
+            self._progress.submit(lambda: work.finish(job))
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+    def post(self, peer: int, parts: Sequence[Tensor]) -> None:
+        """Sends memory that nobody else writes to, and waits for it later."""
+        self._outgoing.append([self.transport.isend(peer, part) for part in parts])
+        if len(self._outgoing) > _OUTGOING:
+            self._wait_sent(self._outgoing.popleft())
+
+    def abort(self, cause: BaseException) -> None:
+        """Tells every rank that this one failed with `cause` and takes no further part."""
+        if self._failure is None and not self.closed:
+            self._failure = PeerFailed(f"rank {self.rank}: gave this communicator up after {cause!r}")
+            number, call, site = self._current or (self._sequence, "no collective", "")
+            what = f"{type(cause).__name__}: {cause}"[:1000]
+            self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, what).dump())
+
+    def close(self) -> None:
+        """Finishes what is in flight and closes the transport. A second call does nothing."""
+        with self._order:
+            if self.closed:
+                return
+            self.closed = True
+        self._progress.close()
+        if self._failure is None:
+            with contextlib.suppress(Fault):  # a peer that no longer receives is not this rank's trouble
+                while self._outgoing:
+                    self._wait_sent(self._outgoing.popleft())
+        self.transport.close()
+        if self.tracer is not None:
+            self.tracer.write()
+
+    def _wait_sent(self, requests: Sequence[Request]) -> None:
+        deadline = time.monotonic() + self.timeout
+        for request in requests:
+            self.transport.wait(request, deadline)
+
+    def _check_usable(self, call: Call) -> None:
+        if self._failure is not None:
+            where = f"rank {self.rank}: {call.text}"
+            raise type(self._failure)(
+                f"{where}: this communicator is unusable since an earlier failure: {self._failure}"
+            ) from self._failure
+
+    def _run(self, call: Call, number: int, site: str, prepare: Callable[[], Prepared | None], of_a_pair: bool) -> None:
+        self._check_usable(call)
+        # Ranks count collectives alike; what two of them do between themselves has the number of the one before.
+        self._current = (self._sequence if of_a_pair else number, _numbered(call, number), site)
+        began = time.monotonic()
+        try:
+            contract = (call.digest ^ number * 0x9E3779B97F4A7C15) & _CONTRACT_MASK
+            self.transport.begin(contract, -1 if of_a_pair else number)
+            prepared = prepare()
+            if prepared is not None:
+                if prepared.before is not None:
+                    prepared.before()
+                run(prepared.plan, self.transport, began + self.timeout, self.tracer)
+                if prepared.after is not None:
+                    prepared.after()
+        except Fault as fault:
+            self._failure = self._diagnosed(fault, time.monotonic() - began)
+            raise self._failure from fault
+        except RingredError:
+            raise
+        except BaseException as failure:
+            self.abort(failure)
+            raise
+        finally:
+            self._current = None
+        if self.tracer is not None:
+            start, end = int(began * 1e9), time.monotonic_ns()
+            self.tracer.span("collective", _numbered(call, number), start, end, site=site)
+
+    def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
+        """Publishes what this rank saw, reads what the others saw, and makes one exception of it."""
+        number, call, site = self._current or (self._sequence, "no collective", "")
+        mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, fault.detail[:1000])
+        self.transport.abort(mine.dump())
+        loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
+        return diagnose(mine, {rank: report for rank, report in loaded.items() if report is not None}, self.size)
+
+
+def _numbered(call: Call, number: int) -> str:
+    head, _, rest = call.text.partition(" ")
+    return f"{head} #{number} {rest}"
+
+
+def _call_site() -> str:
+    """Where in the user's program the collective was called: the innermost frame outside of ringred and torch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
