@@ -57,7 +57,7 @@ def launch(
         raise AssertionError(f"{launcher} {program} did not end within {limit} s:\n{output.decode()}") from None
     seconds = time.monotonic() - began
     left = processes_with(token)
-    left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before]
+    left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before - mapped_names()]
     return Ended(job.returncode, output.decode(errors="replace").replace("\0", ""), seconds, left)
 
 
@@ -78,3 +78,16 @@ def processes_with(token: str, patience: float = 3.0) -> list[str]:
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
+
+
+def mapped_names() -> set[str]:
+    """The files in /dev/shm that some process still uses: other jobs may run on this machine at the same time."""
+    names = set()
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit():
+            try:
+                maps = (directory / "maps").read_text()
+            except OSError:
+                continue
+            names.update(line.partition("/dev/shm/")[2].split()[0] for line in maps.splitlines() if "/dev/shm/" in line)
+    return names

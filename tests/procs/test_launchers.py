@@ -86,3 +86,30 @@ def test_the_example_resumes_from_its_checkpoint_and_traces(tmp_path: Path) -> N
         early = sum(b["ts"] < over["ts"] + over["dur"] for b, over in zip(buckets, backward, strict=True))
         # Both cores compute, and a step has 2 ms of backward: the kernel may let the progress thread wait that long.
         assert early > 0.5 * len(backward), "the first bucket's reduction starts before backward ends"
+
+
+def test_the_scaling_benchmark_measures_and_simulates(tmp_path: Path) -> None:
+    found, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    small = ("--short", "--width", "64", "--rounds", "2", "--epochs", "2", "--simulate-ranks", "16")
+    named = ("--algorithms", "ring", "central", "native", "--json", str(found), "--plot", str(picture))
+    ended = launch("mpirun", 3, ROOT / "benchmarks" / "scaling.py", *small, *named)
+    assert ended.status == 0, ended.output[-3000:]
+    result = json.loads(found.read_text())
+    assert {"machine", "versions", "command", "baseline", "model"} <= result.keys()
+    rows = {row["algorithm"]: row for row in result["rows"]}
+    nbytes = result["gradient_bytes"]
+    # 3 ranks: ring sends 2·2/3 of the data, the centre of `central` twice the data, and MPI's own is not counted.
+    assert rows["ring"]["bytes_sent_by_the_busiest"] == pytest.approx(4 / 3 * nbytes, rel=1e-3)
+    assert rows["central"]["bytes_sent_by_the_busiest"] == pytest.approx(2 * nbytes, rel=1e-3)
+    assert rows["native"]["bytes_sent_by_the_busiest"] is None
+    for row in rows.values():
+        assert row["efficiency"] == pytest.approx(result["baseline_step_ms"] / row["step_ms"])
+        assert row["speedup"] == pytest.approx(3 * row["efficiency"])
+    simulated = {(row["algorithm"], row["ranks"]): row["efficiency"] for row in result["simulated"]}
+    assert max(ranks for _, ranks in simulated) == 16
+    assert simulated["ring", 1] == 1.0
+    assert simulated["central", 16] < simulated["ring", 16] < simulated["torus", 16] < 1
+    assert picture.stat().st_size > 10_000
+    assert "3 ranks share" in ended.output or result["machine"]["usable_cores"] >= 3
+    assert "Baseline: one rank alone" in ended.output
+    assert "Simulated, not measured" in ended.output

@@ -207,6 +207,42 @@ def test_bad_arguments_are_refused_before_anything_is_sent(body: Body, kind: typ
     assert run_ranks(refused, 2) == [True, True]
 
 
+@PATHS
+@pytest.mark.parametrize(
+    ("options", "tensor", "kind", "message"),
+    [
+        ({"algorithm": "rnig"}, torch.ones(3), ValueError, "no algorithm 'rnig'"),
+        ({"algorithm": "torus", "grid": (3, 2)}, torch.ones(3), ValueError, "grid 3x2 holds 6 ranks, expected 2"),
+        ({}, torch.ones(3).to_sparse(), TypeError, "rank .: all_reduce: expected a dense"),
+    ],
+)
+def test_bad_arguments_on_every_path(
+    path: str, options: dict[str, object], tensor: torch.Tensor, kind: type, message: str
+) -> None:
+    def body(comm: Communicator) -> bool:
+        with pytest.raises(kind, match=message):
+            call(comm, path, tensor, **options)
+        after = torch.ones(4)
+        comm.all_reduce(after)
+        return after.sum().item() == 8
+
+    assert run_ranks(body, 2) == [True, True]
+
+
+def test_bad_arguments_of_ddp_are_refused_at_construction_on_every_rank() -> None:
+    def body(comm: Communicator) -> list[str]:
+        texts = []
+        for options in ({"algorithm": "rnig"}, {"algorithm": "torus", "grid": (3, 2)}):
+            with pytest.raises(ValueError, match=r"rnig|3x2") as raised:
+                ringred.DistributedDataParallel(nn.Linear(2, 2), process_group=comm, **options)
+            texts.append(str(raised.value))
+        return texts
+
+    for unknown, grid in run_ranks(body, 2):
+        assert "no algorithm 'rnig'; there are" in unknown
+        assert "holds 6 ranks, expected 2" in grid
+
+
 def test_waiting_for_a_work_has_a_limit_of_its_own() -> None:
     def body(comm: Communicator) -> str:
         if comm.rank == 1:
