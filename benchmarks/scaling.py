@@ -177,7 +177,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     right.set_ylim(0, 1.05)
     right.set_xlabel("ranks")
     right.set_title(f"Simulated, no overlap: α {ALPHA * 1e6:g} µs, β {BETA * 1e9:g} ns/B, γ {GAMMA * 1e9:g} ns/B")
-    right.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=len(SIMULATED), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
