@@ -45,7 +45,10 @@ class OverlapReport:
     @property
     def hidden(self) -> float:
         """The share of the communication that backward hid, 0 to 1; 1 where there was none."""
-        return 1.0 - self.exposed_ms / self.communication_ms if self.communication_ms else 1.0
+        if not self.communication_ms:
+            return 1.0
+        # Sums of differences: rounding must not make it a hair less than nothing.
+        return max(0.0, 1.0 - self.exposed_ms / self.communication_ms)
 
     def as_dict(self) -> dict[str, Any]:
         return {
