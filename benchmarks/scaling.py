@@ -11,6 +11,7 @@ algorithm also trains the digits example to its end.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,8 @@ from ringred.errors import RingredError
 from ringred.select import predict
 from ringred.topology.model import flat
 
-EXAMPLE = __import__("runpy").run_path(str(Path(__file__).parents[1] / "examples" / "train_digits.py"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples import train_digits
 
 # The network that the simulation assumes: 25 Gbit/s Ethernet, and a processor that adds 10 GB/s.
 ALPHA, BETA, GAMMA = 20e-6, 0.32e-9, 0.1e-9
@@ -64,23 +66,23 @@ def step_timer(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> 
 
 def final_accuracy(comm: ringred.Communicator, algorithm: str, epochs: int) -> float:
     """Test accuracy of the digits example, trained with `algorithm`."""
-    train, test = EXAMPLE["digits"]()
+    train, test = train_digits.digits()
     model = ringred.DistributedDataParallel(
-        EXAMPLE["make_model"](), process_group=comm, algorithm=algorithm, bucket_cap_mb=EXAMPLE["BUCKET_CAP_MB"]
+        train_digits.make_model(), process_group=comm, algorithm=algorithm, bucket_cap_mb=train_digits.BUCKET_CAP_MB
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     sampler = DistributedSampler(train, num_replicas=comm.size, rank=comm.rank, seed=1)
-    loader = DataLoader(train, batch_size=EXAMPLE["BATCH"], sampler=sampler, drop_last=True)
+    loader = DataLoader(train, batch_size=train_digits.BATCH, sampler=sampler, drop_last=True)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for index, (images, labels) in enumerate(loader):
             for group in optimizer.param_groups:
                 step = epoch * len(loader) + index
-                group["lr"] = EXAMPLE["learning_rate"](step, comm.size, len(loader), epochs)
+                group["lr"] = train_digits.learning_rate(step, comm.size, len(loader), epochs)
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
-    return float(EXAMPLE["accuracy"](model, test, comm))
+    return float(train_digits.accuracy(model, test, comm))
 
 
 def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Spread, list[dict[str, Any]], int]:

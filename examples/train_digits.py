@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--algorithm", default="auto", help=f"auto, {', '.join(ringred.algorithms('all_reduce'))}")
     parser.add_argument("--grid", help="of the torus, such as 2x2")
-    parser.add_argument("--checkpoint", type=Path, help="file to save after every epoch")
+    parser.add_argument("--checkpoint", type=Path, help="file, seen by all ranks, to save after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()

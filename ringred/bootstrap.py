@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from ringred.communicator import Communicator, abort_all
-from ringred.config import Config, detect_launch
+from ringred.config import Config, Launch, detect_launch
+from ringred.errors import TransportUnavailable
 from ringred.transports.local import Hub
 
 __all__ = ["default_communicator", "init"]
@@ -19,6 +20,7 @@ _GRACE_SECONDS = 1.0  # for peers to say what they saw before MPI ends the job
 
 _lock = threading.Lock()
 _default: Communicator | None = None
+_reports_uncaught = False
 _of_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
 
 
@@ -57,6 +59,17 @@ def default_communicator(group: Any = None) -> Communicator:
 
 def _connect(config: Config) -> Communicator:
     launch = detect_launch()
+    comm = _by_launcher(config, launch)
+    if comm.size != launch.size and not _torch_group_exists():
+        comm.close()
+        raise TransportUnavailable(
+            f"the launcher started {launch.size} ranks, but {comm.transport.name} connects {comm.size}: is this "
+            "mpirun of another MPI than mpi4py's (ringred doctor tells), or RINGRED_TRANSPORT set for another launcher?"
+        )
+    return comm
+
+
+def _by_launcher(config: Config, launch: Launch) -> Communicator:
     kind = {"mpi": "mpi", "torch_p2p": "store", None: launch.kind}[config.transport]
     if config.transport is None and _torch_group_exists():
         return Communicator.from_process_group(config=config)
@@ -77,6 +90,10 @@ def _torch_group_exists() -> bool:
 
 def _report_uncaught() -> None:
     """Makes an uncaught exception known to the peers: a rank that just ended would leave them waiting."""
+    global _reports_uncaught
+    if _reports_uncaught:
+        return
+    _reports_uncaught = True
     earlier = sys.excepthook
 
     def report(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:

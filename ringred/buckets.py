@@ -52,11 +52,11 @@ class Bucket:
     gradient. `missing` counts the parameters whose gradients are not there yet.
     """
 
-    def __init__(self, indices: Sequence[int], parameters: Sequence[Tensor], flat: Tensor | None = None) -> None:
+    def __init__(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
         members = [parameters[index] for index in indices]
         elements = sum(member.numel() for member in members)
         self.indices = list(indices)
-        self.flat = torch.zeros(elements, dtype=members[0].dtype) if flat is None else flat
+        self.flat = torch.zeros(elements, dtype=members[0].dtype)
         self.views: list[Tensor] = []
         offset = 0
         for member in members:

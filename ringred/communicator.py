@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from ringred import tensors
@@ -17,7 +18,7 @@ from ringred.errors import TransportUnavailable, UnknownAlgorithm, UnsupportedTe
 from ringred.ops import ReduceOp, reduce_op
 from ringred.planner import Call, Planner, Prepared, adjacent
 from ringred.runner import Runner
-from ringred.select import candidates, machine_model
+from ringred.select import candidates, decided_as, machine_model
 from ringred.topology.detect import host_indices, host_name
 from ringred.trace import Tracer
 from ringred.transports.base import Counters, Transport
@@ -89,6 +90,7 @@ class Communicator:
         from ringred.transports import torch_p2p
 
         config = config or Config.from_environment()
+        store = torch_p2p.corner(store, rank)
         names = torch_p2p.store_hosts(store, rank, size, host_name(), config.timeout)
         # Ranks of one host need no other address than the loopback, and then nobody else can connect.
         address = config.interface or ("127.0.0.1" if len(set(names)) == 1 else None)
@@ -156,11 +158,12 @@ class Communicator:
         async_op: bool = False,
     ) -> Work[None] | None:
         """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits."""
-        kind = reduce_op(op)
+        kind = reduce_op(op, self._where("all_reduce"))
         flat, back = tensors.flat(self._where("all_reduce"), tensor, kind)
         call = self._planner.call("all_reduce", flat, flat.numel(), kind, algorithm=algorithm, grid=grid)
         if call.algorithm.native:
-            return self._runner.launch(call, lambda: self._native(call, flat, kind, back), async_op)
+            self._check_native(call, flat)
+            return self._runner.launch(call, lambda: self._native(flat, kind, back), async_op)
         return self._runner.launch(call, lambda: self._planner.whole(call, flat, kind, back), async_op)
 
     def all_reduce_init(
@@ -175,17 +178,16 @@ class Communicator:
 
         As MPI-4's persistent collectives. It holds the tensor's memory.
         """
-        kind = reduce_op(op)
+        kind = reduce_op(op, self._where("all_reduce"))
         flat, back = tensors.flat(self._where("all_reduce"), tensor, kind)
         if back is not None:
             raise UnsupportedTensor("all_reduce_init: expected a contiguous tensor, whose memory stays in place")
         call = self._planner.call("all_reduce", flat, flat.numel(), kind, algorithm=algorithm, grid=grid)
         if call.algorithm.native:
-            sides: Callable[[], Prepared | None] = lambda: self._native(call, flat, kind, None)  # noqa: E731
-        else:
-            plan = self._planner.whole(call, flat, kind, None)
-            sides = lambda: plan  # noqa: E731
-        return PersistentAllReduce(self, call, sides)
+            self._check_native(call, flat)
+            return PersistentAllReduce(self, call, lambda: self._native(flat, kind, None))
+        prepared = self._planner.whole(call, flat, kind, None)
+        return PersistentAllReduce(self, call, lambda: prepared)
 
     def reduce_scatter(
         self,
@@ -202,7 +204,7 @@ class Communicator:
         `input` is one tensor of equal shares in rank order, or a list of one tensor a rank, whose lengths may
         differ.
         """
-        kind = reduce_op(op)
+        kind = reduce_op(op, self._where("reduce_scatter"))
         shares = tensors.shares(self._where("reduce_scatter"), input, self.size, kind)
         flat, back = tensors.flat(self._where("reduce_scatter"), output, kind, fill=False)
         bounds = adjacent([share.numel() for share in shares])
@@ -266,7 +268,7 @@ class Communicator:
     ) -> Work[None] | None:
         """Combines `tensor` over all ranks into that of rank `dst`; the others keep theirs."""
         self._check_peer("reduce", "dst", dst)
-        kind = reduce_op(op)
+        kind = reduce_op(op, self._where("reduce"))
         flat, back = tensors.flat(self._where("reduce"), tensor, kind)
         call = self._planner.call("reduce", flat, flat.numel(), kind, algorithm=algorithm, root=dst)
 
@@ -402,11 +404,12 @@ class Communicator:
 
     def explain(self, nbytes: int, collective: str = "all_reduce") -> str:
         """The algorithms for `nbytes` bytes with their predicted times; the first is what "auto" takes."""
-        from tabulate import tabulate
-
-        found = candidates(collective, self.size, nbytes, self.model, segment_bytes=self._planner.segment_bytes)
-        rows = [(c.name, "x".join(map(str, c.grid)) if c.grid else "", f"{c.seconds * 1e6:.1f}") for c in found]
-        head = f"{collective}, {nbytes} bytes, {self.size} ranks on {len(set(self.hosts))} hosts, {self.transport.name}"
+        decided = decided_as(nbytes)
+        rows = [
+            (c.name, "x".join(map(str, c.grid)) if c.grid else "", f"{c.seconds * 1e6:.1f}")
+            for c in candidates(collective, self.size, decided, self.model)
+        ]
+        head = f"{collective} of {nbytes} bytes (decided as {decided}) on {self.size} ranks, {self.transport.name}"
         return f"{head}\n{tabulate(rows, headers=['algorithm', 'grid', 'predicted µs'])}"
 
     @property
@@ -461,13 +464,17 @@ class Communicator:
         if given is not None:
             raise ValueError(f"{self._where(where)}: {what} is for rank {root} only, expected None here")
 
-    def _native(self, call: Call, flat: Tensor, op: ReduceOp, back: tensors.WriteBack) -> None:
-        native = getattr(self.transport, "native_all_reduce", None)
-        if native is None:
-            where = f"rank {self.rank}: {call.text}"
+    def _check_native(self, call: Call, tensor: Tensor) -> None:
+        can = getattr(self.transport, "can_all_reduce", None)
+        where = f"rank {self.rank}: {call.text}"
+        if can is None:
             raise UnknownAlgorithm(f"{where}: {self.transport.name} has no all-reduce of its own; MPI has")
-        if not native(flat, op.value, time.monotonic() + self.config.timeout):
-            raise UnsupportedTensor(f"rank {self.rank}: {call.text}: MPI has no {op.value} of {flat.dtype}")
+        if not can(tensor.dtype):
+            raise UnsupportedTensor(f"{where}: MPI does not reduce {tensor.dtype} by itself")
+
+    def _native(self, tensor: Tensor, op: ReduceOp, back: tensors.WriteBack) -> None:
+        native: Any = self.transport
+        native.native_all_reduce(tensor, op.value, time.monotonic() + self.config.timeout)
         if back is not None:
             back()
 
@@ -475,8 +482,8 @@ class Communicator:
 class PersistentAllReduce:
     """An all-reduce whose plan is made: `start()` runs it on what its tensor then holds."""
 
-    def __init__(self, comm: Communicator, call: Call, sides: Callable[[], Prepared | None]) -> None:
-        self._comm, self._call, self._sides = comm, call, sides
+    def __init__(self, comm: Communicator, call: Call, prepare: Callable[[], Prepared | None]) -> None:
+        self._comm, self._call, self._prepare = comm, call, prepare
 
     @property
     def algorithm(self) -> str:
@@ -485,7 +492,7 @@ class PersistentAllReduce:
 
     def start(self) -> Work[None]:
         """Starts it, to run on the progress thread."""
-        work = self._comm._runner.launch(self._call, self._sides, async_op=True)
+        work = self._comm._runner.launch(self._call, self._prepare, async_op=True)
         assert work is not None, "asynchronous calls return their work"
         return work
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Config:
         segment = env.get("RINGRED_SEGMENT_BYTES")
         return cls(
             timeout=_positive("RINGRED_TIMEOUT", env.get("RINGRED_TIMEOUT", "300")),
-            segment_bytes=None if segment is None else int(_positive("RINGRED_SEGMENT_BYTES", segment)),
+            segment_bytes=None if segment is None else math.ceil(_positive("RINGRED_SEGMENT_BYTES", segment)),
             transport=_choice("RINGRED_TRANSPORT", env.get("RINGRED_TRANSPORT"), ("mpi", "torch_p2p")),
             interface=env.get("RINGRED_INTERFACE"),
             trace=env.get("RINGRED_TRACE"),
@@ -47,7 +48,7 @@ def _positive(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive number, got {text!r}")
     return value
 
@@ -74,7 +75,8 @@ _MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Which launcher started this process, from what it left in the environment."""
+    """Which launcher started this process, from what it left in the environment. Raises `ValueError` where that
+    names several ranks and no way between them."""
     env = os.environ if environment is None else environment
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -83,6 +85,13 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
     size = next((env[name] for name in _MPI_SIZE if name in env), None)
     if rank is not None:
         return Launch("mpi", int(rank), int(size or 1))
+    # Ranks that cannot find each other must not go on as so many lonely ones.
+    size = next((env[name] for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") if name in env), "1")
+    if int(size) > 1:
+        raise ValueError(
+            f"{size} ranks were started, and nothing says how they find each other: torchrun sets RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT; srun needs --mpi=pmix (or pmi2) for MPI"
+        )
     return Launch("single", 0, 1)
 
 

@@ -420,7 +420,7 @@ def _check_same_model(comm: Communicator, module: nn.Module, ignored: set[str]) 
         return
     # Only now, when they differ, do the descriptions travel.
     outputs = [torch.empty(length, dtype=torch.uint8) for _, length in rows]
-    comm.all_gather(outputs, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    comm.all_gather(outputs, torch.tensor(list(text), dtype=torch.uint8))
     models = [bytes(output.tolist()).decode().split("\n") for output in outputs]
     comm.barrier()  # nobody may raise, and end, while others still read
     differing = next(rank for rank in range(comm.size) if models[rank] != models[0])

@@ -2,7 +2,7 @@
 
 The executor knows neither algorithms nor transports. Instructions come from `schedule.lower` in the order in
 which they run; here they meet tensors. Small tensor calls cost about a microsecond each, so every view is made
-when a plan is bound, and a plan is kept as long as its buffer is.
+when a plan is bound; what uses a buffer again and again (a bucket) keeps its plan.
 """
 
 from __future__ import annotations

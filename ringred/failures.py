@@ -95,7 +95,8 @@ def _mismatch(
     said = [_called(call, group) for call, group in calls.items()]
     said += [f"rank {r.rank} is past it, in {r.call} at {r.site}" for r in ahead]
     if seen is not None:
-        said.append(f"rank {seen.rank} got from rank {seen.peer} what it did not expect: {seen.detail}")
+        whom = f"from rank {seen.peer} " if seen.peer >= 0 else ""
+        said.append(f"rank {seen.rank} got {whom}what it did not expect: {seen.detail}")
     return CollectiveMismatch(f"rank {mine.rank}: the ranks did not make the same call: {'; '.join(said)}")
 
 

@@ -65,8 +65,8 @@ _BOOL_KERNELS = _KERNELS | {
 _ROUNDED = frozenset({torch.float16, torch.bfloat16})
 
 
-def reduce_op(op: object) -> ReduceOp:
-    """`op` as a `ReduceOp`: one of ours, its name, or torch.distributed's. Raises `ValueError`."""
+def reduce_op(op: object, where: str) -> ReduceOp:
+    """`op` as a `ReduceOp`: one of ours, its name, or torch.distributed's. Raises `ValueError`, beginning `where`."""
     if isinstance(op, ReduceOp):
         return op
     # torch.distributed.ReduceOp.SUM prints as "RedOpType.SUM" or "<RedOpType.SUM: 0>", by version.
@@ -75,7 +75,7 @@ def reduce_op(op: object) -> ReduceOp:
         return ReduceOp(name.lower())
     except ValueError:
         known = ", ".join(member.value for member in ReduceOp)
-        raise ValueError(f"unknown reduce operation {op!r}; there are {known}") from None
+        raise ValueError(f"{where}: unknown reduce operation {op!r}; there are {known}") from None
 
 
 def check_dtype(where: str, dtype: torch.dtype, op: ReduceOp | None) -> None:

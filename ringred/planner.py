@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ringred.collectives.registry import Algorithm, lookup
+from ringred.collectives.registry import ROOTED, Algorithm, lookup
+from ringred.errors import GridError, UnknownAlgorithm
 from ringred.executor import Piece, Plan, bind
 from ringred.ops import Folder, ReduceOp
 from ringred.schedule.ir import Group
@@ -25,7 +26,6 @@ _T = TypeVar("_T")
 
 _PROGRAMS = 256  # programs and calls kept for reuse
 _GIB = 1 << 30
-_ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
 _ONE_TENSOR = frozenset({"all_reduce", "broadcast", "reduce", "barrier"})
 
 
@@ -97,13 +97,16 @@ class Planner:
             self._calls.move_to_end(key)
             return known
         nbytes = (count or 0) * like.element_size()
-        entry, shape = self._settle(collective, algorithm, shape, nbytes, root)
-        group = entry.group(self.size, root, shape, segments_for(nbytes, self.segment_bytes))
+        try:
+            entry, shape = self._settle(collective, algorithm, shape, nbytes, root)
+            group = entry.group(self.size, root, shape, segments_for(nbytes, self.segment_bytes))
+        except (UnknownAlgorithm, GridError) as refusal:
+            raise type(refusal)(f"rank {self.rank}: {collective}: {refusal}") from None
         parts = [] if op is None else [op.value]
         parts.append(str(like.dtype).removeprefix("torch."))
         if count is not None:
             parts.append(f"{count} element{'' if count == 1 else 's'}")
-        if collective in _ROOTED:
+        if collective in ROOTED:
             parts.append(f"root {root}")
         parts.append(entry.name if group.grid is None else f"{entry.name} {'x'.join(map(str, group.grid))}")
         text = f"{collective} ({', '.join(parts)})"
@@ -115,7 +118,7 @@ class Planner:
     ) -> tuple[Algorithm, tuple[int, ...] | None]:
         if algorithm != "auto":
             entry = lookup(collective, algorithm)
-            if shape is None and entry.grids is not None and len(set(self.hosts)) > 1:
+            if shape is None and entry.grids is not None:
                 shape = local_grid(self.hosts)
             return entry, shape
         if shape is not None:

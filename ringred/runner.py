@@ -26,7 +26,7 @@ __all__ = ["Runner"]
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
 _OUTGOING = 32  # asynchronous sends that may be on their way
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
-_CONTRACT_MASK = (1 << 62) - 1
+_64_BITS = (1 << 64) - 1
 
 
 class Runner:
@@ -42,6 +42,7 @@ class Runner:
         self._sequence = 0
         self._pair_sequence: dict[tuple[int, int], int] = {}
         self._outgoing: deque[list[Request]] = deque()
+        self._started: deque[Work[None]] = deque()  # to find those that failed and that nobody asked
         self._current: tuple[int, str, str] | None = None
         self._failure: RingredError | None = None
 
@@ -80,7 +81,10 @@ class Runner:
                 job()
                 return None
             work: Work[None] = Work(f"rank {self.rank}: {_numbered(call, number)} at {site}")
+            self._started.append(work)
             self._progress.submit(lambda: work.finish(job))
+            while self._started and self._started[0].is_completed() and self._started[0].exception() is None:
+                self._started.popleft()
         if async_op:
             return work
         work.wait()
@@ -112,6 +116,10 @@ class Runner:
                 while self._outgoing:
                     self._wait_sent(self._outgoing.popleft())
         self.transport.close()
+        for work in self._started:
+            if work.failed_unheard():
+                print(f"ringred: {work.exception()} (nobody waited for it)", file=sys.stderr, flush=True)
+                break
         if self.tracer is not None:
             self.tracer.write()
 
@@ -133,8 +141,7 @@ class Runner:
         self._current = (self._sequence if of_a_pair else number, _numbered(call, number), site)
         began = time.monotonic()
         try:
-            contract = (call.digest ^ number * 0x9E3779B97F4A7C15) & _CONTRACT_MASK
-            self.transport.begin(contract, -1 if of_a_pair else number)
+            self.transport.begin(_contract(call.digest, number), -1 if of_a_pair else number)
             prepared = prepare()
             if prepared is not None:
                 if prepared.before is not None:
@@ -163,6 +170,15 @@ class Runner:
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
         return diagnose(mine, {rank: report for rank, report in loaded.items() if report is not None}, self.size)
+
+
+def _contract(digest: int, number: int) -> int:
+    """62 bits for the `number`-th call. Mixed (splitmix64), so that two calls that look alike to a transport which
+    compares fewer bits do not look alike the next time."""
+    mixed = (digest + number * 0x9E3779B97F4A7C15) & _64_BITS
+    mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & _64_BITS
+    mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & _64_BITS
+    return (mixed ^ mixed >> 31) >> 2
 
 
 def _numbered(call: Call, number: int) -> str:

@@ -12,7 +12,16 @@ from ringred.schedule.ir import Group
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology, hosts
 
-__all__ = ["Candidate", "candidates", "choose", "machine_model", "predict", "segments_for", "share_bounds"]
+__all__ = [
+    "Candidate",
+    "candidates",
+    "choose",
+    "decided_as",
+    "machine_model",
+    "predict",
+    "segments_for",
+    "share_bounds",
+]
 
 # α in seconds, β in seconds a byte, by transport; γ in seconds a reduced byte. Rounded from the anchors in
 # docs/design/selection.md. They need to be right relative to each other, and alike on all ranks.
@@ -79,11 +88,16 @@ def candidates(
             continue
         if size > _MANY_RANKS and entry.name not in _SCALABLE and len(algorithms(collective)) > 1:
             continue
-        grid = host_grid if entry.grids and host_grid and min(host_grid) > 1 else None
+        grid = host_grid if entry.grids else None
         group = entry.group(size, root, grid, segments_for(nbytes, segment_bytes))
         found.append(Candidate(entry.name, group.grid, predict(entry, group, nbytes, topology).seconds))
     # Ties go by name, so that every rank takes the same.
     return sorted(found, key=lambda candidate: (candidate.seconds, candidate.name))
+
+
+def decided_as(nbytes: int) -> int:
+    """The size that `nbytes` bytes are decided as: the next power of two."""
+    return 1 << max(nbytes - 1, 1).bit_length()
 
 
 @lru_cache(maxsize=1024)
@@ -92,11 +106,10 @@ def _fastest(collective: str, size: int, nbytes: int, topology: Topology, root: 
 
 
 def choose(collective: str, nbytes: int, topology: Topology, root: int = 0) -> tuple[Algorithm, Candidate]:
-    """The algorithm for `nbytes` bytes. Sizes between two powers of two are decided as the greater one."""
+    """The algorithm for `nbytes` bytes, and its predicted cost."""
     table = algorithms(collective)
     if len(table) == 1:
         (entry,) = table.values()
         return entry, Candidate(entry.name, None, 0.0)
-    rounded = 1 << max(nbytes - 1, 1).bit_length()
-    best = _fastest(collective, topology.size, rounded, topology, root)
+    best = _fastest(collective, topology.size, decided_as(nbytes), topology, root)
     return lookup(collective, best.name), best

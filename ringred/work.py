@@ -23,19 +23,29 @@ class Work(Generic[T]):
     def __init__(self, description: str) -> None:
         self._future: Future[T] = Future()
         self._description = description
+        self._heard = False
         self.started_ns = self.ended_ns = 0  # of time.monotonic_ns, on the progress thread
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks until done and returns the result; raises the collective's exception, or `CollectiveTimeout`
         after `timeout` seconds, with the collective still in flight."""
         try:
-            return self._future.result(timeout)
+            outcome = self._future.result(timeout)
         except FutureTimeout:
-            if self._future.done():
-                raise
-            raise CollectiveTimeout(f"{self._description}: not done after waiting {timeout:g} s") from None
+            if not self._future.done():
+                raise CollectiveTimeout(f"{self._description}: not done after waiting {timeout:g} s") from None
+            self._heard = True
+            raise
+        except BaseException:
+            self._heard = True
+            raise
+        return outcome
 
     result = wait
+
+    def failed_unheard(self) -> bool:
+        """Whether it failed and nobody has waited for it."""
+        return self.exception() is not None and not self._heard
 
     def is_completed(self) -> bool:
         """Whether it is done, well or not; never blocks."""

@@ -17,6 +17,7 @@ from ringred.topology.torus import check_grid, factorisations, near_square
 
 __all__ = [
     "COLLECTIVES",
+    "ROOTED",
     "Algorithm",
     "algorithm",
     "algorithms",
@@ -41,7 +42,7 @@ COLLECTIVES = (
     "barrier",
     "send_recv",
 )
-_ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
+ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def groups(entry: Algorithm, size: int) -> Iterator[Group]:
     """The groups of `size` ranks to prove `entry` on: every grid, two roots and two numbers of segments."""
     if entry.native or (entry.collective == "send_recv" and size != 2):
         return
-    roots = (0, size - 1) if entry.collective in _ROOTED and size > 1 else (0,)
+    roots = (0, size - 1) if entry.collective in ROOTED and size > 1 else (0,)
     for grid in entry.grids(size) if entry.grids else (None,):
         for root in roots:
             for segments in (1, 3) if entry.segmented else (1,):

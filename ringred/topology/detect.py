@@ -55,8 +55,11 @@ def host_indices(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def local_grid(hosts: Sequence[int]) -> tuple[int, int] | None:
-    """The grid (ranks on a host, hosts) if every host holds the same number of consecutive ranks, else None."""
+    """The grid (ranks on a host, hosts) if every host holds the same number of consecutive ranks, else None.
+
+    None as well where there is one host, or one rank on each: then hosts make no grid.
+    """
     count = len(set(hosts))
     each = len(hosts) // count
     regular = list(hosts) == [host for host in range(count) for _ in range(each)]
-    return (each, count) if regular else None
+    return (each, count) if regular and min(each, count) > 1 else None

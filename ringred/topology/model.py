@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ringred.topology.torus import coordinates
 
-__all__ = ["GIGABIT_ETHERNET", "Topology", "flat", "grid_links", "hosts"]
+__all__ = ["Topology", "flat", "grid_links", "hosts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,6 @@ class Topology:
         pairs = zip(self.place[sender], self.place[receiver], strict=True)
         differs = [dimension for dimension, (here, there) in enumerate(pairs) if here != there]
         return self.distance[differs[-1] if differs else 0]
-
-
-GIGABIT_ETHERNET = (50e-6, 8e-9)
-"""α and β of TCP on 1 Gbit/s Ethernet: 50 µs a message, 125 MB/s."""
 
 
 def flat(size: int, alpha: float, beta: float, gamma: float, name: str = "flat") -> Topology:

@@ -46,12 +46,10 @@ def _splits(size: int) -> Iterator[tuple[int, ...]]:
             yield from ((first, *rest) for rest in _splits(size // first))
 
 
-def check_grid(grid: tuple[int, ...], size: int, dimensions: int | None = None) -> None:
-    """Raises `GridError` unless `grid` holds exactly `size` ranks (in that many dimensions, if given)."""
+def check_grid(grid: tuple[int, ...], size: int) -> None:
+    """Raises `GridError` unless `grid` holds exactly `size` ranks."""
     shape = "x".join(map(str, grid))
     if not grid or any(extent < 1 for extent in grid):
         raise GridError(f"grid {shape or '()'}: expected positive extents such as (4, 3)")
     if math.prod(grid) != size:
         raise GridError(f"grid {shape} holds {math.prod(grid)} ranks, expected {size}")
-    if dimensions is not None and len(grid) != dimensions:
-        raise GridError(f"grid {shape} has {len(grid)} dimensions, expected {dimensions}")

@@ -56,13 +56,10 @@ class _Channel:
 
 
 class Hub:
-    """What the ranks of one process share: the channels, and a condition per rank to sleep on.
+    """What the ranks of one process share: the channels, and a condition per rank to sleep on."""
 
-    `members` are the ranks' numbers in the hub that this one is a subset of.
-    """
-
-    def __init__(self, size: int, slots: int | None = None, members: Sequence[int] = ()) -> None:
-        self.size, self.slots, self.members = size, slots, tuple(members)
+    def __init__(self, size: int, slots: int | None = None) -> None:
+        self.size, self.slots = size, slots
         self.lock = threading.Lock()
         self.wake = [threading.Condition(self.lock) for _ in range(size)]
         self.channels = {(sender, receiver): _Channel() for sender in range(size) for receiver in range(size)}
@@ -76,18 +73,14 @@ class Hub:
     def child(self, members: Sequence[int], key: str) -> Hub:
         with self.lock:
             if key not in self.children:
-                self.children[key] = Hub(len(members), self.slots, members)
+                self.children[key] = Hub(len(members), self.slots)
             return self.children[key]
 
     def leave(self, rank: int, why: str) -> None:
-        """Tells the others that `rank` will take no further part: its thread ended or its transport closed."""
+        """Tells the others that `rank` will take no further part: its transport closed."""
         with self.lock:
             self.gone.setdefault(rank, why)
-            children = list(self.children.values())
             self.wake_all()
-        for child in children:
-            if rank in child.members:
-                child.leave(child.members.index(rank), why)
 
     def wake_all(self) -> None:
         for condition in self.wake:

@@ -1,8 +1,9 @@
 """Ranks as MPI processes: mpi4py over any MPI, buffers only, CPU tensors.
 
-A message's tag holds its collective's number, a hash of its contract, and one of the message's length, and receives
-ask for just that tag. So a message of another collective is never written anywhere: a receive that is not served
-looks what its peer sent instead, and says so; what a collective left over is found when the next one begins.
+A message's tag holds its collective's number and a hash of its contract and length (22 bits with Open MPI, so that one
+mismatch in four million goes unseen, once), and receives ask for just that tag. So a message of another collective is
+never written anywhere: a receive that is not served looks what its peer sent instead, and says so; what a collective
+left over is found when the next one begins.
 (Asking for any tag and comparing later is not safe: a message longer than the buffer
 overruns it in some MPI libraries before they report the truncation.)
 
@@ -34,12 +35,11 @@ __all__ = ["MpiTransport", "abort_job", "library", "world", "world_hosts"]
 _TICK, _ABORT, _LEFT = 1, 2, 3
 _TICK_SECONDS = 0.1
 _REPORT_BYTES = 8192
-# A tag of 29 bits, which every MPI library tried allows: pair or turn, contract, length.
-_LENGTH_BITS, _CONTRACT_BITS, _TURN_BITS = 7, 11, 10
-_PAIR = 1 << (_LENGTH_BITS + _CONTRACT_BITS + _TURN_BITS)
-_TURNS = 1 << _TURN_BITS
-_STALE_TURNS = 64  # so many turns back a message is taken for left over; a peer may be far ahead
+_TURNS = 256  # counted in a tag
+_STALE_TURNS = 32  # so many turns back a message is taken for left over; a peer may be far ahead
 _LONG_SECONDS = 1.0  # longer than any segment takes once its first byte is here
+_NATIVE_ELEMENTS = 1 << 30  # MPI counts elements in 31 bits
+_64_BITS = (1 << 64) - 1
 _POOLED = 64
 
 _DATATYPES = {
@@ -127,6 +127,10 @@ class MpiTransport:
         self._data, self._control = comm.Dup(), comm.Dup()
         for duplicate in (self._data, self._control):
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+        # A tag: one bit for what concerns a pair, the turn, the hash.
+        bits = min(int(comm.Get_attr(MPI.TAG_UB)).bit_length(), 31)
+        self._hash_bits = bits - 1 - (_TURNS - 1).bit_length()
+        self._pair_bit = 1 << (bits - 1)
         self._contract = self._head = 0
         self._pool: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
         self._incoming = bytearray(_REPORT_BYTES)
@@ -138,12 +142,12 @@ class MpiTransport:
         self._left: set[int] = set()
         self._closed = False
         self._waiting_since: float | None = None
-        self._active = threading.Event()
+        self._active, self._ending = threading.Event(), threading.Event()
         self._watchdog: threading.Thread | None = None
 
     def begin(self, contract: int, turn: int) -> None:
-        head = _PAIR if turn < 0 else (turn % _TURNS) << (_LENGTH_BITS + _CONTRACT_BITS)
-        self._head = head | (contract & ((1 << _CONTRACT_BITS) - 1)) << _LENGTH_BITS
+        self._contract = contract
+        self._head = self._pair_bit if turn < 0 else (turn % _TURNS) << self._hash_bits
         while self._wake.Test(self._status):
             self._heed()
         self._check_aborted()
@@ -153,15 +157,15 @@ class MpiTransport:
     def _check_left_over(self, turn: int) -> None:
         """Raises if the oldest message that nobody received is of a collective that is over."""
         tag = self._status.Get_tag()
-        behind = (turn - (tag >> (_LENGTH_BITS + _CONTRACT_BITS))) % _TURNS
-        if not tag & _PAIR and 0 < behind <= _STALE_TURNS:
+        behind = (turn - (tag >> self._hash_bits)) % _TURNS
+        if not tag & self._pair_bit and 0 < behind <= _STALE_TURNS:
             source, nbytes = self._status.Get_source(), self._status.Get_count(MPI.BYTE)
             detail = f"a message of {nbytes} bytes that an earlier collective did not expect"
             raise Fault(FaultKind.MISMATCH, source, detail)
 
     def _tag(self, nbytes: int) -> int:
-        # A multiplicative hash spreads lengths, which are mostly multiples of powers of two.
-        return self._head | (nbytes * 0x9E3779B97F4A7C15 >> 17) & ((1 << _LENGTH_BITS) - 1)
+        mixed = (self._contract + nbytes * 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & _64_BITS
+        return self._head | mixed >> (64 - self._hash_bits)
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
         nbytes = src.numel() * src.element_size()
@@ -221,8 +225,8 @@ class MpiTransport:
         if isinstance(request, _Receive):
             status = MPI.Status()
             if self._data.Iprobe(request.peer, MPI.ANY_TAG, status) and not request.mpi.Test():
-                # A message of this very collective may be a later one: ours may have begun to arrive before it.
-                differs = (status.Get_tag() ^ request.tag) >> _LENGTH_BITS
+                # In the same turn it may be a later message: ours may have begun to arrive before it.
+                differs = (status.Get_tag() ^ request.tag) >> self._hash_bits
                 waited = time.monotonic() - (self._waiting_since or 0.0)
                 if differs or (status.Get_tag() != request.tag and waited > _LONG_SECONDS):
                     got = status.Get_count(MPI.BYTE)
@@ -267,7 +271,7 @@ class MpiTransport:
                 self._active.clear()
                 self._active.wait()
                 idle = 0
-            time.sleep(_TICK_SECONDS)
+            self._ending.wait(_TICK_SECONDS)
             since = self._waiting_since
             if since is None:
                 idle += 1
@@ -296,21 +300,30 @@ class MpiTransport:
                 time.sleep(0.001)
         return dict(self._reports)
 
-    def native_all_reduce(self, tensor: Tensor, op: str, deadline: float) -> bool:
-        """MPI's own all-reduce, in place; False where MPI has no such type or operation."""
-        datatype, operation = _DATATYPES.get(tensor.dtype), _OPERATIONS[op]
-        if datatype is None:
-            return False
-        memory = [_memory(tensor)[0], tensor.numel(), datatype]
-        request = _Send(self._data.Iallreduce(MPI.IN_PLACE, memory, operation), -1, tensor)
-        self.wait(request, deadline)
+    def can_all_reduce(self, dtype: torch.dtype) -> bool:
+        """Whether MPI itself reduces this dtype."""
+        return dtype in _DATATYPES
+
+    def native_all_reduce(self, tensor: Tensor, op: str, deadline: float) -> None:
+        """MPI's own all-reduce, in place. Contracts are compared by a small one before."""
+        contracts = torch.tensor([self._contract, -self._contract])
+        self._all_reduce(contracts, MPI.MIN, deadline)
+        least, greatest = contracts[0].item(), -contracts[1].item()
+        if least != greatest:
+            raise Fault(FaultKind.MISMATCH, -1, "contracts differ")
+        for lo in range(0, tensor.numel(), _NATIVE_ELEMENTS):
+            self._all_reduce(tensor[lo : lo + _NATIVE_ELEMENTS], _OPERATIONS[op], deadline)
         if op == "avg":
             tensor.div_(self.size)
-        return True
+
+    def _all_reduce(self, tensor: Tensor, operation: Any, deadline: float) -> None:
+        memory = [_memory(tensor)[0], tensor.numel(), _DATATYPES[tensor.dtype]]
+        request = _Send(self._data.Iallreduce(MPI.IN_PLACE, memory, operation), -1, tensor)
+        self.wait(request, deadline)
 
     def subset(self, members: Sequence[int], key: str) -> MpiTransport:
         group = self._data.Get_group().Incl(list(members))
-        comm = self._data.Create_group(group, zlib.crc32(key.encode()) & (_PAIR - 1))
+        comm = self._data.Create_group(group, zlib.crc32(key.encode()) & (self._pair_bit - 1))
         transport = MpiTransport(comm)
         comm.Free()
         group.Free()
@@ -322,6 +335,7 @@ class MpiTransport:
         if not self._reports:
             self._notify(_LEFT, "")
         self._closed = True
+        self._ending.set()
         self._active.set()
         if self._watchdog is not None:
             self._watchdog.join()

@@ -27,7 +27,7 @@ from ringred.transports.base import Counters, Fault, FaultKind
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
-__all__ = ["TorchP2PTransport", "group_store", "rendezvous", "store_hosts"]
+__all__ = ["TorchP2PTransport", "corner", "group_store", "rendezvous", "store_hosts"]
 
 _HEADER_BYTES = 16  # contract and payload length, as int64
 _FRAME_BYTES = 1 << 16
@@ -48,20 +48,20 @@ def rendezvous(timeout: float, restart: str) -> Any:
 
 
 def group_store(group: Any) -> tuple[Any, int, int]:
-    """(store, rank, size) of a torch process group, for ranks that have called `init_process_group`.
-
-    Every call gives a fresh corner of the group's store; all ranks make as many calls.
-    """
+    """(store, rank, size) of a torch process group, for ranks that have called `init_process_group`."""
     from torch.distributed import distributed_c10d as c10d
 
     group = dist.group.WORLD if group is None else group
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"rank {dist.get_rank()} is no member of the process group given")
-    store = c10d._get_process_group_store(group)
-    # The ranks count together: the n-th call of each gets the n-th corner.
-    turn = store.add(f"ringred/turn/{rank}", 1)
-    return dist.PrefixStore(f"ringred/{turn}", store), rank, size
+    return dist.PrefixStore("ringred", c10d._get_process_group_store(group)), rank, size
+
+
+def corner(store: Any, rank: int) -> Any:
+    """A fresh part of `store`: the n-th call of each rank gets the n-th. So a store serves many communicators."""
+    turn = store.add(f"turn/{rank}", 1)
+    return dist.PrefixStore(f"turn-{turn}", store)
 
 
 def store_hosts(store: Any, rank: int, size: int, name: str, timeout: float) -> list[str]:

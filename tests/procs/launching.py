@@ -17,11 +17,13 @@ LAUNCHERS = ("mpirun", "torchrun")
 
 
 class Ended(NamedTuple):
-    """How a job ended: exit status, all that it printed, seconds, and its processes that were still there."""
+    """How a job ended: exit status, all that it printed, seconds it took, when it was over (of `time.time`), and
+    what it left behind: processes, files in /dev/shm."""
 
     status: int
     output: str
     seconds: float
+    at: float
     left_behind: list[str]
 
 
@@ -55,10 +57,10 @@ def launch(
         os.killpg(job.pid, signal.SIGTERM)
         output, _ = job.communicate(timeout=20)
         raise AssertionError(f"{launcher} {program} did not end within {limit} s:\n{output.decode()}") from None
-    seconds = time.monotonic() - began
+    seconds, at = time.monotonic() - began, time.time()
     left = processes_with(token)
     left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before - mapped_names()]
-    return Ended(job.returncode, output.decode(errors="replace").replace("\0", ""), seconds, left)
+    return Ended(job.returncode, output.decode(errors="replace").replace("\0", ""), seconds, at, left)
 
 
 def processes_with(token: str, patience: float = 3.0) -> list[str]:

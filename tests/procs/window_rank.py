@@ -39,7 +39,7 @@ class Window:
         self.counters, self.segment_bytes = Counters(), 4096
         self.sent = self.received = self.puts = 0
 
-    def begin(self, contract: int) -> None: ...
+    def begin(self, contract: int, turn: int) -> None: ...
 
     def _descriptor(self, sender: int, index: int) -> int:
         return 8 + 2 * (sender * DESCRIPTORS + index)

@@ -24,6 +24,7 @@ def test_defaults_and_settings() -> None:
     [
         ("RINGRED_TIMEOUT", "soon"),
         ("RINGRED_TIMEOUT", "0"),
+        ("RINGRED_TIMEOUT", "nan"),
         ("RINGRED_SEGMENT_BYTES", "-1"),
         ("RINGRED_TRANSPORT", "x"),
     ],
@@ -37,7 +38,9 @@ def test_launchers() -> None:
     store = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     assert detect_launch(store) == Launch("store", 1, 4, "0")
     assert detect_launch({**store, "TORCHELASTIC_RESTART_COUNT": "2"}).restart == "2"
-    assert detect_launch({"RANK": "1"}) == Launch("single", 0, 1)
+    for lonely in ({"RANK": "1", "WORLD_SIZE": "4"}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}):
+        with pytest.raises(ValueError, match="nothing says how they find each other"):
+            detect_launch(lonely)
     assert detect_launch({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}) == Launch("mpi", 2, 3)
     assert detect_launch({"PMI_RANK": "0", "PMI_SIZE": "2"}) == Launch("mpi", 0, 2)
     assert detect_launch({}) == Launch("single", 0, 1)

@@ -219,6 +219,24 @@ def test_models_that_differ_are_an_error_on_every_rank_naming_what_differs() -> 
         assert "rank 2 has parameter '1.weight': [5, 3]" in text
 
 
+def test_a_rank_whose_model_is_empty_is_named_too() -> None:
+    def body(comm: Communicator) -> str:
+        with pytest.raises(ModelMismatch) as raised:
+            ringred.DistributedDataParallel(nn.Identity() if comm.rank else nn.Linear(2, 2), process_group=comm)
+        return str(raised.value)
+
+    assert all("rank 0 has parameter 'weight'" in text for text in run_ranks(body, 2))
+
+
+def test_what_cannot_reduce_is_refused_at_construction() -> None:
+    def body(comm: Communicator) -> bool:
+        with pytest.raises(ringred.UnknownAlgorithm, match="has no all-reduce of its own"):
+            ringred.DistributedDataParallel(nn.Linear(2, 2), process_group=comm, algorithm="native")
+        return True
+
+    assert all(run_ranks(body, 2))
+
+
 def test_buffers_of_rank_0_are_everybodys() -> None:
     def body(comm: Communicator) -> list[Tensor]:
         torch.manual_seed(comm.rank)

@@ -162,11 +162,15 @@ def test_a_collective_in_vain_on_a_closed_communicator() -> None:
 @pytest.mark.parametrize(
     ("body", "kind", "message"),
     [
-        (lambda c: c.all_reduce(torch.ones(3), algorithm="rnig"), ValueError, "no algorithm 'rnig'; there are"),
+        (
+            lambda c: c.all_reduce(torch.ones(3), algorithm="rnig"),
+            ValueError,
+            "rank .: all_reduce: .*no algorithm 'rnig'; there are",
+        ),
         (
             lambda c: c.all_reduce(torch.ones(3), algorithm="torus", grid=(3, 2)),
             ValueError,
-            "holds 6 ranks, expected 2",
+            "rank .: all_reduce: grid 3x2 holds 6 ranks, expected 2",
         ),
         (lambda c: c.all_reduce(torch.ones(3), algorithm="ring", grid=(2, 1)), ValueError, "takes no grid"),
         (lambda c: c.all_reduce(torch.ones(3), algorithm="native"), ValueError, "has no all-reduce of its own"),
@@ -184,7 +188,11 @@ def test_a_collective_in_vain_on_a_closed_communicator() -> None:
             "avg does not go with torch.int32",
         ),
         (lambda c: c.all_reduce(torch.ones(3, dtype=torch.complex64), "max"), TypeError, "max does not go with"),
-        (lambda c: c.all_reduce(torch.ones(3), "mean"), ValueError, "unknown reduce operation 'mean'; there are sum"),
+        (
+            lambda c: c.all_reduce(torch.ones(3), "mean"),
+            ValueError,
+            "rank .: all_reduce: unknown reduce operation 'mean'",
+        ),
         (lambda c: c.broadcast(torch.ones(3), 2), ValueError, "src 2 is no rank of 0..1"),
         (lambda c: c.all_gather(torch.ones(5), torch.ones(3)), ValueError, "expected a multiple of 2 elements, got 5"),
         (lambda c: c.all_gather(torch.ones(4), torch.ones(3)), ValueError, "share . of output expected 3 elements"),
@@ -211,8 +219,13 @@ def test_bad_arguments_are_refused_before_anything_is_sent(body: Body, kind: typ
 @pytest.mark.parametrize(
     ("options", "tensor", "kind", "message"),
     [
-        ({"algorithm": "rnig"}, torch.ones(3), ValueError, "no algorithm 'rnig'"),
-        ({"algorithm": "torus", "grid": (3, 2)}, torch.ones(3), ValueError, "grid 3x2 holds 6 ranks, expected 2"),
+        ({"algorithm": "rnig"}, torch.ones(3), ValueError, "rank .: all_reduce: .*no algorithm 'rnig'"),
+        (
+            {"algorithm": "torus", "grid": (3, 2)},
+            torch.ones(3),
+            ValueError,
+            "rank .: all_reduce: grid 3x2 holds 6 ranks, expected 2",
+        ),
         ({}, torch.ones(3).to_sparse(), TypeError, "rank .: all_reduce: expected a dense"),
     ],
 )
@@ -240,7 +253,7 @@ def test_bad_arguments_of_ddp_are_refused_at_construction_on_every_rank() -> Non
 
     for unknown, grid in run_ranks(body, 2):
         assert "no algorithm 'rnig'; there are" in unknown
-        assert "holds 6 ranks, expected 2" in grid
+        assert "all_reduce: grid 3x2 holds 6 ranks, expected 2" in grid
 
 
 def test_waiting_for_a_work_has_a_limit_of_its_own() -> None:
@@ -318,3 +331,29 @@ def test_a_failure_reaches_those_who_wait_in_a_part_of_the_ranks(transport: str)
     for rank in (0, 2):
         assert isinstance(errors[rank], PeerFailed)
         assert "raised ZeroDivisionError: no batch left" in str(errors[rank])
+
+
+def test_a_failure_that_nobody_waited_for_is_printed_at_the_end(capfd: pytest.CaptureFixture[str]) -> None:
+    def body(comm: Communicator) -> None:
+        comm.all_reduce(torch.ones(2 + comm.rank), async_op=True)
+        comm.close()
+
+    run_ranks(body, 2)
+    said = capfd.readouterr().err
+    assert said.count("nobody waited for it") == 2
+    assert "the ranks did not make the same call" in said
+
+
+def test_part_of_the_ranks_outlives_the_whole() -> None:
+    def body(comm: Communicator) -> float:
+        part = comm.split(0)
+        assert part is not None
+        comm.barrier()
+        comm.close()
+        tensor = torch.ones(3)
+        part.all_reduce(tensor)
+        part.close()
+        return tensor[0].item()
+
+    for transport in ("local", "torch_p2p"):
+        assert run_ranks(body, 2, transport) == [2.0, 2.0]

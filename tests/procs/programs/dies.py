@@ -15,6 +15,7 @@ comm.barrier()
 print(f"rank {comm.rank} of {comm.size} is at work", flush=True)
 if comm.rank == 1:
     time.sleep(0.3)
+    print(f"dies at {time.time()}", flush=True)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raises":

@@ -63,6 +63,8 @@ def case(comm, path, what):
             comm.barrier()
         else:
             on_path(comm, path, torch.ones(9))
+    elif what == "native":
+        comm.all_reduce(torch.ones(9), "max" if odd else "sum", algorithm="native")
     elif what == "roots":
         comm.broadcast(torch.ones(9), comm.rank)
         comm.barrier()
@@ -82,7 +84,7 @@ def case(comm, path, what):
 def check(what, path, error, took):
     """Raises unless `error` is what this rank had to raise, in time."""
     text = str(error)
-    if what in ("shape", "dtype", "op", "collective", "roots"):
+    if what in ("shape", "dtype", "op", "collective", "roots", "native"):
         kind, words = CollectiveMismatch, "rank 1"
     elif comm.rank == 1:
         kind, words = (ZeroDivisionError, "no batch") if what == "raises" else (RingredError, "")
@@ -101,7 +103,7 @@ CASES = [
 ]
 if world.transport.name == "mpi":
     # Small messages are sent and forgotten, so that each rank believes that it was the root: the next call tells.
-    CASES.append(("sync", "roots"))
+    CASES += [("sync", "roots"), ("sync", "native")]
 for path, what in CASES:
     comm = fresh(1.0 if what == "late" else 8.0)
     comm.barrier()

@@ -1,0 +1,26 @@
+"""Contracts: what alike calls agree on, whatever a transport makes of the bits."""
+
+from __future__ import annotations
+
+from ringred.runner import _contract
+
+
+def test_calls_that_collide_in_few_bits_do_not_collide_again() -> None:
+    """A transport may compare the top bits only. Digests that are alike there once must not be alike for ever."""
+    bits = 12
+    seen: dict[int, int] = {}
+    repeated = collided = 0
+    for digest in range(1, 400):
+        key = _contract(digest, 7) >> (62 - bits)
+        if key in seen:
+            collided += 1
+            repeated += _contract(digest, 8) >> (62 - bits) == _contract(seen[key], 8) >> (62 - bits)
+        seen[key] = digest
+    assert collided > 5
+    assert repeated <= 1
+
+
+def test_a_contract_has_62_bits_and_depends_on_the_number() -> None:
+    contracts = {_contract(digest, number) for digest in range(50) for number in range(50)}
+    assert len(contracts) == 2500
+    assert all(0 <= contract < 1 << 62 for contract in contracts)
