@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,15 +14,16 @@ from torch import Tensor, nn
 from ringred.bootstrap import default_communicator
 from ringred.buckets import FIRST_BUCKET_BYTES, Bucket, Entry, assign
 from ringred.communicator import Communicator, PersistentAllReduce
-from ringred.errors import ModelMismatch, RingredError, UnsupportedTensor
+from ringred.errors import RingredError, UnsupportedTensor
+from ringred.graph import leaves_behind, tensors_in
 from ringred.ops import ReduceOp
 from ringred.overlap import BucketTimes, OverlapReport
+from ringred.replicas import broadcast_tensors, check_same_model
 from ringred.work import Work
 
 __all__ = ["DistributedDataParallel"]
 
 _MIB = 1 << 20
-_COALESCED_BYTES = 250 * _MIB  # broadcast at construction in parts of this size, as torch does
 
 # torch's arguments that this version does not carry out: the value that asks for nothing, and why not.
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -98,13 +97,13 @@ class DistributedDataParallel(nn.Module):
         self.algorithm, self.grid = algorithm, grid
         self.comm: Communicator = default_communicator(process_group)
         self._ignored = ignored
-        _check_same_model(self.comm, module, ignored)
+        check_same_model(self.comm, module, ignored)
         if not self._parameters_in_order:
             raise RuntimeError(
                 "DistributedDataParallel is not needed when a module has no parameter that requires a gradient"
             )
         if init_sync:
-            _broadcast(self.comm, [*(p for _, p in named), *self._current_buffers()])
+            broadcast_tensors(self.comm, [*(p for _, p in named), *self._current_buffers()])
         cap = 25 if bucket_cap_mb is None else bucket_cap_mb
         self._cap_bytes = int(cap * _MIB)
         self._first_cap_bytes = FIRST_BUCKET_BYTES if bucket_cap_mb is None else self._cap_bytes
@@ -135,7 +134,7 @@ class DistributedDataParallel(nn.Module):
                 self._check_parameters()
                 self._rebuild_buckets()
             if self.broadcast_buffers and self._sync_buffers_next:
-                _broadcast(self.comm, self._current_buffers())
+                broadcast_tensors(self.comm, self._current_buffers())
             outputs = self.module(*inputs, **kwargs)
             # As in torch: the pass after one that was not synchronised leaves the buffers alone.
             self._sync_buffers_next = syncing
@@ -202,9 +201,9 @@ class DistributedDataParallel(nn.Module):
         for bucket in self._buckets:
             bucket.missing = len(bucket.indices)
         self._unused, self._used_somewhere = [], None
-        tensors = list(_tensors(outputs))
+        tensors = list(tensors_in(outputs))
         if self.find_unused_parameters and tensors:
-            used = _parameters_behind(tensors)
+            used = leaves_behind(tensors)
             self._unused = [at for at, p in enumerate(self._parameters_in_order) if id(p) not in used]
         self._forward_ended_ns = time.monotonic_ns()
         self._began_ns = 0
@@ -393,104 +392,3 @@ def _calling(method: weakref.WeakMethod[Any]) -> Callable[[Tensor], None]:
 def _remove(handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-# ---------------------------------------------------------------------- models and graphs
-
-
-def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
-    named: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in module.named_parameters()]
-    named += [("buffer", *item) for item in module.named_buffers()]
-    return [
-        f"{kind} {name!r}: {list(t.shape)}, strides {list(t.stride())}, {t.dtype}"
-        f"{'' if t.requires_grad else ', requires no gradient'}"
-        for kind, name, t in named
-        if name not in ignored
-    ]
-
-
-def _check_same_model(comm: Communicator, module: nn.Module, ignored: set[str]) -> None:
-    """Raises `ModelMismatch` on every rank if one of them built another model than rank 0."""
-    text = "\n".join(_describe(module, ignored)).encode()
-    digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-    table = torch.empty(2 * comm.size, dtype=torch.int64)
-    comm.all_gather(table, torch.tensor([digest, len(text)], dtype=torch.int64))
-    rows = table.view(comm.size, 2).tolist()
-    if all(row == rows[0] for row in rows):
-        return
-    # Only now, when they differ, do the descriptions travel.
-    outputs = [torch.empty(length, dtype=torch.uint8) for _, length in rows]
-    comm.all_gather(outputs, torch.tensor(list(text), dtype=torch.uint8))
-    models = [bytes(output.tolist()).decode().split("\n") for output in outputs]
-    comm.barrier()  # nobody may raise, and end, while others still read
-    differing = next(rank for rank in range(comm.size) if models[rank] != models[0])
-    mine, theirs = models[0], models[differing]
-    at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
-    there = [model[at] if at < len(model) else "nothing more" for model in (mine, theirs)]
-    raise ModelMismatch(
-        f"rank {comm.rank}: DistributedDataParallel expects the same model on all ranks; "
-        f"rank 0 has {there[0]}; rank {differing} has {there[1]}"
-    )
-
-
-def _broadcast(comm: Communicator, tensors: Sequence[Tensor]) -> None:
-    """Copies rank 0's tensors to all ranks, those of one dtype together."""
-    if comm.size == 1:
-        return
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        # .data, as torch does it: writing to it does not spoil what autograd has saved for a backward to come.
-        groups.setdefault(tensor.dtype, []).append(tensor.data)
-    for together in groups.values():
-        for part in _parts(together, _COALESCED_BYTES):
-            flat = torch.cat([tensor.reshape(-1) for tensor in part])
-            comm.broadcast(flat, 0)
-            if comm.rank != 0:
-                pieces = flat.split([tensor.numel() for tensor in part])
-                views = [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)]
-                torch._foreach_copy_(part, views)
-
-
-def _parts(tensors: Sequence[Tensor], cap_bytes: int) -> Iterator[list[Tensor]]:
-    part: list[Tensor] = []
-    filled = 0
-    for tensor in tensors:
-        part.append(tensor)
-        filled += tensor.numel() * tensor.element_size()
-        if filled >= cap_bytes:
-            yield part
-            part, filled = [], 0
-    if part:
-        yield part
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested outputs: sequences, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
-
-
-def _parameters_behind(outputs: Sequence[Tensor]) -> set[int]:
-    """The ids of the leaves that the graph of `outputs` leads to."""
-    leaves = {id(tensor) for tensor in outputs if tensor.grad_fn is None}
-    nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
-    visited = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves.add(id(variable))
-        for following, _ in node.next_functions:
-            if following is not None and following not in visited:
-                visited.add(following)
-                nodes.append(following)
-    return leaves
