@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -505,7 +506,10 @@ def _copy(target: Tensor, source: Tensor) -> None:
 @atexit.register
 def _close_all() -> None:
     for comm in list(_live):
-        comm.close()
+        try:
+            comm.close()
+        except Exception as failure:  # the others are closed all the same
+            print(f"ringred: closing {comm!r}: {failure}", file=sys.stderr, flush=True)
 
 
 def abort_all(cause: BaseException) -> None:

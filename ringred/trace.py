@@ -31,6 +31,8 @@ class Tracer:
     def __init__(self, rank: int, size: int, path: str | None = None) -> None:
         self.rank, self.size = rank, size
         self.path = None if path is None else trace_path(path, rank, size)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # here, where it is asked for, not at the end
         self.events: list[dict[str, Any]] = []
         self._lines: dict[str, int] = {}
         # Ranks on one host share the monotonic clock; the wall clock puts hosts side by side.
@@ -96,7 +98,6 @@ class Tracer:
             {"ph": "M", "name": kind, "pid": self.rank, "tid": number, "args": {"name": name}}
             for kind, number, name in names
         ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         unfinished.write_text(json.dumps({"traceEvents": meta + self.events, "displayTimeUnit": "ms"}))
         unfinished.replace(self.path)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ringred.config import mpi_environment
+from ringred.errors import TransportUnavailable
 from ringred.transports.base import Counters, Fault, FaultKind
 
 mpi_environment()  # MPI reads its settings when it starts, which importing it does
@@ -121,6 +122,11 @@ class MpiTransport:
     name = "mpi"
 
     def __init__(self, comm: Any) -> None:
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise TransportUnavailable(
+                "MPI was started without THREAD_MULTIPLE, which waiting with a deadline needs: leave "
+                "mpi4py.rc.thread_level at its default"
+            )
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.counters = Counters()
         self.segment_bytes = 1 << 19
