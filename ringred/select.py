@@ -35,7 +35,7 @@ _GAMMA = 0.1e-9
 
 # Many ranks make many messages to replay; beyond this only what grows slowly with P is considered.
 _MANY_RANKS = 64
-_SCALABLE = frozenset({"tree", "double_tree", "halving_doubling", "torus", "hierarchical", "chain", "direct"})
+_SCALABLE = frozenset({"tree", "double_tree", "halving_doubling", "torus", "hierarchical", "chain"})
 
 
 def share_bounds(count: int, units: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import pytest
 from ringred.collectives.registry import lookup
 from ringred.schedule import closed_forms
 from ringred.schedule.cost import simulate
-from ringred.select import predict, segments_for, share_bounds
+from ringred.select import candidates, predict, segments_for, share_bounds
 from ringred.topology.model import flat, grid_links, hosts
 from ringred.topology.torus import factorisations
 
@@ -107,3 +107,10 @@ def test_segments_follow_the_size() -> None:
 def test_shares_are_as_equal_as_can_be() -> None:
     assert share_bounds(7, 3) == [(0, 2), (2, 4), (4, 7)]
     assert share_bounds(1, 3) == [(0, 0), (0, 0), (0, 1)]
+
+
+def test_many_ranks_consider_only_what_sends_few_messages() -> None:
+    model = flat(80, ALPHA, BETA, GAMMA)
+    names = {candidate.name for candidate in candidates("all_reduce", 80, 1 << 20, model)}
+    assert names == {"tree", "double_tree", "halving_doubling", "torus", "hierarchical"}
+    assert [candidate.name for candidate in candidates("reduce_scatter", 80, 1 << 20, model)] == ["torus"]
