@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
@@ -22,6 +23,9 @@ from ringred.select import candidates, predict, segments_for, share_bounds
 from ringred.topology.detect import machine
 from ringred.topology.model import flat
 from ringred.topology.torus import near_square
+
+if TYPE_CHECKING:
+    from ringred.communicator import Communicator
 
 __all__ = ["main"]
 
@@ -224,9 +228,9 @@ def _self_test(transport: str) -> None:
 
     from ringred.testing import run_ranks
 
-    def reduce(comm: object) -> float:
+    def reduce(comm: Communicator) -> float:
         data = torch.ones(1000)
-        comm.all_reduce(data, algorithm="ring")  # type: ignore[attr-defined]
+        comm.all_reduce(data, algorithm="ring")
         return float(data.sum())
 
     results = run_ranks(reduce, 2, transport, timeout=20)
