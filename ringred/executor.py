@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from ringred.ops import Folder
 from ringred.schedule.lower import Fold, PostReceive, PostSend, Program, Snapshot, Take, WaitSent
 from ringred.trace import Tracer
-from ringred.transports.base import Request, Transport
+from ringred.transports.base import Request, Transport, Windowed
 
 __all__ = ["Piece", "Plan", "bind", "run"]
 
@@ -38,9 +38,17 @@ class Plan(NamedTuple):
     operations: tuple[tuple[Any, ...], ...]
     requests: int
     folder: Folder | None
+    exposed: Tensor | None = None
+    """All the memory there is, where it is one tensor and puts may go into it."""
 
 
-def bind(program: Program, pieces: Sequence[Piece], folder: Folder | None, slots: Tensor | None = None) -> Plan:
+def bind(
+    program: Program,
+    pieces: Sequence[Piece],
+    folder: Folder | None,
+    slots: Tensor | None = None,
+    exposed: Tensor | None = None,
+) -> Plan:
     """Binds `program` to the memory in `pieces`, which are in ascending order of `lo` and do not overlap.
 
     `slots` is memory for `program.slot_elements`, where a transport wants them in a certain place.
@@ -74,11 +82,13 @@ def bind(program: Program, pieces: Sequence[Piece], folder: Folder | None, slots
             operations.append((_WAIT_SENT, op.request))
         elif isinstance(op, Snapshot):
             operations.append((_SNAPSHOT, slots[op.slot : op.slot + op.hi - op.lo], view(op.lo, op.hi)))
-    return Plan(tuple(operations), program.requests, folder)
+    return Plan(tuple(operations), program.requests, folder, exposed)
 
 
 def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None = None) -> None:
     """Plays `plan` over `transport`. Raises `Fault` as `Transport.wait` does; then the transport is unusable."""
+    if transport.windows:
+        cast(Windowed, transport).expose(plan.exposed)
     requests: list[Request] = [None] * plan.requests
     isend, irecv, wait, release = transport.isend, transport.irecv, transport.wait, transport.release
     folder = plan.folder

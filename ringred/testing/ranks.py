@@ -6,16 +6,18 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from ringred.communicator import Communicator
 from ringred.config import Config
-from ringred.transports.base import Counters, Request, Transport
+from ringred.errors import TransportUnavailable
+from ringred.transports.base import Counters, Request, Transport, Windowed
 from ringred.transports.local import Hub
 
-__all__ = ["Faulty", "run_ranks"]
+__all__ = ["Faulty", "connect", "run_ranks"]
 
 T = TypeVar("T")
 
@@ -29,7 +31,7 @@ class Faulty:
     def __init__(self, inner: Transport, seconds: float, seed: int) -> None:
         self.inner, self.seconds = inner, seconds
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
-        self.segment_bytes = inner.segment_bytes
+        self.windows, self.segment_bytes = inner.windows, inner.segment_bytes
         self._random = random.Random(f"{seed}/{inner.rank}")
 
     @property
@@ -46,6 +48,12 @@ class Faulty:
 
     def begin(self, contract: int, turn: int) -> None:
         self.inner.begin(contract, turn)
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        return cast(Windowed, self.inner).empty(elements, dtype)
+
+    def expose(self, memory: Tensor | None) -> None:
+        cast(Windowed, self.inner).expose(memory)
 
     def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
         self._delay()
@@ -88,17 +96,14 @@ def run_ranks(
 ) -> list[T]:
     """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
 
-    The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`) or
-    "torch_p2p" (Gloo over the loopback). Ranks that are processes need a launcher, mpirun or torchrun.
+    The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm"
+    (windows, as between processes of one host) or "torch_p2p" (Gloo over the loopback). Ranks that are processes need a launcher, mpirun or torchrun.
     `timeout` is that of a collective, in seconds. `delay=(seconds, seed)` puts random delays into sends and
     waits. The exception of the first rank that raised one is raised, after all have ended; with
     `return_exceptions` every rank's is returned in its place.
     """
-    connect = {"local": _local, "torch_p2p": _torch_p2p}.get(transport)
-    if connect is None:
-        raise ValueError(f"run_ranks: transport is 'local' or 'torch_p2p', got {transport!r}")
     config = Config(timeout=timeout, segment_bytes=segment_bytes)
-    make = connect(size, slots, timeout)
+    make = connect(transport, size, slots=slots, timeout=timeout)
     results: list[Any] = [None] * size
     raised: list[tuple[int, BaseException]] = []
 
@@ -129,6 +134,16 @@ def run_ranks(
     return results
 
 
+def connect(
+    transport: str, size: int, *, slots: int | None = None, timeout: float = 30.0
+) -> Callable[[int], Transport]:
+    """What makes the transport of each rank among `size` threads; all of them call it. See `run_ranks`."""
+    makers = {"local": _local, "torch_p2p": _torch_p2p, "shm": _shm}
+    if transport not in makers:
+        raise ValueError(f"run_ranks: transport is 'local', 'shm' or 'torch_p2p', got {transport!r}")
+    return makers[transport](size, slots, timeout)
+
+
 def _local(size: int, slots: int | None, timeout: float) -> Callable[[int], Transport]:
     return Hub(size, slots).transport
 
@@ -140,3 +155,28 @@ def _torch_p2p(size: int, slots: int | None, timeout: float) -> Callable[[int], 
 
     store = HashStore()
     return lambda rank: TorchP2PTransport(store, rank, size, timeout, "127.0.0.1")
+
+
+def _shm(size: int, slots: int | None, timeout: float) -> Callable[[int], Transport]:
+    from ringred.transports import neighbours
+    from ringred.transports.shm import ShmTransport
+
+    if size == 1:
+        return Hub(1).transport
+    texts = [""] * size
+    meeting = threading.Barrier(size)
+
+    def make(rank: int) -> Transport:
+        def gather(text: str) -> list[str]:
+            texts[rank] = text
+            meeting.wait(timeout)
+            everyone = list(texts)
+            meeting.wait(timeout)
+            return everyone
+
+        found, reason = neighbours.connect(gather, rank)
+        if found is None:
+            raise TransportUnavailable(f"rank {rank}: no shared memory: {reason}")
+        return ShmTransport(found, range(size), "world", timeout)
+
+    return make

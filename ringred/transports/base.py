@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
-__all__ = ["Counters", "Fault", "FaultKind", "Request", "Transport"]
+__all__ = ["Counters", "Fault", "FaultKind", "Request", "Transport", "Windowed"]
 
 Request: TypeAlias = Any
 """A pending send or receive; only the transport that gave it out looks inside."""
@@ -60,6 +61,8 @@ class Transport(Protocol):
     rank: int
     size: int
     counters: Counters
+    windows: bool
+    """Whether it is `Windowed`."""
     segment_bytes: int
     """The greatest message that pays: above, the executor sends several and overlaps them with folds."""
 
@@ -103,3 +106,14 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Gives back all that it holds; a second call does nothing. Called by every rank, in any order."""
+
+
+class Windowed(Transport, Protocol):
+    """A transport whose peers read and write each other's memory where that lies in a window."""
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor in this rank's window, uninitialised; its memory is free again when nobody holds it."""
+
+    def expose(self, memory: Tensor | None) -> None:
+        """Says where the memory of the collective that began lies: for puts, at the same distance from its start
+        on every rank. None where puts are of no use in it."""

@@ -91,6 +91,7 @@ class LocalTransport:
     """One rank's end of a `Hub`."""
 
     name = "local"
+    windows = False
 
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank, self.size = hub, rank, hub.size

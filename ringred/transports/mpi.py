@@ -120,6 +120,7 @@ class MpiTransport:
     """A communicator of its own, duplicated from `comm`. Creating one is collective over `comm`."""
 
     name = "mpi"
+    windows = False
 
     def __init__(self, comm: Any) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

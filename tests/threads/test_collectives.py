@@ -43,7 +43,7 @@ def test_every_all_reduce_over_gloo(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("transport", ["local", "torch_p2p"])
+@pytest.mark.parametrize("transport", ["local", "shm", "torch_p2p"])
 def test_every_other_collective(size: int, transport: str) -> None:
     assert all(run_ranks(check_others, size, transport))
 

@@ -6,20 +6,14 @@ import threading
 from collections.abc import Callable
 
 import pytest
-import torch.distributed as dist
 
 from ringred.testing import Faulty
 from ringred.testing.conformance import BREAKING, CHECKS, Check
+from ringred.testing.ranks import connect
 from ringred.transports.base import Transport
 from ringred.transports.local import Hub
-from ringred.transports.torch_p2p import TorchP2PTransport
 
 Connect = Callable[[int], Callable[[int], Transport]]
-
-
-def torch_p2p(size: int) -> Callable[[int], Transport]:
-    store = dist.HashStore()
-    return lambda rank: TorchP2PTransport(store, rank, size, 30.0, "127.0.0.1")
 
 
 def delayed(connect: Connect) -> Connect:
@@ -30,7 +24,9 @@ TRANSPORTS: dict[str, Connect] = {
     "local": lambda size: Hub(size).transport,
     "local-one-slot": lambda size: Hub(size, slots=1).transport,
     "local-delayed": delayed(lambda size: Hub(size).transport),
-    "torch_p2p": torch_p2p,
+    "torch_p2p": lambda size: connect("torch_p2p", size),
+    "shm": lambda size: connect("shm", size),
+    "shm-delayed": delayed(lambda size: connect("shm", size)),
 }
 
 

@@ -1,0 +1,83 @@
+"""Sleeping on a word of shared memory, waking its sleeper, and copying by address: the kernel's part of `shm`.
+
+Python gives no futex and no copy between two addresses; the C library does, and ctypes lets the GIL go while it
+works. Everything here takes plain addresses, of memory that the caller keeps alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+import threading
+from typing import Final
+
+__all__ = ["copy", "fence", "sleep", "unavailable", "wake"]
+
+_SYS_FUTEX: Final = 202  # on x86-64
+_FUTEX_WAIT: Final = 0
+_FUTEX_WAKE: Final = 1
+_EVERYONE: Final = 2**31 - 1
+# Below this a copy is done before another thread could take the GIL, and giving it away costs more.
+_SHORT_BYTES: Final = 32 << 10
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot do it, or None. Ordering is argued for x86-64 only: docs/design/shared-memory.md."""
+    if not sys.platform.startswith("linux"):
+        return f"it needs Linux, this is {sys.platform}"
+    if platform.machine() not in ("x86_64", "AMD64") or sys.maxsize < 2**32:
+        return f"stores are seen in order on x86-64 only, and this processor is {platform.machine()}"
+    return None
+
+
+_libc = ctypes.CDLL(None)
+_libc_holding_gil = ctypes.PyDLL(None)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_syscall.argtypes = (
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int,
+)
+_long_copy, _short_copy = _libc.memcpy, _libc_holding_gil.memcpy
+for _memcpy in (_long_copy, _short_copy):
+    _memcpy.restype = None
+    _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def copy(target: int, source: int, nbytes: int) -> None:
+    """Copies between addresses that do not overlap; without the GIL where that is worth it."""
+    if nbytes <= _SHORT_BYTES:
+        _short_copy(target, source, nbytes)
+    else:
+        _long_copy(target, source, nbytes)
+
+
+def sleep(address: int, value: int, seconds: float) -> None:
+    """Blocks in the kernel while the 32-bit word at `address` is `value`: until `wake`, a signal or the time."""
+    whole = int(seconds)
+    limit = _Timespec(whole, int((seconds - whole) * 1e9))
+    _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, value, ctypes.addressof(limit), None, 0)
+
+
+def wake(address: int) -> None:
+    """Wakes all who sleep on the word at `address`, in whatever process."""
+    _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, None, 0)
+
+
+_barrier = threading.Lock()
+
+
+def fence() -> None:
+    """Orders all stores before it ahead of all loads after it: a locked instruction, as taking a lock has one."""
+    with _barrier:
+        pass

@@ -1,0 +1,321 @@
+"""The ranks of one host: who they are, each other's windows, and the news that one of them died.
+
+Every rank listens on a Unix socket of the abstract namespace, which has no file, and says its random name and a
+secret to all ranks by whatever bootstraps them (`Gather`). Each pair then connects once; both look at the
+credentials that the kernel vouches for, give the other's secret, and pass the descriptor of their window. The
+connection stays: its end tells, in about a millisecond, that a process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from ringred.transports import futex
+from ringred.transports.windows import Heap, Window, adopt, create
+
+__all__ = ["Gather", "Neighbours", "connect"]
+
+Gather: TypeAlias = Callable[[str], list[str]]
+"""Gives a text of up to 250 bytes to all ranks of a job, and returns those of all, by rank. Collective."""
+
+_HELLO = struct.Struct("<32sQ")  # the listener's secret, the rank of who speaks
+_NOTE = struct.Struct("<32sQ")  # a key, and a number that goes with it
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
+_PATIENCE = 30.0  # seconds for a rank of this host to shake hands
+
+_live: weakref.WeakSet[Neighbours] = weakref.WeakSet()
+
+
+class _Transport(Protocol):
+    def peer_lost(self) -> None: ...
+
+
+def connect(gather: Gather, rank: int) -> tuple[Neighbours | None, str | None]:
+    """The neighbours of `rank`, or None and the reason. Collective: all ranks of the job call it.
+
+    Ranks are neighbours if one kernel runs them for one user, in one network namespace. None where there are no
+    others, and where those of this host could not all connect to each other.
+    """
+    reason = futex.unavailable()
+    listener, secret, name = None, secrets.token_bytes(32), secrets.token_hex(8)
+    if reason is None:
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(f"\0ringred-{name}")
+            listener.listen(4096)
+        except OSError as failure:
+            reason = f"no Unix socket: {failure}"
+    place = "-" if reason is not None else _place()
+    cards = [card.split(" ") for card in gather(f"{place} {name} {secret.hex()}")]
+    members = [peer for peer, card in enumerate(cards) if card[0] == place and place != "-"]
+    found: Neighbours | None = None
+    if len(members) > 1 and listener is not None:
+        try:
+            found = Neighbours(rank, members)
+            found.meet(listener, {peer: (cards[peer][1], bytes.fromhex(cards[peer][2])) for peer in members})
+        except (OSError, MemoryError) as failure:
+            reason = str(failure)[:200]
+    if listener is not None:
+        listener.close()
+    verdicts = gather(reason or "met")
+    troubles = [f"rank {peer}: {verdicts[peer]}" for peer in members if verdicts[peer] != "met"]
+    if troubles or reason is not None:
+        if found is not None:
+            found.close()
+        return None, troubles[0] if troubles else reason
+    if found is not None:
+        found.watch()
+    return found, None
+
+
+def _place() -> str:
+    """What all ranks have in common that can share memory: the kernel, the network namespace, the user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}/{os.geteuid()}"
+
+
+class Neighbours:
+    """The connected ranks `members` of one host, of which this is `rank`; numbers are those of the whole job.
+
+    `windows` are all of theirs as this process maps them, `heap` is in its own. `gone` says why a member is no
+    longer there; then `peer_lost` of all `transports` is called, on a thread of this object's own.
+    """
+
+    def __init__(self, rank: int, members: list[int]) -> None:
+        self.rank, self.members = rank, members
+        self._descriptor, own = create(len(members))
+        self.windows: dict[int, Window] = {rank: own}
+        self.heap = Heap(own)
+        self.gone: dict[int, str] = {}
+        self.transports: weakref.WeakSet[_Transport] = weakref.WeakSet()
+        self.forked = False
+        self._sockets: dict[int, socket.socket] = {}
+        self._notes: dict[tuple[int, bytes], int] = {}
+        self._news = threading.Condition()
+        self._watcher: threading.Thread | None = None
+        self._stop_reader, self._stop_writer = -1, -1
+        self._users = 0
+        self._retired: list[Callable[[], bool]] = []
+        self._closed = False
+        _live.add(self)
+
+    # ------------------------------------------------------------------ meeting
+
+    def meet(self, listener: socket.socket, cards: dict[int, tuple[str, bytes]]) -> None:
+        """Connects to every member below this rank, and is connected to by those above. Raises `OSError`."""
+        deadline = time.monotonic() + _PATIENCE
+        for peer in self.members:
+            if peer < self.rank:
+                self._call(peer, *cards[peer], cards[self.rank][1], deadline)
+        above = {peer for peer in self.members if peer > self.rank}
+        while above:
+            missing = ", ".join(map(str, sorted(above)))
+            listener.settimeout(_left(deadline, f"ranks {missing} of this host did not connect"))
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            peer = self._answer(connection, cards, above, deadline)
+            if peer is None:
+                connection.close()
+            else:
+                above.discard(peer)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _call(self, peer: int, name: str, secret: bytes, own_secret: bytes, deadline: float) -> None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sockets[peer] = connection
+        connection.settimeout(_left(deadline, f"rank {peer} of this host did not answer"))
+        connection.connect(f"\0ringred-{name}")
+        if _user(connection) != os.geteuid():
+            raise OSError(f"rank {peer} listens as user {_user(connection)}, expected {os.geteuid()}")
+        self._introduce(connection, secret)
+        token, rank, window = _hear(connection)
+        if not hmac.compare_digest(token, own_secret) or rank != peer:
+            raise OSError(f"who listens as rank {peer} does not know this rank's secret")
+        self.windows[peer] = window
+
+    def _answer(
+        self,
+        connection: socket.socket,
+        cards: dict[int, tuple[str, bytes]],
+        expected: set[int],
+        deadline: float,
+    ) -> int | None:
+        """The rank that is on `connection`, or None where it is a stranger."""
+        if _user(connection) != os.geteuid():
+            return None
+        connection.settimeout(min(10.0, _left(deadline, "no time left")))
+        try:
+            token, peer, window = _hear(connection)
+            if not hmac.compare_digest(token, cards[self.rank][1]) or peer not in expected:
+                return None
+            self._introduce(connection, cards[peer][1])
+        except OSError:
+            return None
+        self._sockets[peer], self.windows[peer] = connection, window
+        return peer
+
+    def _introduce(self, connection: socket.socket, secret: bytes) -> None:
+        socket.send_fds(connection, [_HELLO.pack(secret, self.rank)], [self._descriptor])
+
+    # ------------------------------------------------------------------ watching
+
+    def watch(self) -> None:
+        """Starts to listen for notes of the peers, and for their end."""
+        for connection in self._sockets.values():
+            connection.setblocking(False)
+        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._watcher = threading.Thread(target=self._watch, name=f"ringred-neighbours-{self.rank}", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        ranks = {connection.fileno(): peer for peer, connection in self._sockets.items()}
+        heard = dict.fromkeys(ranks, b"")
+        for descriptor in (*ranks, self._stop_reader):
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor == self._stop_reader:
+                    return
+                peer = ranks[descriptor]
+                try:
+                    data = self._sockets[peer].recv(4096)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    data = b""
+                if not data:
+                    poll.unregister(descriptor)
+                    self._lose(peer)
+                    continue
+                data = heard[descriptor] + data
+                whole = len(data) // _NOTE.size * _NOTE.size
+                heard[descriptor] = data[whole:]
+                with self._news:
+                    for key, number in _NOTE.iter_unpack(data[:whole]):
+                        self._notes[peer, key] = number
+                    self._news.notify_all()
+
+    def _lose(self, peer: int) -> None:
+        with self._news:
+            self.gone[peer] = "its process ended, or it closed its communicator"
+            self._news.notify_all()
+        for transport in list(self.transports):
+            transport.peer_lost()
+
+    # ------------------------------------------------------------------ notes
+
+    def exchange(self, members: list[int], key: str, number: int, timeout: float) -> dict[int, int]:
+        """The numbers that all of `members` give for `key`. Collective among them. Raises `OSError`."""
+        digest = hashlib.blake2b(key.encode(), digest_size=32).digest()
+        numbers = {self.rank: number}
+        for peer in members:
+            if peer != self.rank:
+                self._sockets[peer].sendall(_NOTE.pack(digest, number))
+        deadline = time.monotonic() + timeout
+        with self._news:
+            for peer in members:
+                while peer != self.rank and peer not in numbers:
+                    if (peer, digest) in self._notes:
+                        numbers[peer] = self._notes.pop((peer, digest))
+                        continue
+                    if peer in self.gone:
+                        raise OSError(f"rank {peer} is gone ({self.gone[peer]})")
+                    self._news.wait(_left(deadline, f"rank {peer} did not come to {key!r}"))
+        return numbers
+
+    # ------------------------------------------------------------------ ending
+
+    def retire(self, free: Callable[[], bool]) -> None:
+        """Keeps `free` of a closed transport until it says that it could give its memory back."""
+        self._retired.append(free)
+
+    def reap(self) -> None:
+        """Lets the closed transports try."""
+        self._retired = [free for free in self._retired if not free()]
+
+    def hold(self) -> None:
+        """One more transport uses it."""
+        self._users += 1
+
+    def let_go(self) -> None:
+        """One less; with the last it closes."""
+        self._users -= 1
+        if not self._users:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connections and the thread. The windows stay mapped while a tensor lies in them."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._watcher is not None:
+            os.write(self._stop_writer, b"x")
+            self._watcher.join()
+            os.close(self._stop_reader)
+            os.close(self._stop_writer)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        for connection in self._sockets.values():
+            connection.close()
+
+    def forget(self) -> None:
+        """In a forked child: the connections must end with the parent, and the parent alone speaks for this rank."""
+        self.forked = self._closed = True
+        for connection in self._sockets.values():
+            with contextlib.suppress(OSError):
+                connection.close()
+
+
+def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
+    """What the other end introduces itself with. Raises `OSError`."""
+    data, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
+    try:
+        while descriptors and 0 < len(data) < _HELLO.size:
+            data += connection.recv(_HELLO.size - len(data))
+        if len(data) != _HELLO.size or len(descriptors) != 1:
+            raise OSError("a greeting of another kind")
+        token, rank = _HELLO.unpack(data)
+        return token, rank, adopt(descriptors[0])
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _user(connection: socket.socket) -> int:
+    """The user at the other end, as the kernel has it."""
+    _, user, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    return int(user)
+
+
+def _left(deadline: float, otherwise: str) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise OSError(otherwise)
+    return left
+
+
+def _forget_all() -> None:
+    for neighbours in list(_live):
+        neighbours.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

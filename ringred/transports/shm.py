@@ -1,0 +1,497 @@
+"""Ranks of one host through each other's memory.
+
+Each rank has a window that all map (`windows`). In it, for every peer, lies a ring of descriptors that this rank
+writes and the peer reads: the contract of a message, its length, where it lies, and its number, which is written
+last and says that the rest is there. A message is read where it is (a tensor in the window), or from a slot into
+which its sender copied it, or it was put into the receiver's window by its sender. The receiver counts what it has
+finished with; that count gives slots and entries back.
+
+Why this needs no lock, and one fence only, on x86-64: docs/design/shared-memory.md.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ringred.errors import TransportUnavailable
+from ringred.transports import futex
+from ringred.transports.base import Counters, Fault, FaultKind
+from ringred.transports.neighbours import Neighbours
+from ringred.transports.windows import Window
+
+__all__ = ["ShmTransport"]
+
+SLOT_BYTES = 256 << 10
+"""Of a slot; with `SLOTS` of them a pair's messages stay in a core's cache."""
+SLOTS = 4
+SMALL_BYTES = 4 << 10
+"""A message up to this goes into the small slot of its descriptor, even if it lies in the window: it is soon
+copied, and then its sender need not wait until it is read."""
+ENTRIES = 32
+"""Descriptors of a pair: messages that may be on their way. A power of two."""
+
+_SPIN_NS = 20_000
+_LONGEST_SLEEP = 1.0  # seconds; only a waker that dies between two instructions makes it matter
+_REPORT_BYTES = 16 << 10
+_VIEWS = 4096  # views of peers' memory that are kept
+
+# Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
+_SLEEPING, _ALARM, _ABORTED, _CLOSED, _REPORT_LENGTH = 0, 8, 16, 17, 18
+_EXPOSED_CONTRACT, _EXPOSED_AT = 24, 25
+_CONSUMED = 32  # a line for each peer
+_CONTRACT, _LENGTH, _PLACE, _NUMBER = 0, 1, 2, 3  # words of a descriptor
+_AT, _PUT, _PART = 0, 1, 2  # kinds of place: in the sender's window, in the receiver's, in the sender's and more to come
+_SMALL_STRIDE = SMALL_BYTES + 64  # small slots of one ring do not all fall on the same cache sets
+
+
+class _Layout:
+    """Where things lie in the control block of a rank among `size`: offsets in bytes from its start."""
+
+    def __init__(self, size: int) -> None:
+        self.entries = 8 * (_CONSUMED + 8 * size)
+        self.report = self.entries + size * ENTRIES * 32
+        self.small = self.report + _REPORT_BYTES
+        self.slots = -(-(self.small + size * ENTRIES * _SMALL_STRIDE) // 4096) * 4096
+        self.nbytes = self.slots + size * SLOTS * SLOT_BYTES
+
+
+class _Link:
+    """Both directions between this rank and one peer."""
+
+    __slots__ = (
+        "acked",
+        "acked_at",
+        "acked_words",
+        "block",
+        "entries_in",
+        "entries_out",
+        "index",
+        "loan",
+        "pending",
+        "posted",
+        "queue",
+        "rank",
+        "sent",
+        "sleep_address",
+        "slot",
+        "slot_used",
+        "slots_at",
+        "small_at",
+        "taken",
+        "taken_at",
+        "window",
+        "words",
+        "words_at",
+    )
+
+    def __init__(self, rank: int, index: int, window: Window, block: int, own_block: int, own: int, size: int) -> None:
+        layout = _Layout(size)
+        self.rank, self.index, self.window, self.block = rank, index, window, block
+        self.words, self.words_at = window.words, block // 8
+        self.sleep_address = window.address + block + 8 * _SLEEPING
+        # What this rank sends: entries and slots are in its own block, the count of what is consumed in the peer's.
+        self.entries_out = (own_block + layout.entries) // 8 + index * ENTRIES * 4
+        self.small_at = own_block + layout.small + index * ENTRIES * _SMALL_STRIDE
+        self.slots_at = own_block + layout.slots + index * SLOTS * SLOT_BYTES
+        self.acked_words, self.acked_at = window.words, block // 8 + _CONSUMED + 8 * own
+        self.sent = self.acked = 0  # messages, or parts of them: numbers of the last one
+        self.slot, self.slot_used = 0, [0] * SLOTS  # the next slot, the message that last used each
+        self.queue: deque[_Send] = deque()
+        # What it receives: the other way round.
+        self.entries_in = (block + layout.entries) // 8 + own * ENTRIES * 4
+        self.taken_at = own_block // 8 + _CONSUMED + 8 * index
+        self.taken = 0
+        self.pending: deque[_Receive] = deque()
+        self.loan: _Receive | None = None
+
+
+class _Send:
+    __slots__ = ("address", "contract", "done", "link", "nbytes", "put", "source", "until")
+
+    def __init__(self, link: _Link, source: Tensor, put: bool, contract: int) -> None:
+        self.link, self.source, self.put, self.contract = link, source, put, contract
+        self.address, self.nbytes = source.data_ptr(), source.nbytes
+        self.done = 0  # bytes that are on their way
+        self.until = -1  # the message after whose consumption the source is free: −1 unknown, 0 at once
+
+
+class _Receive:
+    __slots__ = ("contract", "dst", "lend", "link", "number", "view")
+
+    def __init__(self, link: _Link, dst: Tensor, lend: bool, contract: int) -> None:
+        self.link, self.dst, self.lend, self.contract = link, dst, lend, contract
+        self.view: Tensor | None = None
+        self.number = 0  # the message that is lent, until it is released; −1 once all is done
+
+
+_Request: TypeAlias = _Send | _Receive
+
+
+class ShmTransport:
+    """The ranks `members` of `neighbours`, in that order, or, with `names`, called so.
+
+    Every member constructs it at the same point of the program, with the same `key`. Raises `TransportUnavailable`.
+    """
+
+    name = "shm"
+    windows = True
+
+    def __init__(
+        self,
+        neighbours: Neighbours,
+        members: Sequence[int],
+        key: str,
+        timeout: float,
+        names: Sequence[int] | None = None,
+        size: int | None = None,
+    ) -> None:
+        names = list(range(len(members))) if names is None else list(names)
+        own = list(members).index(neighbours.rank)
+        self.rank, self.size = names[own], len(members) if size is None else size
+        self.counters = Counters()
+        self.segment_bytes = SLOT_BYTES
+        self._neighbours, self._timeout = neighbours, timeout
+        self._heap, self._window = neighbours.heap, neighbours.windows[neighbours.rank]
+        self._layout = _Layout(len(members))
+        self._member = dict(zip(names, members, strict=True))
+        neighbours.reap()
+        try:
+            self._block = self._heap.take(self._layout.nbytes)
+            blocks = neighbours.exchange(list(members), key, self._block, timeout)
+        except (OSError, MemoryError) as failure:
+            raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
+        self._links = {
+            names[index]: _Link(
+                names[index], index, neighbours.windows[member], blocks[member], self._block, own, len(members)
+            )
+            for index, member in enumerate(members)
+            if index != own
+        }
+        self._words, self._at = self._window.words, self._block // 8
+        self._base, self._end = self._window.address, self._window.address + self._window.nbytes
+        self._contract = 0
+        self._exposed = self._exposed_end = 0
+        self._queued = 0  # sends without a descriptor or a slot yet
+        self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self._spin_ns = _SPIN_NS if len(members) <= len(os.sched_getaffinity(0)) else 0
+        self._closed = False
+        neighbours.hold()
+        neighbours.transports.add(self)
+
+    # ------------------------------------------------------------------ memory
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor in this rank's window, uninitialised."""
+        return self._heap.empty(elements, dtype)
+
+    def expose(self, memory: Tensor | None) -> None:
+        """Says to the peers where this rank's `memory` of the collective lies, for them to put into."""
+        if memory is None:
+            self._exposed = 0
+            return
+        address = memory.data_ptr()
+        if not self._base <= address < self._end:
+            self._exposed = 0
+            return
+        self._exposed, self._exposed_end = address, address + memory.nbytes
+        self._words[self._at + _EXPOSED_AT] = address - self._base
+        self._words[self._at + _EXPOSED_CONTRACT] = self._contract
+
+    # ------------------------------------------------------------------ sending
+
+    def begin(self, contract: int, turn: int) -> None:
+        self._contract = contract
+        if self._words[self._at + _ALARM]:
+            self._check_aborted()
+
+    def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
+        link = self._links[peer]
+        request = _Send(link, src, put, self._contract)
+        if link.queue or not self._start(request):
+            link.queue.append(request)
+            self._queued += 1
+        counters = self.counters
+        counters.messages_sent += 1
+        counters.bytes_sent += request.nbytes
+        return request
+
+    def _start(self, request: _Send) -> bool:
+        """Posts as much of a send as there is room for; whether that is all."""
+        link, nbytes, address = request.link, request.nbytes, request.address
+        while True:
+            number = link.sent + 1
+            if number - link.acked > ENTRIES:
+                link.acked = link.acked_words[link.acked_at]
+                if number - link.acked > ENTRIES:
+                    return False
+            if nbytes <= SMALL_BYTES:
+                request.until = 0
+                if request.put and (target := self._put_address(request)):
+                    futex.copy(target, address, nbytes)
+                    self._post(link, number, request.contract, nbytes, _PUT)
+                    return True
+                offset = link.small_at + number % ENTRIES * _SMALL_STRIDE
+                if nbytes:
+                    futex.copy(self._base + offset, address, nbytes)
+                self._post(link, number, request.contract, nbytes, offset << 2)
+                return True
+            if self._base <= address < self._end:
+                if request.put and (target := self._put_address(request)):
+                    futex.copy(target, address, nbytes)
+                    request.until = 0
+                    self._post(link, number, request.contract, nbytes, _PUT)
+                else:
+                    request.until = number
+                    self._post(link, number, request.contract, nbytes, (address - self._base) << 2)
+                return True
+            slot = link.slot
+            if link.slot_used[slot] > link.acked:
+                link.acked = link.acked_words[link.acked_at]
+                if link.slot_used[slot] > link.acked:
+                    return False
+            part = min(nbytes - request.done, SLOT_BYTES)
+            offset = link.slots_at + slot * SLOT_BYTES
+            futex.copy(self._base + offset, address + request.done, part)
+            request.done += part
+            link.slot_used[slot] = number
+            link.slot = (slot + 1) % SLOTS
+            last = request.done == nbytes
+            self._post(link, number, request.contract, nbytes, offset << 2 | (_AT if last else _PART))
+            if last:
+                request.until = 0
+                return True
+
+    def _put_address(self, request: _Send) -> int:
+        """Where in the peer's window a put of `request` goes, or 0 where the peer did not say."""
+        link = request.link
+        if not self._exposed <= request.address < self._exposed_end:
+            return 0
+        if link.words[link.words_at + _EXPOSED_CONTRACT] != request.contract:
+            return 0
+        return link.window.address + link.words[link.words_at + _EXPOSED_AT] + request.address - self._exposed
+
+    def _post(self, link: _Link, number: int, contract: int, nbytes: int, place: int) -> None:
+        words, entry = self._words, link.entries_out + (number % ENTRIES) * 4
+        words[entry] = contract
+        words[entry + _LENGTH] = nbytes
+        words[entry + _PLACE] = place
+        words[entry + _NUMBER] = number  # the last: it says that the rest is there
+        link.sent = number
+        self._wake(link)
+
+    def _wake(self, link: _Link) -> None:
+        """Wakes the peer, if it sleeps, to see what was just written."""
+        futex.fence()
+        if link.words[link.words_at + _SLEEPING]:
+            link.words[link.words_at + _SLEEPING] = 0
+            futex.wake(link.sleep_address)
+
+    def _drain(self) -> None:
+        """Posts what had no room, in order, as far as there is some now."""
+        for link in self._links.values():
+            while link.queue and self._start(link.queue[0]):
+                link.queue.popleft()
+                self._queued -= 1
+
+    # ------------------------------------------------------------------ receiving
+
+    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> _Receive:
+        link = self._links[peer]
+        request = _Receive(link, dst, lend, self._contract)
+        link.pending.append(request)
+        return request
+
+    def wait(self, request: _Request, deadline: float) -> Tensor | None:
+        link = request.link
+        if type(request) is _Receive:
+            while link.pending and request.number == 0 and request.view is None:
+                self._take(link, link.pending[0], deadline, wanted=link.pending[0] is request)
+                link.pending.popleft()
+            return request.view
+        assert isinstance(request, _Send)
+        while request.until < 0:
+            self._until(link, link.acked_words, link.acked_at, link.acked + 1, deadline)
+            self._drain()
+        if request.until > link.acked:
+            if link.acked_words[link.acked_at] < request.until:
+                self._until(link, link.acked_words, link.acked_at, request.until, deadline)
+            link.acked = link.acked_words[link.acked_at]
+        return None
+
+    def _take(self, link: _Link, request: _Receive, deadline: float, wanted: bool) -> None:
+        """Finishes the next receive from a peer, or lends what came for it."""
+        dst, got = request.dst, 0
+        staging: Tensor | None = None
+        while True:
+            number = link.taken + 1
+            entry = link.entries_in + (number % ENTRIES) * 4
+            words = link.words
+            if words[entry + _NUMBER] != number:
+                self._until(link, words, entry + _NUMBER, number, deadline)
+            nbytes, place = words[entry + _LENGTH], words[entry + _PLACE]
+            expected = dst.nbytes
+            if words[entry + _CONTRACT] != request.contract or nbytes != expected:
+                size = dst.element_size()
+                raise Fault(
+                    FaultKind.MISMATCH, link.rank, f"expected {expected // size} elements, got {nbytes // size}"
+                )
+            link.taken = number
+            offset, kind = place >> 2, place & 3
+            if kind == _AT and request.lend and not got and wanted and nbytes:
+                request.view = self._view(link, offset, nbytes, dst.dtype)
+                request.number = number
+                self._count(nbytes)
+                return
+            if request.lend and staging is None:
+                staging = torch.empty_like(dst)
+            if kind != _PUT and nbytes:
+                part = min(nbytes - got, SLOT_BYTES) if kind == _PART or got else nbytes
+                target = dst if staging is None else staging
+                futex.copy(target.data_ptr() + got, link.window.address + offset, part)
+                got += part
+            self._consume(link, number)
+            if kind != _PART:
+                request.number, request.view = -1, staging
+                self._count(nbytes)
+                return
+
+    def _view(self, link: _Link, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        key = (link.rank, offset, nbytes, dtype)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= _VIEWS:
+                self._views.clear()
+            view = self._views[key] = link.window.view(offset, nbytes, dtype)
+        return view
+
+    def _count(self, nbytes: int) -> None:
+        counters = self.counters
+        counters.messages_received += 1
+        counters.bytes_received += nbytes
+
+    def _consume(self, link: _Link, number: int) -> None:
+        self._words[link.taken_at] = number
+        self._wake(link)
+
+    def release(self, request: _Receive) -> None:
+        if request.number > 0:
+            self._consume(request.link, request.number)
+        request.number, request.view = -1, None
+
+    # ------------------------------------------------------------------ waiting
+
+    def _until(self, link: _Link, words: memoryview[int], at: int, value: int, deadline: float) -> None:
+        """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
+        if self._queued:
+            self._drain()
+        if self._spin_ns:
+            spin_end = time.monotonic_ns() + self._spin_ns
+            while time.monotonic_ns() < spin_end:
+                if words[at] >= value:
+                    return
+        own, sleeping = self._words, self._at + _SLEEPING
+        address = self._base + self._block + 8 * _SLEEPING
+        while True:
+            own[sleeping] = 1
+            futex.fence()  # whoever writes after this sees that it must wake
+            if self._queued:
+                self._drain()
+            if words[at] >= value:
+                own[sleeping] = 0
+                return
+            if own[self._at + _ALARM]:
+                self._check_aborted()
+            gone = self._left(link)
+            if gone is not None and words[at] < value:  # what it wrote before it went still counts
+                raise Fault(FaultKind.PEER, link.rank, gone)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Fault(FaultKind.TIMEOUT, link.rank, "deadline passed")
+            futex.sleep(address, 1, min(left, _LONGEST_SLEEP))
+
+    def _left(self, link: _Link) -> str | None:
+        """Why the peer is no longer there, or None."""
+        if link.words[link.words_at + _CLOSED]:
+            return "closed its communicator"
+        return self._neighbours.gone.get(self._member[link.rank])
+
+    def peer_lost(self) -> None:
+        """Lets a sleeping wait look again."""
+        self._words[self._at + _SLEEPING] = 0
+        futex.wake(self._base + self._block + 8 * _SLEEPING)
+
+    # ------------------------------------------------------------------ failing
+
+    def _check_aborted(self) -> None:
+        reports = self._reports()
+        if reports:
+            culprit = next(iter(reports))
+            raise Fault(FaultKind.ABORTED, culprit, reports[culprit])
+
+    def _reports(self) -> dict[int, str]:
+        found = {}
+        blocks = {self.rank: (self._window, self._block)}
+        blocks |= {link.rank: (link.window, link.block) for link in self._links.values()}
+        for rank in sorted(blocks):
+            window, block = blocks[rank]
+            if window.words[block // 8 + _ABORTED]:
+                length = min(window.words[block // 8 + _REPORT_LENGTH], _REPORT_BYTES)
+                start = block + self._layout.report
+                found[rank] = window.memory[start : start + length].decode(errors="replace")
+        return found
+
+    def abort(self, report: str) -> None:
+        if self._closed or self._words[self._at + _ABORTED]:
+            return
+        text = report.encode()[:_REPORT_BYTES]
+        start = self._block + self._layout.report
+        self._window.memory[start : start + len(text)] = text
+        self._words[self._at + _REPORT_LENGTH] = len(text)
+        self._words[self._at + _ABORTED] = 1
+        self._words[self._at + _ALARM] = 1
+        self._heap.freeze()  # a peer that has not heard yet may still write where it was told to
+        self.peer_lost()
+        for link in self._links.values():
+            link.words[link.words_at + _ALARM] = 1
+            self._wake(link)
+
+    def reports(self, timeout: float) -> dict[int, str]:
+        deadline = time.monotonic() + timeout
+        while True:
+            found = self._reports()
+            silent = [link for link in self._links.values() if link.rank not in found and self._left(link) is None]
+            if not silent or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.002)
+
+    # ------------------------------------------------------------------ families, and the end
+
+    def subset(self, members: Sequence[int], key: str) -> ShmTransport:
+        return ShmTransport(self._neighbours, [self._member[rank] for rank in members], key, self._timeout)
+
+    def close(self) -> None:
+        if self._closed or self._neighbours.forked:
+            return
+        self._closed = True
+        self._words[self._at + _CLOSED] = 1
+        for link in self._links.values():
+            self._wake(link)
+        self._words[self._at + _CLOSED] = 2
+        self._neighbours.retire(self._free_block)
+        self._neighbours.let_go()
+
+    def _free_block(self) -> bool:
+        """Gives the control block back once no peer looks at it any more; whether that is now."""
+        for link in self._links.values():
+            gone = self._member[link.rank] in self._neighbours.gone
+            if link.words[link.words_at + _CLOSED] != 2 and not gone:
+                return False
+        self._heap.give_back(self._block, self._layout.nbytes)
+        return True

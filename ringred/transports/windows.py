@@ -1,0 +1,133 @@
+"""Windows: anonymous memory of a process that its peers map too, and the heap in it.
+
+A window is a `memfd`: no name ever exists, so nothing can be left behind, squatted on or taken for another's, and
+the size of /dev/shm does not matter. It is as large as the machine's memory and sparse: a page costs nothing until
+it is touched, and blocks that are freed give theirs back. So memory can be had at any time without a word to the
+peers, which mapped all of it at the start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from bisect import bisect_left
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Heap", "Window", "adopt", "create"]
+
+_LINE = 64  # bytes of a cache line
+_PAGE = mmap.PAGESIZE
+_ADDRESSES = 1 << 46  # bytes of address space that all windows of a host may take together
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_live: weakref.WeakSet[Heap] = weakref.WeakSet()
+
+
+class Window:
+    """One rank's window as this process maps it: `address` is where it begins here, `words` its 64-bit words."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory = memory
+        self.nbytes = len(memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.words: memoryview[int] = memoryview(memory).cast("B").cast("Q")
+
+    def view(self, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        """`nbytes` bytes from `offset` on as elements of `dtype`."""
+        return torch.frombuffer(self.memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=offset)
+
+
+def create(sharers: int) -> tuple[int, Window]:
+    """A new window, and the descriptor to pass to the others of `sharers` ranks. Raises `OSError`."""
+    total = os.sysconf("SC_PHYS_PAGES") * _PAGE
+    nbytes = min(total, _ADDRESSES // sharers) // _PAGE * _PAGE
+    descriptor = os.memfd_create("ringred", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        return descriptor, Window(mmap.mmap(descriptor, nbytes))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def adopt(descriptor: int) -> Window:
+    """A peer's window, by the descriptor that it passed. Raises `OSError` unless its size is fixed for good."""
+    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    if seals & _SEALS != _SEALS:
+        raise OSError("a peer passed memory that it might still shrink")
+    return Window(mmap.mmap(descriptor, os.fstat(descriptor).st_size))
+
+
+class Heap:
+    """Blocks of a window, first fit, each on cache lines of its own; from a page on, on pages of its own.
+
+    Any thread may take and give back.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self._lock = threading.RLock()  # a finalizer may run while it is held
+        self._free: list[tuple[int, int]] = [(0, window.nbytes)]  # (start, end), ascending, never adjacent
+        self._frozen = False
+        _live.add(self)
+
+    def take(self, nbytes: int) -> int:
+        """The offset of a new block, whose bytes are zero if it has a page or more. Raises `MemoryError`."""
+        unit = _PAGE if nbytes >= _PAGE else _LINE
+        with self._lock:
+            for at, (start, end) in enumerate(self._free):
+                first = -(-start // unit) * unit
+                last = first + max(1, -(-nbytes // unit)) * unit
+                if last <= end:
+                    self._free[at : at + 1] = [gap for gap in ((start, first), (last, end)) if gap[0] < gap[1]]
+                    return first
+        raise MemoryError(f"the window of {self.window.nbytes} bytes has no room for {nbytes} more")
+
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Frees the block of `nbytes` bytes at `offset`; the pages that it filled go back to the system."""
+        if self._frozen:
+            return
+        unit = _PAGE if nbytes >= _PAGE else _LINE
+        end = offset + max(1, -(-nbytes // unit)) * unit
+        if unit == _PAGE:
+            self.window.memory.madvise(mmap.MADV_REMOVE, offset, end - offset)
+        with self._lock:
+            at = bisect_left(self._free, (offset, end))
+            if at < len(self._free) and self._free[at][0] == end:
+                end = self._free.pop(at)[1]
+            if at and self._free[at - 1][1] == offset:
+                offset = self._free.pop(at - 1)[0]
+                at -= 1
+            self._free.insert(at, (offset, end))
+
+    def freeze(self) -> None:
+        """From here on nothing is given back: a peer may still write where it was told to."""
+        self._frozen = True
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor in a block of its own, which is free again once its memory is no longer used."""
+        nbytes = elements * dtype.itemsize
+        if not nbytes:
+            return torch.empty(0, dtype=dtype)
+        offset = self.take(nbytes)
+        block: Any = (ctypes.c_char * nbytes).from_buffer(self.window.memory, offset)
+        # The tensor's memory holds the block, whatever views there are of it.
+        weakref.finalize(block, self.give_back, offset, nbytes).atexit = False
+        return torch.frombuffer(block, dtype=dtype)
+
+
+def _freeze_all() -> None:
+    for heap in list(_live):
+        heap.freeze()
+
+
+# A forked child shares the memory, and must not give back what its parent uses.
+os.register_at_fork(after_in_child=_freeze_all)
