@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from tabulate import tabulate
@@ -22,7 +22,7 @@ from ringred.runner import Runner
 from ringred.select import candidates, decided_as, machine_model
 from ringred.topology.detect import host_indices, host_name
 from ringred.trace import Tracer
-from ringred.transports.base import Counters, Transport
+from ringred.transports.base import Counters, Transport, Windowed
 from ringred.work import Work
 
 __all__ = ["Communicator", "PersistentAllReduce", "abort_all"]
@@ -56,7 +56,8 @@ class Communicator:
         self.transport = transport
         self.model = machine_model(transport.name, self.hosts)
         segment_bytes = self.config.segment_bytes or transport.segment_bytes
-        self._planner = Planner(name, self.rank, self.size, self.hosts, self.model, segment_bytes)
+        windows = cast(Windowed, transport) if transport.windows else None
+        self._planner = Planner(name, self.rank, self.size, self.hosts, self.model, segment_bytes, windows)
         self._runner = Runner(transport, self.config.timeout, name)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -159,12 +160,14 @@ class Communicator:
         async_op: bool = False,
     ) -> Work[None] | None:
         """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits."""
-        kind = reduce_op(op, self._where("all_reduce"))
+        kind = op if isinstance(op, ReduceOp) else reduce_op(op, self._where("all_reduce"))
         flat, back = tensors.flat(self._where("all_reduce"), tensor, kind)
         call = self._planner.call("all_reduce", flat, flat.numel(), kind, algorithm=algorithm, grid=grid)
         if call.algorithm.native:
             self._check_native(call, flat)
             return self._runner.launch(call, lambda: self._native(flat, kind, back), async_op)
+        if back is None:
+            return self._runner.launch(call, lambda: self._planner.whole_again(call, flat, kind), async_op)
         return self._runner.launch(call, lambda: self._planner.whole(call, flat, kind, back), async_op)
 
     def all_reduce_init(

@@ -40,6 +40,8 @@ class Plan(NamedTuple):
     folder: Folder | None
     exposed: Tensor | None = None
     """All the memory there is, where it is one tensor and puts may go into it."""
+    own_bytes: int = 0
+    """Of memory that the plan holds for itself."""
 
 
 def bind(
@@ -73,7 +75,7 @@ def bind(
             source = view(lo, hi) if op.slot is None else slots[op.slot : op.slot + hi - lo]
             operations.append((_SEND, op.request, op.peer, source, op.put))
         elif isinstance(op, PostReceive):
-            operations.append((_RECEIVE, op.request, op.peer, view(op.lo, op.hi), op.lend, op.put))
+            operations.append((_RECEIVE, op.request, op.peer, view(op.lo, op.hi), op.lend))
         elif isinstance(op, Fold):
             operations.append((_FOLD, op.requests, view(op.lo, op.hi), op.own, op.final, op.step, op.peers))
         elif isinstance(op, Take):
@@ -82,7 +84,7 @@ def bind(
             operations.append((_WAIT_SENT, op.request))
         elif isinstance(op, Snapshot):
             operations.append((_SNAPSHOT, slots[op.slot : op.slot + op.hi - op.lo], view(op.lo, op.hi)))
-    return Plan(tuple(operations), program.requests, folder, exposed)
+    return Plan(tuple(operations), program.requests, folder, exposed, slots.nbytes)
 
 
 def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None = None) -> None:
@@ -98,8 +100,8 @@ def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None
             _, request, peer, source, put = operation
             requests[request] = isend(peer, source, put)
         elif code == _RECEIVE:
-            _, request, peer, destination, lend, put = operation
-            requests[request] = irecv(peer, destination, lend, put)
+            _, request, peer, destination, lend = operation
+            requests[request] = irecv(peer, destination, lend)
         elif code == _FOLD:
             _, numbers, own_view, own, final, step, peers = operation
             began = time.monotonic_ns() if tracer is not None else 0

@@ -9,23 +9,28 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ringred.collectives.registry import ROOTED, Algorithm, lookup
+from ringred.collectives.registry import ROOTED, Algorithm, lookup, prove
 from ringred.errors import GridError, UnknownAlgorithm
 from ringred.executor import Piece, Plan, bind
 from ringred.ops import Folder, ReduceOp
 from ringred.schedule.ir import Group
 from ringred.schedule.lower import Program, lower
 from ringred.select import choose, segments_for, share_bounds
-from ringred.tensors import WriteBack
+from ringred.tensors import WriteBack, unowned
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology
+from ringred.transports.base import Windowed
 
 __all__ = ["Call", "Planner", "Prepared", "adjacent"]
 
 _T = TypeVar("_T")
 
 _PROGRAMS = 256  # programs and calls kept for reuse
+_PLANS = 128  # programs bound to an address
+_PLAN_BYTES = 1 << 20  # what such a plan may hold of its own
+_PROVED_RANKS = 32  # above, the proof that puts are safe takes longer than they save
 _GIB = 1 << 30
+_PUTS = frozenset({"all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce"})
 _ONE_TENSOR = frozenset({"all_reduce", "broadcast", "reduce", "barrier"})
 
 
@@ -64,12 +69,21 @@ class Planner:
     """Makes the calls and plans of one rank of one communicator, and keeps what can be used again."""
 
     def __init__(
-        self, name: str, rank: int, size: int, hosts: Sequence[int], model: Topology, segment_bytes: int
+        self,
+        name: str,
+        rank: int,
+        size: int,
+        hosts: Sequence[int],
+        model: Topology,
+        segment_bytes: int,
+        windows: Windowed | None = None,
     ) -> None:
         self.name, self.rank, self.size = name, rank, size
+        self._windows = windows
         self.hosts, self.model, self.segment_bytes = tuple(hosts), model, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
 
     # ------------------------------------------------------------------ calls
 
@@ -136,12 +150,22 @@ class Planner:
 
     # ------------------------------------------------------------------ plans
 
-    def whole(self, call: Call, tensor: Tensor, op: ReduceOp | None, after: WriteBack) -> Prepared:
-        """The plan of a collective on one flat tensor that every rank holds whole."""
+    def whole(self, call: Call, tensor: Tensor, op: ReduceOp | None, after: WriteBack = None) -> Prepared:
+        """The plan of a collective on one flat tensor that every rank holds whole. It holds the tensor's memory."""
         folder = None if op is None else Folder(op, tensor.dtype, self.size)
         bounds = share_bounds(tensor.numel(), call.algorithm.units(call.group))
-        plan = bind(self._program(call, bounds, tensor), [Piece(0, tensor)], folder)
+        plan = self._bind(self._program(call, bounds, tensor), tensor, folder)
         return Prepared(plan, self._scaling(folder, tensor), after)
+
+    def whole_again(self, call: Call, tensor: Tensor, op: ReduceOp | None) -> Prepared:
+        """As `whole`, for callers that hold the tensor while the plan runs: it is kept for what next lies there."""
+        key = (call.digest, tensor.data_ptr())
+        known = self._plans.get(key)
+        if known is not None:
+            self._plans.move_to_end(key)
+            return known
+        prepared = self.whole(call, unowned(tensor), op)
+        return _keep(self._plans, key, prepared, _PLANS) if prepared.plan.own_bytes <= _PLAN_BYTES else prepared
 
     def reduced_shares(
         self, call: Call, tensor: Tensor, bounds: Sequence[tuple[int, int]], op: ReduceOp, after: WriteBack
@@ -149,7 +173,7 @@ class Planner:
         """The plan of a reduce-scatter in `tensor`, in which the share of rank r is `bounds[r]`."""
         folder = Folder(op, tensor.dtype, self.size)
         units = [bounds[owner] for owner in call.algorithm.home(call.group)]
-        plan = bind(self._program(call, units, tensor), [Piece(0, tensor)], folder)
+        plan = self._bind(self._program(call, units, tensor), tensor, folder)
         return Prepared(plan, self._scaling(folder, tensor), after)
 
     def gathered_shares(
@@ -182,6 +206,13 @@ class Planner:
         program = lower(self.rank, renamed, [(0, tensor.numel())], self.segment_elements(tensor))
         return Prepared(bind(program, [Piece(0, tensor)], None), None, after)
 
+    def _bind(self, program: Program, tensor: Tensor, folder: Folder | None) -> Plan:
+        """Binds what lies in one tensor; in a window its slots are there as well."""
+        if self._windows is None:
+            return bind(program, [Piece(0, tensor)], folder)
+        slots = self._windows.empty(program.slot_elements, tensor.dtype)
+        return bind(program, [Piece(0, tensor)], folder, slots, exposed=tensor)
+
     def segment_elements(self, tensor: Tensor) -> int:
         """The greatest number of elements in one message of the dtype of `tensor`."""
         return max(1, self.segment_bytes // tensor.element_size())
@@ -200,10 +231,21 @@ class Planner:
         if known is not None:
             self._programs.move_to_end(key)
             return known
-        steps = call.algorithm.steps(call.group)(self.rank)
+        steps = call.algorithm.steps(call.group)
         # Units of one tensor travel together where they are adjacent; shares lie in tensors of their own.
         merge = call.collective in _ONE_TENSOR
-        program = lower(self.rank, steps, bounds, segment, keep=self._keeps(call), merge=merge)
+        puts: frozenset[tuple[int, int, int]] = frozenset()
+        if self._windows is not None and call.collective in _PUTS and call.group.size <= _PROVED_RANKS:
+            puts = prove(call.algorithm, call.group, puts=True).put_safe
+        program = lower(
+            self.rank,
+            steps(self.rank),
+            bounds,
+            segment,
+            keep=self._keeps(call),
+            merge=merge,
+            put_safe=lambda step, op: (self.rank, step, op) in puts,
+        )
         return _keep(self._programs, key, program)
 
     def _keeps(self, call: Call) -> Callable[[int], bool]:
@@ -216,8 +258,10 @@ class Planner:
         return lambda unit: True
 
 
-def _keep(cache: OrderedDict[tuple[Any, ...], _T], key: tuple[Any, ...], value: _T) -> _T:
+def _keep(
+    cache: OrderedDict[tuple[Any, ...], _T], key: tuple[Any, ...], value: _T, most: int = _PROGRAMS
+) -> _T:
     cache[key] = value
-    if len(cache) > _PROGRAMS:
+    if len(cache) > most:
         cache.popitem(last=False)
     return value

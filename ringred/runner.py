@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Runner:
         self._pair_sequence: dict[tuple[int, int], int] = {}
         self._outgoing: deque[list[Request]] = deque()
         self._started: deque[Work[None]] = deque()  # to find those that failed and that nobody asked
-        self._current: tuple[int, str, str] | None = None
+        self._current: tuple[int, Call, str | FrameType, bool] | None = None
         self._failure: RingredError | None = None
 
     def launch(
@@ -58,11 +59,9 @@ class Runner:
         `prepare` makes the plan, on the thread that runs it; None where it did all itself. `pair` is the sender
         and receiver of what only concerns two ranks.
         """
-        site = _call_site()
         with self._order:
-            self._check_usable(call)
-            if self.closed:
-                raise PeerFailed(f"rank {self.rank}: {call.text}: this communicator is closed")
+            if self._failure is not None or self.closed:
+                self._refuse(call)
             if not async_op and self._progress.is_current():
                 raise RingredError(
                     f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
@@ -74,12 +73,14 @@ class Runner:
             else:
                 number = self._pair_sequence[pair] = self._pair_sequence.get(pair, 0) + 1
 
+            if not async_op and self._progress.idle():
+                self._run(call, number, sys._getframe(1), prepare, pair is not None)
+                return None
+            site = _call_site(sys._getframe(1))
+
             def job() -> None:
                 self._run(call, number, site, prepare, pair is not None)
 
-            if not async_op and self._progress.idle():
-                job()
-                return None
             work: Work[None] = Work(f"rank {self.rank}: {_numbered(call, number)} at {site}")
             self._started.append(work)
             self._progress.submit(lambda: work.finish(job))
@@ -100,7 +101,7 @@ class Runner:
         """Tells every rank that this one failed with `cause` and takes no further part."""
         if self._failure is None and not self.closed:
             self._failure = PeerFailed(f"rank {self.rank}: gave this communicator up after {cause!r}")
-            number, call, site = self._current or (self._sequence, "no collective", "")
+            number, call, site = self._doing()
             what = f"{type(cause).__name__}: {cause}"[:1000]
             self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, what).dump())
 
@@ -128,17 +129,34 @@ class Runner:
         for request in requests:
             self.transport.wait(request, deadline)
 
-    def _check_usable(self, call: Call) -> None:
-        if self._failure is not None:
-            where = f"rank {self.rank}: {call.text}"
-            raise type(self._failure)(
-                f"{where}: this communicator is unusable since an earlier failure: {self._failure}"
-            ) from self._failure
+    def _refuse(self, call: Call) -> None:
+        where = f"rank {self.rank}: {call.text}"
+        if self._failure is None:
+            raise PeerFailed(f"{where}: this communicator is closed")
+        raise type(self._failure)(
+            f"{where}: this communicator is unusable since an earlier failure: {self._failure}"
+        ) from self._failure
 
-    def _run(self, call: Call, number: int, site: str, prepare: Callable[[], Prepared | None], of_a_pair: bool) -> None:
-        self._check_usable(call)
+    def _doing(self) -> tuple[int, str, str]:
+        """The number, the text and the place in the user's program of the call that is under way."""
+        if self._current is None:
+            return self._sequence, "no collective", ""
+        number, call, site, of_a_pair = self._current
+        text = _numbered(call, number)
         # Ranks count collectives alike; what two of them do between themselves has the number of the one before.
-        self._current = (self._sequence if of_a_pair else number, _numbered(call, number), site)
+        return (self._sequence if of_a_pair else number), text, site if isinstance(site, str) else _call_site(site)
+
+    def _run(
+        self,
+        call: Call,
+        number: int,
+        site: str | FrameType,
+        prepare: Callable[[], Prepared | None],
+        of_a_pair: bool,
+    ) -> None:
+        if self._failure is not None:
+            self._refuse(call)
+        self._current = (number, call, site, of_a_pair)
         began = time.monotonic()
         try:
             self.transport.begin(_contract(call.digest, number), -1 if of_a_pair else number)
@@ -157,15 +175,16 @@ class Runner:
         except BaseException as failure:
             self.abort(failure)
             raise
+        else:
+            if self.tracer is not None:
+                _, text, where = self._doing()
+                self.tracer.span("collective", text, int(began * 1e9), time.monotonic_ns(), site=where)
         finally:
             self._current = None
-        if self.tracer is not None:
-            start, end = int(began * 1e9), time.monotonic_ns()
-            self.tracer.span("collective", _numbered(call, number), start, end, site=site)
 
     def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
         """Publishes what this rank saw, reads what the others saw, and makes one exception of it."""
-        number, call, site = self._current or (self._sequence, "no collective", "")
+        number, call, site = self._doing()
         mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, fault.detail[:1000])
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
@@ -186,9 +205,8 @@ def _numbered(call: Call, number: int) -> str:
     return f"{head} #{number} {rest}"
 
 
-def _call_site() -> str:
+def _call_site(frame: FrameType) -> str:
     """Where in the user's program the collective was called: the innermost frame outside of ringred and torch."""
-    frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

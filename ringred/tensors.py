@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ from ringred.errors import UnsupportedTensor
 from ringred.ops import ReduceOp, check_dtype
 from ringred.select import share_bounds
 
-__all__ = ["WriteBack", "expect", "flat", "in_turn", "outputs", "shares"]
+__all__ = ["WriteBack", "expect", "flat", "in_turn", "outputs", "shares", "unowned"]
 
 WriteBack: TypeAlias = Callable[[], None] | None
 """What brings a result from the flat copy back to the user's tensor; None where there is no copy."""
@@ -71,6 +72,14 @@ def outputs(where: str, tensors: Tensor | Sequence[Tensor], size: int) -> tuple[
     _expect_list(where, tensors, size)
     pairs = [flat(where, tensor, None, fill=False) for tensor in tensors]
     return [part for part, _ in pairs], in_turn(*(back for _, back in pairs))
+
+
+def unowned(tensor: Tensor) -> Tensor:
+    """The memory of the flat `tensor` as a tensor that does not hold it, for whoever knows that it is held."""
+    if not tensor.numel():
+        return torch.empty(0, dtype=tensor.dtype)
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype)
 
 
 def expect(where: str, what: str, tensor: Tensor, elements: int, dtype: torch.dtype) -> None:

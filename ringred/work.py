@@ -86,9 +86,8 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        with self._wake:
-            return not self._busy and not self._jobs
+        """Whether nothing runs and nothing waits, while nobody submits."""
+        return not self._jobs and not self._busy  # in this order: a job is marked busy before it is taken
 
     def is_current(self) -> bool:
         """Whether the caller runs on this thread."""
@@ -120,7 +119,7 @@ class Progress:
                     self._wake.wait()
                 if not self._jobs:
                     return
-                job = self._jobs.popleft()
                 self._busy = True
+                job = self._jobs.popleft()
             job()
             del job  # it holds tensors

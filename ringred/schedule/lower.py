@@ -68,14 +68,13 @@ class PostSend(NamedTuple):
 
 
 class PostReceive(NamedTuple):
-    """Post the receive of `lo:hi` from `peer` as `request`: `lend` the arriving data, or put it into place."""
+    """Post the receive of `lo:hi` from `peer` as `request`: `lend` the arriving data, or bring it into place."""
 
     request: int
     peer: int
     lo: int
     hi: int
     lend: bool
-    put: bool
     step: int
 
 
@@ -139,7 +138,6 @@ class _Receives(NamedTuple):
     chunk: Chunk
     reduce: bool
     peers: list[int]
-    ops: list[int]  # the position of each peer's operation in its step
     segments: list[tuple[int, int]]
 
 
@@ -151,7 +149,6 @@ def lower(
     *,
     keep: Callable[[int], bool] = lambda unit: True,
     put_safe: Callable[[int, int], bool] = lambda step, op: False,
-    put_received: Callable[[int, int], bool] = lambda step, op: False,
     merge: bool = True,
     snapshots: bool = True,
 ) -> Program:
@@ -159,12 +156,12 @@ def lower(
 
     `bounds[u]` are the elements (lo, hi) of unit `u`, in an address space that all ranks share; `segment` is
     the greatest number of elements in one message; `keep(u)` says whether the rank must hold unit `u` at the
-    end. `put_safe(step, op)` and `put_received(step, op)` say which sends and receives go by a put. Adjacent
+    end. `put_safe(step, op)` says which sends may go by a put. Adjacent
     units travel in one message; with `merge=False` each in its own, for units that lie in tensors of their own.
     `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it.
     """
     lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge)
-    lowering.put_safe, lowering.put_received = put_safe, put_received
+    lowering.put_safe = put_safe
     return lowering.run(snapshots)
 
 
@@ -172,7 +169,6 @@ class _Lowering:
     """State of one lowering. Event `e` stands before the `e`-th fold or take; sends and posts happen at events."""
 
     put_safe: Callable[[int, int], bool]
-    put_received: Callable[[int, int], bool]
 
     def __init__(
         self,
@@ -289,9 +285,8 @@ class _Lowering:
 
     def in_turn(self, step: Step, groups: list[tuple[Chunk, bool, list[int]]]) -> Iterable[tuple[_Receives, int, int]]:
         """The segments of all receives of a step: in turn if no two share a peer, else one group after another."""
-        position = {(op.peer, op.chunk): at for at, op in enumerate(step) if not isinstance(op, Send)}
         all_receives = [
-            _Receives(chunk, reduce, peers, [position[p, chunk] for p in peers], self.segments(chunk))
+            _Receives(chunk, reduce, peers, self.segments(chunk))
             for chunk, reduce, peers in groups
         ]
         peers = [peer for receives in all_receives for peer in receives.peers]
@@ -326,9 +321,8 @@ class _Lowering:
             held_back = max(touched, default=0) > event
             earliest = max([0, event - REPLACE_AHEAD, *touched])
         first = self.requests
-        for peer, op in zip(receives.peers, receives.ops, strict=True):
-            put = not receives.reduce and self.put_received(step, op)
-            post = PostReceive(self.requests, peer, lo, hi, receives.reduce, put, step)
+        for peer in receives.peers:
+            post = PostReceive(self.requests, peer, lo, hi, receives.reduce, step)
             if held_back:
                 arrival.append(post)
                 self.last_post[peer] = event + 1

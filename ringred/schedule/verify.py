@@ -365,14 +365,17 @@ def _put_safe(
 ) -> frozenset[tuple[int, int, int]]:
     """The replacing messages whose receiver has, to the sender's knowledge, done with its own copy.
 
-    Knowledge is a vector clock. `known[q][p] = s + 1` says that q knows p to have posted the sends of its
-    step s, and so to have finished the receives of all steps before s; 0, that p may not even have entered.
+    Knowledge is a vector clock for each unit. `clocks[q][u, p] = s + 1` says that q knows p to have posted its
+    sends of u in step s, and so to have finished its receives of u in all steps before s; 0, that p may not even
+    have entered. It travels with messages that carry u, and no others: a program cuts messages into segments, and
+    a segment of one unit says nothing of how far another has got. Of one element, receives come before the sends
+    that read what they wrote, whatever the segments.
     """
     size = spec.size
     consumer = {(m.sender, m.step, m.op): (rank, step) for (rank, step, _), m in matched.items()}
     # unit -> what must be known before another rank writes it here: (rank, clock value)
     accesses: list[dict[int, list[tuple[int, int]]]] = [defaultdict(list) for _ in range(size)]
-    needed: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    needed: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
     for rank, rank_steps in enumerate(steps):
         mine = accesses[rank]
         for index, step in enumerate(rank_steps):
@@ -386,25 +389,26 @@ def _put_safe(
                     continue
                 if not op.reduce:
                     message = matched[rank, index, at]
-                    before = [need for u in op.chunk.units for need in mine[u]]
-                    needed[message.sender, message.step, message.op] = [*before, (rank, 1)]
+                    needed[message.sender, message.step, message.op] = [
+                        (u, *need) for u in op.chunk.units for need in [*mine[u], (rank, 1)]
+                    ]
             for chunk, _, _ in fold_groups(step):
                 for u in chunk.units:
                     mine[u] = [(rank, index + 2)]
-    clocks: list[npt.NDArray[np.int32]] = [np.zeros(size, np.int32) for _ in range(size)]
+    clocks: list[npt.NDArray[np.int32]] = [np.zeros((spec.units, size), np.int32) for _ in range(size)]
     posted: dict[_Node, npt.NDArray[np.int32]] = {}
     safe = set()
 
     def post(rank: int, index: int) -> None:
         clock = clocks[rank]
-        clock[rank] = index + 1
+        clock[:, rank] = index + 1
         if index >= len(steps[rank]):
             return
         posted[rank, index] = clock.copy()
         for at, op in enumerate(steps[rank][index]):
             if isinstance(op, Send):
                 needs = needed.get((rank, index, at))
-                if needs is not None and all(clock[peer] >= value for peer, value in needs):
+                if needs is not None and all(clock[u, peer] >= value for u, peer, value in needs):
                     safe.add((rank, index, at))
 
     for rank in range(size):
@@ -413,6 +417,8 @@ def _put_safe(
         for at, op in enumerate(steps[rank][index]):
             if not isinstance(op, Send):
                 message = matched[rank, index, at]
-                np.maximum(clocks[rank], posted[message.sender, message.step], out=clocks[rank])
+                rows = slice(op.chunk.start, op.chunk.stop)
+                theirs = posted[message.sender, message.step][rows]
+                np.maximum(clocks[rank][rows], theirs, out=clocks[rank][rows])
         post(rank, index + 1)
     return frozenset(safe)

@@ -59,8 +59,8 @@ class Faulty:
         self._delay()
         return self.inner.isend(peer, src, put)
 
-    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> Request:
-        return self.inner.irecv(peer, dst, lend, put)
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> Request:
+        return self.inner.irecv(peer, dst, lend)
 
     def wait(self, request: Request, deadline: float) -> Tensor | None:
         self._delay()

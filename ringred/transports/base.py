@@ -76,11 +76,11 @@ class Transport(Protocol):
     def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
         """Sends `src`; never blocks. Done, to `wait`, means that `src` may be overwritten.
 
-        `put` says that the receiver posts the same message with `put` and does not touch its destination
-        until then: a transport whose peers share windows may write there at once. Others ignore it.
+        `put` says that the receiver does not touch its destination any more until it has waited for this message:
+        a transport whose peers share windows may write there at once. Others ignore it.
         """
 
-    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> Request:
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> Request:
         """Receives what is like `dst` in length and dtype: into `dst`, or, if `lend`, into memory that `wait`
         lends until `release`. Never blocks. At most one loan of each peer is held at a time."""
 

@@ -129,7 +129,7 @@ class LocalTransport:
             channel.slots_used += 1
         return filled
 
-    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> _Receive:
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> _Receive:
         index = self._posted[peer]
         self._posted[peer] = index + 1
         return _Receive(peer, index, dst, lend, self._contract)

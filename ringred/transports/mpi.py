@@ -180,7 +180,7 @@ class MpiTransport:
         self.counters.bytes_sent += nbytes
         return _Send(self._data.Isend(_memory(src), peer, self._tag(nbytes)), peer, src)
 
-    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> _Receive:
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> _Receive:
         target = dst
         if lend:
             pool = self._pool[dst.dtype, dst.numel()]

@@ -302,7 +302,7 @@ class ShmTransport:
 
     # ------------------------------------------------------------------ receiving
 
-    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> _Receive:
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> _Receive:
         link = self._links[peer]
         request = _Receive(link, dst, lend, self._contract)
         link.pending.append(request)

@@ -173,7 +173,7 @@ class TorchP2PTransport:
             except RuntimeError as failure:
                 self._fault = self._explain(request.peer, failure)
 
-    def irecv(self, peer: int, dst: Tensor, lend: bool, put: bool = False) -> _Receive:
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> _Receive:
         request = _Receive(peer, dst, lend)
         self._in_flight.add(request)
         if peer in self._verified:
