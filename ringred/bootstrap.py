@@ -70,7 +70,7 @@ def _connect(config: Config) -> Communicator:
 
 
 def _by_launcher(config: Config, launch: Launch) -> Communicator:
-    kind = {"mpi": "mpi", "torch_p2p": "store", None: launch.kind}[config.transport]
+    kind = {"mpi": "mpi", "torch_p2p": "store"}.get(config.transport or "", launch.kind)
     if config.transport is None and _torch_group_exists():
         return Communicator.from_process_group(config=config)
     if kind == "mpi":
@@ -100,7 +100,7 @@ def _report_uncaught() -> None:
         earlier(kind, value, traceback)
         sys.stderr.flush()
         abort_all(value)
-        if _default is not None and _default.transport.name == "mpi":
+        if _default is not None and getattr(_default.transport, "far", _default.transport).name == "mpi":
             # MPI's own end waits for all ranks, and they may wait for this one.
             from ringred.transports.mpi import abort_job
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,14 +49,17 @@ class Bucket:
     """One flat tensor with a view for the gradient of each of its parameters.
 
     `parameters` are indices into the model's list; `views[i]` has the shape and strides of the i-th one's
-    gradient. `missing` counts the parameters whose gradients are not there yet.
+    gradient. `missing` counts the parameters whose gradients are not there yet. `empty(elements, dtype)` gives the
+    memory.
     """
 
-    def __init__(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, indices: Sequence[int], parameters: Sequence[Tensor], empty: Callable[[int, torch.dtype], Tensor]
+    ) -> None:
         members = [parameters[index] for index in indices]
         elements = sum(member.numel() for member in members)
         self.indices = list(indices)
-        self.flat = torch.zeros(elements, dtype=members[0].dtype)
+        self.flat = empty(elements, members[0].dtype).zero_()
         self.views: list[Tensor] = []
         offset = 0
         for member in members:

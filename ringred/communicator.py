@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import sys
 import time
 import weakref
@@ -22,7 +23,8 @@ from ringred.runner import Runner
 from ringred.select import candidates, decided_as, machine_model
 from ringred.topology.detect import host_indices, host_name
 from ringred.trace import Tracer
-from ringred.transports.base import Counters, Transport, Windowed
+from ringred.transports import routed
+from ringred.transports.base import Counters, Gather, Transport, Windowed
 from ringred.work import Work
 
 __all__ = ["Communicator", "PersistentAllReduce", "abort_all"]
@@ -57,7 +59,9 @@ class Communicator:
         self.model = machine_model(transport.name, self.hosts)
         segment_bytes = self.config.segment_bytes or transport.segment_bytes
         windows = cast(Windowed, transport) if transport.windows else None
-        self._planner = Planner(name, self.rank, self.size, self.hosts, self.model, segment_bytes, windows)
+        self._planner = Planner(
+            name, self.rank, self.size, self.hosts, self.model, segment_bytes, windows, transport.buffers
+        )
         self._runner = Runner(transport, self.config.timeout, name)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -80,8 +84,11 @@ class Communicator:
                 f"MPI cannot be used: {failure}; pip install 'ringred[mpi]' brings mpi4py and an MPI"
             ) from failure
         comm = mpi.world() if comm is None else comm
-        names = mpi.world_hosts(comm, host_name())
-        return cls(mpi.MpiTransport(comm), hosts=host_indices(names), config=config)
+        config = config or Config.from_environment()
+        gather = mpi.gatherer(comm)
+        names = gather(host_name())
+        transport = _connect(gather, comm.Get_rank(), len(names), lambda: mpi.MpiTransport(comm), config, "mpi")
+        return cls(transport, hosts=host_indices(names), config=config)
 
     @classmethod
     def from_store(cls, store: Any, rank: int, size: int, *, config: Config | None = None) -> Communicator:
@@ -93,10 +100,18 @@ class Communicator:
 
         config = config or Config.from_environment()
         store = torch_p2p.corner(store, rank)
-        names = torch_p2p.store_hosts(store, rank, size, host_name(), config.timeout)
+        gather = torch_p2p.gatherer(store, rank, size, config.timeout)
+        names = gather(host_name())
         # Ranks of one host need no other address than the loopback, and then nobody else can connect.
         address = config.interface or ("127.0.0.1" if len(set(names)) == 1 else None)
-        transport = torch_p2p.TorchP2PTransport(store, rank, size, config.timeout, address)
+        transport = _connect(
+            gather,
+            rank,
+            size,
+            lambda: torch_p2p.TorchP2PTransport(store, rank, size, config.timeout, address),
+            config,
+            "torch_p2p",
+        )
         return cls(transport, hosts=host_indices(names), config=config)
 
     @classmethod
@@ -160,15 +175,33 @@ class Communicator:
         async_op: bool = False,
     ) -> Work[None] | None:
         """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits."""
-        kind = op if isinstance(op, ReduceOp) else reduce_op(op, self._where("all_reduce"))
+        plain = not async_op and grid is None and tensors.is_plain(tensor)
+        if plain:
+            known = self._planner.ready.get((tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm))
+            if known is not None:
+                return self._runner.launch(*known)
+        kind = reduce_op(op, self._where("all_reduce"))
         flat, back = tensors.flat(self._where("all_reduce"), tensor, kind)
         call = self._planner.call("all_reduce", flat, flat.numel(), kind, algorithm=algorithm, grid=grid)
         if call.algorithm.native:
             self._check_native(call, flat)
             return self._runner.launch(call, lambda: self._native(flat, kind, back), async_op)
-        if back is None:
-            return self._runner.launch(call, lambda: self._planner.whole_again(call, flat, kind), async_op)
+        if plain:
+            key = (flat.data_ptr(), flat.numel(), flat.dtype, op, algorithm)
+            return self._runner.launch(call, lambda: self._planner.whole_again(key, call, flat, kind))
         return self._runner.launch(call, lambda: self._planner.whole(call, flat, kind, back), async_op)
+
+    def empty(self, shape: int | Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor in memory that this rank's peers on the same host can read and write.
+
+        Collectives on it need no copies to other memory. It is freed as any tensor is; no other rank need do
+        the same. Where ranks share no memory it is an ordinary tensor. `dtype` defaults to torch's default.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not self.transport.windows:
+            return torch.empty(shape, dtype=dtype)
+        return cast(Windowed, self.transport).empty(math.prod(shape), dtype).view(shape)
 
     def all_reduce_init(
         self,
@@ -499,6 +532,19 @@ class PersistentAllReduce:
         work = self._comm._runner.launch(self._call, self._prepare, async_op=True)
         assert work is not None, "asynchronous calls return their work"
         return work
+
+
+def _connect(
+    gather: Gather, rank: int, size: int, far: Callable[[], Transport], config: Config, name: str
+) -> Transport:
+    """Shared memory within a host and `far()`, which is called `name`, between hosts; or what the settings say."""
+    if config.transport == name or (size == 1 and config.transport is None):
+        return far()
+    only_near = config.transport == "shm"
+    # MPI's own all-reduce is an algorithm like others.
+    return routed.join(
+        gather, rank, size, far, config.timeout, only_near=only_near, keep_far=name == "mpi" and not only_near
+    )
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

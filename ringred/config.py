@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | RINGRED_TIMEOUT | seconds after which a collective without its peers raises | 300 |
 | RINGRED_SEGMENT_BYTES | greatest message in bytes; larger chunks are pipelined | the transport's |
-| RINGRED_TRANSPORT | what `ringred.init()` uses: mpi or torch_p2p | by the launcher |
+| RINGRED_TRANSPORT | the one transport to use: shm, mpi or torch_p2p | shm within a host, else by the launcher |
 | RINGRED_INTERFACE | address that torch_p2p binds, where the host has several | the host's own |
 | RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
 """
@@ -37,7 +37,7 @@ class Config:
         return cls(
             timeout=_positive("RINGRED_TIMEOUT", env.get("RINGRED_TIMEOUT", "300")),
             segment_bytes=None if segment is None else math.ceil(_positive("RINGRED_SEGMENT_BYTES", segment)),
-            transport=_choice("RINGRED_TRANSPORT", env.get("RINGRED_TRANSPORT"), ("mpi", "torch_p2p")),
+            transport=_choice("RINGRED_TRANSPORT", env.get("RINGRED_TRANSPORT"), ("shm", "mpi", "torch_p2p")),
             interface=env.get("RINGRED_INTERFACE"),
             trace=env.get("RINGRED_TRACE"),
         )

@@ -351,7 +351,7 @@ class DistributedDataParallel(nn.Module):
         parameters = self._parameters_in_order
         entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in parameters]
         assigned = assign(entries, order, self._cap_bytes, self._first_cap_bytes)
-        self._buckets = [Bucket(indices, parameters) for indices in assigned]
+        self._buckets = [Bucket(indices, parameters, self.comm.empty) for indices in assigned]
         self._bucket_of = {index: number for number, indices in enumerate(assigned) for index in indices}
         self._reductions: list[PersistentAllReduce] = [
             self.comm.all_reduce_init(bucket.flat, ReduceOp.AVG, algorithm=self.algorithm, grid=self.grid)

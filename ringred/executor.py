@@ -73,7 +73,7 @@ def bind(
         if isinstance(op, PostSend):
             lo, hi = op.lo, op.hi
             source = view(lo, hi) if op.slot is None else slots[op.slot : op.slot + hi - lo]
-            operations.append((_SEND, op.request, op.peer, source, op.put))
+            operations.append((_SEND, op.request, op.peer, source, op.put, op.buffered))
         elif isinstance(op, PostReceive):
             operations.append((_RECEIVE, op.request, op.peer, view(op.lo, op.hi), op.lend))
         elif isinstance(op, Fold):
@@ -97,17 +97,21 @@ def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None
     for operation in plan.operations:
         code = operation[0]
         if code == _SEND:
-            _, request, peer, source, put = operation
-            requests[request] = isend(peer, source, put)
+            _, request, peer, source, put, buffered = operation
+            requests[request] = isend(peer, source, put, buffered)
         elif code == _RECEIVE:
             _, request, peer, destination, lend = operation
             requests[request] = irecv(peer, destination, lend)
         elif code == _FOLD:
             _, numbers, own_view, own, final, step, peers = operation
             began = time.monotonic_ns() if tracer is not None else 0
-            operands: list[Any] = [wait(requests[number], deadline) for number in numbers]
+            if len(numbers) == 1:
+                lent: Any = wait(requests[numbers[0]], deadline)
+                operands = (own_view, lent) if own == 0 else (lent, own_view)
+            else:
+                several: list[Any] = [wait(requests[number], deadline) for number in numbers]
+                operands = (*several[:own], own_view, *several[own:])
             arrived = time.monotonic_ns() if tracer is not None else 0
-            operands.insert(own, own_view)
             assert folder is not None, "only reducing collectives fold"
             folder(own_view, operands, final)
             for number in numbers:
@@ -123,6 +127,7 @@ def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None
                 name = f"step {operation[2]}: from {operation[3]}"
                 tracer.span("wait", name, began, time.monotonic_ns())
         elif code == _WAIT_SENT:
-            wait(requests[operation[1]], deadline)
+            if requests[operation[1]] is not None:
+                wait(requests[operation[1]], deadline)
         else:
             operation[1].copy_(operation[2])

@@ -25,6 +25,8 @@ class ReduceOp(str, Enum):
     PROD = "prod"
     MIN = "min"
     MAX = "max"
+    __hash__ = str.__hash__  # Enum's own is slow, and a call looks its operation up
+
     BAND = "band"
     BOR = "bor"
     BXOR = "bxor"
@@ -110,8 +112,11 @@ class Folder:
         At least two operands, 1-D and of equal length; `out` may be one of them.
         """
         divides = final and self._scales_last
+        if not divides and len(operands) == 2:
+            self._kernel(operands[0], operands[1], out=out)
+            return
         first, second, *rest = operands
-        if self._widens and (rest or divides):
+        if self._widens:
             total = self._room(out.numel())
             total.copy_(first)
             for operand in operands[1:]:

@@ -77,13 +77,14 @@ class Planner:
         model: Topology,
         segment_bytes: int,
         windows: Windowed | None = None,
+        buffers: bool = False,
     ) -> None:
         self.name, self.rank, self.size = name, rank, size
-        self._windows = windows
+        self._windows, self._buffers = windows, buffers
         self.hosts, self.model, self.segment_bytes = tuple(hosts), model, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
-        self._plans: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
+        self.ready: OrderedDict[tuple[Any, ...], tuple[Call, Callable[[], Prepared]]] = OrderedDict()
 
     # ------------------------------------------------------------------ calls
 
@@ -157,15 +158,15 @@ class Planner:
         plan = self._bind(self._program(call, bounds, tensor), tensor, folder)
         return Prepared(plan, self._scaling(folder, tensor), after)
 
-    def whole_again(self, call: Call, tensor: Tensor, op: ReduceOp | None) -> Prepared:
-        """As `whole`, for callers that hold the tensor while the plan runs: it is kept for what next lies there."""
-        key = (call.digest, tensor.data_ptr())
-        known = self._plans.get(key)
-        if known is not None:
-            self._plans.move_to_end(key)
-            return known
+    def whole_again(self, key: tuple[Any, ...], call: Call, tensor: Tensor, op: ReduceOp | None) -> Prepared:
+        """As `whole`, and it is `ready` under `key`, which tells the call and the tensor's address.
+
+        It does not hold the tensor's memory; whoever finds it there holds a tensor of that address.
+        """
         prepared = self.whole(call, unowned(tensor), op)
-        return _keep(self._plans, key, prepared, _PLANS) if prepared.plan.own_bytes <= _PLAN_BYTES else prepared
+        if prepared.plan.own_bytes <= _PLAN_BYTES:
+            _keep(self.ready, key, (call, lambda: prepared), _PLANS)
+        return prepared
 
     def reduced_shares(
         self, call: Call, tensor: Tensor, bounds: Sequence[tuple[int, int]], op: ReduceOp, after: WriteBack
@@ -245,6 +246,7 @@ class Planner:
             keep=self._keeps(call),
             merge=merge,
             put_safe=lambda step, op: (self.rank, step, op) in puts,
+            buffers=self._buffers,
         )
         return _keep(self._programs, key, program)
 
@@ -258,9 +260,7 @@ class Planner:
         return lambda unit: True
 
 
-def _keep(
-    cache: OrderedDict[tuple[Any, ...], _T], key: tuple[Any, ...], value: _T, most: int = _PROGRAMS
-) -> _T:
+def _keep(cache: OrderedDict[tuple[Any, ...], _T], key: tuple[Any, ...], value: _T, most: int = _PROGRAMS) -> _T:
     cache[key] = value
     if len(cache) > most:
         cache.popitem(last=False)

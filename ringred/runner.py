@@ -27,7 +27,9 @@ __all__ = ["Runner"]
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
 _OUTGOING = 32  # asynchronous sends that may be on their way
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
-_64_BITS = (1 << 64) - 1
+# The contract of a call: its digest, moved on with its number.
+_STRIDE = 0x9E3779B97F4A7C15
+_62_BITS = (1 << 62) - 1
 
 
 class Runner:
@@ -51,7 +53,7 @@ class Runner:
         self,
         call: Call,
         prepare: Callable[[], Prepared | None],
-        async_op: bool,
+        async_op: bool = False,
         pair: tuple[int, int] | None = None,
     ) -> Work[None] | None:
         """Runs `call` behind all that was launched before: here if nothing is in flight, else on the progress thread.
@@ -159,7 +161,7 @@ class Runner:
         self._current = (number, call, site, of_a_pair)
         began = time.monotonic()
         try:
-            self.transport.begin(_contract(call.digest, number), -1 if of_a_pair else number)
+            self.transport.begin(call.digest + number * _STRIDE & _62_BITS, -1 if of_a_pair else number)
             prepared = prepare()
             if prepared is not None:
                 if prepared.before is not None:
@@ -189,15 +191,6 @@ class Runner:
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
         return diagnose(mine, {rank: report for rank, report in loaded.items() if report is not None}, self.size)
-
-
-def _contract(digest: int, number: int) -> int:
-    """62 bits for the `number`-th call. Mixed (splitmix64), so that two calls that look alike to a transport which
-    compares fewer bits do not look alike the next time."""
-    mixed = (digest + number * 0x9E3779B97F4A7C15) & _64_BITS
-    mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & _64_BITS
-    mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & _64_BITS
-    return (mixed ^ mixed >> 31) >> 2
 
 
 def _numbered(call: Call, number: int) -> str:

@@ -16,10 +16,22 @@ from ringred.errors import UnsupportedTensor
 from ringred.ops import ReduceOp, check_dtype
 from ringred.select import share_bounds
 
-__all__ = ["WriteBack", "expect", "flat", "in_turn", "outputs", "shares", "unowned"]
+__all__ = ["WriteBack", "expect", "flat", "in_turn", "is_plain", "outputs", "shares", "unowned"]
 
 WriteBack: TypeAlias = Callable[[], None] | None
 """What brings a result from the flat copy back to the user's tensor; None where there is no copy."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is nothing but dense memory of its own on the CPU, so that its address says all."""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 def flat(

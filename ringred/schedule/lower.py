@@ -9,7 +9,8 @@ order that needs no further thought at run time:
 - a segment is sent as soon as the last receive that wrote it is done, however many steps early that is, yet
   never out of order towards one peer;
 - a receive that overwrites waits for just those sends that still read the place;
-- a chunk that is sent and received in one step is copied to a slot, and sent from there;
+- a chunk that is sent and received in one step is copied to a slot, and sent from there; or, over a transport
+  that buffers, sent from its place, and overwritten once the transport has copied it;
 - receives are posted ahead, as far as their destination is free;
 - at the end every send is waited for, so that the caller may write to the buffer again.
 
@@ -55,7 +56,8 @@ class Snapshot(NamedTuple):
 class PostSend(NamedTuple):
     """Send `lo:hi` to `peer` as request `request`; from the slots where `slot` is not None.
 
-    `put`: the receiver is done with its own copy, so that a window may be written in place.
+    `put`: the receiver is done with its own copy, so that a window may be written in place. `buffered`: the
+    transport must not wait for the receiver to be done with it.
     """
 
     request: int
@@ -64,6 +66,7 @@ class PostSend(NamedTuple):
     hi: int
     slot: int | None
     put: bool
+    buffered: bool
     step: int
 
 
@@ -151,6 +154,7 @@ def lower(
     put_safe: Callable[[int, int], bool] = lambda step, op: False,
     merge: bool = True,
     snapshots: bool = True,
+    buffers: bool = False,
 ) -> Program:
     """The program of `rank`.
 
@@ -158,10 +162,14 @@ def lower(
     the greatest number of elements in one message; `keep(u)` says whether the rank must hold unit `u` at the
     end. `put_safe(step, op)` says which sends may go by a put. Adjacent
     units travel in one message; with `merge=False` each in its own, for units that lie in tensors of their own.
-    `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it.
+    `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it. `buffers=True`
+    leaves them to a transport with room for at least one segment on its way between each two ranks. That cannot
+    deadlock: a segment then waits for room, room for the receiver's folds of earlier segments, and those for
+    nothing that is sent later.
     """
     lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge)
     lowering.put_safe = put_safe
+    lowering.buffers = buffers
     return lowering.run(snapshots)
 
 
@@ -169,6 +177,7 @@ class _Lowering:
     """State of one lowering. Event `e` stands before the `e`-th fold or take; sends and posts happen at events."""
 
     put_safe: Callable[[int, int], bool]
+    buffers: bool
 
     def __init__(
         self,
@@ -203,7 +212,9 @@ class _Lowering:
                 if isinstance(op, Send):
                     overwritten = not written.isdisjoint(op.chunk.units)
                     for lo, hi in self.segments(op.chunk):
-                        if overwritten and snapshots:
+                        if overwritten and self.buffers:
+                            self.post_send(index, op.peer, op.chunk, lo, hi, buffered=True)
+                        elif overwritten and snapshots:
                             slot = self.snapshot(op.chunk, lo, hi, slots)
                             self.post_send(index, op.peer, op.chunk, lo, hi, slot=slot)
                         else:
@@ -269,9 +280,10 @@ class _Lowering:
         slot: int | None = None,
         put: bool = False,
         exposed: bool = False,
+        buffered: bool = False,
     ) -> None:
         at = self.last_send[peer] = max(self.ready(chunk, lo, hi), self.last_send[peer])
-        self.sends[at].append(PostSend(self.requests, peer, lo, hi, slot, put, step))
+        self.sends[at].append(PostSend(self.requests, peer, lo, hi, slot, put, buffered, step))
         if slot is None and not exposed:
             self.note(self.read, chunk, _Span(lo, hi, at, self.requests, peer))
         self.requests += 1
@@ -285,10 +297,7 @@ class _Lowering:
 
     def in_turn(self, step: Step, groups: list[tuple[Chunk, bool, list[int]]]) -> Iterable[tuple[_Receives, int, int]]:
         """The segments of all receives of a step: in turn if no two share a peer, else one group after another."""
-        all_receives = [
-            _Receives(chunk, reduce, peers, self.segments(chunk))
-            for chunk, reduce, peers in groups
-        ]
+        all_receives = [_Receives(chunk, reduce, peers, self.segments(chunk)) for chunk, reduce, peers in groups]
         peers = [peer for receives in all_receives for peer in receives.peers]
         if len(peers) > len(set(peers)):
             return [(receives, lo, hi) for receives in all_receives for lo, hi in receives.segments]

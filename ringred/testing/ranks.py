@@ -31,7 +31,7 @@ class Faulty:
     def __init__(self, inner: Transport, seconds: float, seed: int) -> None:
         self.inner, self.seconds = inner, seconds
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
-        self.windows, self.segment_bytes = inner.windows, inner.segment_bytes
+        self.windows, self.buffers, self.segment_bytes = inner.windows, inner.buffers, inner.segment_bytes
         self._random = random.Random(f"{seed}/{inner.rank}")
 
     @property
@@ -55,9 +55,9 @@ class Faulty:
     def expose(self, memory: Tensor | None) -> None:
         cast(Windowed, self.inner).expose(memory)
 
-    def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Request:
         self._delay()
-        return self.inner.isend(peer, src, put)
+        return self.inner.isend(peer, src, put, buffered)
 
     def irecv(self, peer: int, dst: Tensor, lend: bool) -> Request:
         return self.inner.irecv(peer, dst, lend)
@@ -97,10 +97,10 @@ def run_ranks(
     """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
 
     The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm"
-    (windows, as between processes of one host) or "torch_p2p" (Gloo over the loopback). Ranks that are processes need a launcher, mpirun or torchrun.
-    `timeout` is that of a collective, in seconds. `delay=(seconds, seed)` puts random delays into sends and
-    waits. The exception of the first rank that raised one is raised, after all have ended; with
-    `return_exceptions` every rank's is returned in its place.
+    (windows, as between processes of one host) or "torch_p2p" (Gloo over the loopback). Ranks that are processes
+    need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds. `delay=(seconds, seed)` puts
+    random delays into sends and waits. The exception of the first rank that raised one is raised, after all have
+    ended; with `return_exceptions` every rank's is returned in its place.
     """
     config = Config(timeout=timeout, segment_bytes=segment_bytes)
     make = connect(transport, size, slots=slots, timeout=timeout)

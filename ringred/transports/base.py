@@ -12,17 +12,21 @@ collective that they belong to, so that two ranks in different collectives find 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Counters", "Fault", "FaultKind", "Request", "Transport", "Windowed"]
+__all__ = ["Counters", "Fault", "FaultKind", "Gather", "Request", "Transport", "Windowed"]
 
 Request: TypeAlias = Any
 """A pending send or receive; only the transport that gave it out looks inside."""
+
+
+Gather: TypeAlias = Callable[[str], list[str]]
+"""Gives a text of up to 256 bytes to all ranks of a job and returns those of all, by rank. Collective."""
 
 
 @dataclass(slots=True)
@@ -63,6 +67,8 @@ class Transport(Protocol):
     counters: Counters
     windows: bool
     """Whether it is `Windowed`."""
+    buffers: bool
+    """Whether there is room for a segment at least on its way between each two ranks (see `schedule.lower`)."""
     segment_bytes: int
     """The greatest message that pays: above, the executor sends several and overlaps them with folds."""
 
@@ -73,11 +79,12 @@ class Transport(Protocol):
         where it is known by now that a rank aborted; once begun, what has arrived counts, whoever aborts.
         """
 
-    def isend(self, peer: int, src: Tensor, put: bool = False) -> Request:
-        """Sends `src`; never blocks. Done, to `wait`, means that `src` may be overwritten.
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Request:
+        """Sends `src`; never blocks. Done, to `wait`, means that `src` may be overwritten; None is done already.
 
         `put` says that the receiver does not touch its destination any more until it has waited for this message:
-        a transport whose peers share windows may write there at once. Others ignore it.
+        a transport whose peers share windows may write there at once. Others ignore it. `buffered` asks
+        that the send be done once there is room to copy it; only a transport that `buffers` is asked.
         """
 
     def irecv(self, peer: int, dst: Tensor, lend: bool) -> Request:

@@ -92,6 +92,7 @@ class LocalTransport:
 
     name = "local"
     windows = False
+    buffers = False
 
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank, self.size = hub, rank, hub.size
@@ -106,7 +107,7 @@ class LocalTransport:
         with self.hub.lock:
             self._check_aborted()
 
-    def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send:
         message = _Message(src, self._contract)
         with self.hub.lock:
             channel = self.hub.channels[self.rank, peer]

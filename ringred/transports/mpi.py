@@ -26,12 +26,12 @@ from torch import Tensor
 
 from ringred.config import mpi_environment
 from ringred.errors import TransportUnavailable
-from ringred.transports.base import Counters, Fault, FaultKind
+from ringred.transports.base import Counters, Fault, FaultKind, Gather
 
 mpi_environment()  # MPI reads its settings when it starts, which importing it does
 from mpi4py import MPI  # noqa: E402
 
-__all__ = ["MpiTransport", "abort_job", "library", "world", "world_hosts"]
+__all__ = ["MpiTransport", "abort_job", "gatherer", "library", "world"]
 
 _TICK, _ABORT, _LEFT = 1, 2, 3
 _TICK_SECONDS = 0.1
@@ -81,18 +81,29 @@ def abort_job(code: int) -> None:
     MPI.COMM_WORLD.Abort(code)
 
 
-def world_hosts(comm: Any, name: str) -> list[str]:
-    """The host name of every rank of `comm`, of which this one's is `name`."""
-    own = torch.zeros(256, dtype=torch.uint8)
-    encoded = name.encode()[:256]
-    own[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    names = torch.zeros((comm.Get_size(), 256), dtype=torch.uint8)
-    comm.Allgather(own.numpy(), names.numpy())
-    return [bytes(row.tolist()).rstrip(b"\0").decode() for row in names]
+def gatherer(comm: Any) -> Gather:
+    """What gives a text of up to 256 bytes to all ranks of `comm`."""
+
+    def gather(text: str) -> list[str]:
+        own, everyone = bytearray(256), bytearray(256 * comm.Get_size())
+        encoded = text.encode()[:256]
+        own[: len(encoded)] = encoded
+        comm.Allgather([own, MPI.BYTE], [everyone, MPI.BYTE])
+        texts = (everyone[start : start + 256] for start in range(0, len(everyone), 256))
+        return [text.rstrip(b"\0").decode(errors="replace") for text in texts]
+
+    return gather
 
 
 def _memory(tensor: Tensor) -> Any:
     return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size()), MPI.BYTE]
+
+
+def _mix(contract: int) -> int:
+    """Two contracts of which a hash looks alike do not look alike the next time (splitmix64)."""
+    mixed = (contract ^ contract >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _64_BITS
+    return mixed ^ mixed >> 31
 
 
 class _Send:
@@ -121,6 +132,7 @@ class MpiTransport:
 
     name = "mpi"
     windows = False
+    buffers = False
 
     def __init__(self, comm: Any) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
@@ -138,7 +150,7 @@ class MpiTransport:
         bits = min(int(comm.Get_attr(MPI.TAG_UB)).bit_length(), 31)
         self._hash_bits = bits - 1 - (_TURNS - 1).bit_length()
         self._pair_bit = 1 << (bits - 1)
-        self._contract = self._head = 0
+        self._contract = self._mixed = self._head = 0
         self._pool: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
         self._incoming = bytearray(_REPORT_BYTES)
         self._status = MPI.Status()
@@ -153,7 +165,7 @@ class MpiTransport:
         self._watchdog: threading.Thread | None = None
 
     def begin(self, contract: int, turn: int) -> None:
-        self._contract = contract
+        self._contract, self._mixed = contract, _mix(contract)
         self._head = self._pair_bit if turn < 0 else (turn % _TURNS) << self._hash_bits
         while self._wake.Test(self._status):
             self._heed()
@@ -171,10 +183,10 @@ class MpiTransport:
             raise Fault(FaultKind.MISMATCH, source, detail)
 
     def _tag(self, nbytes: int) -> int:
-        mixed = (self._contract + nbytes * 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & _64_BITS
+        mixed = (self._mixed + nbytes * 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & _64_BITS
         return self._head | mixed >> (64 - self._hash_bits)
 
-    def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send:
         nbytes = src.numel() * src.element_size()
         self.counters.messages_sent += 1
         self.counters.bytes_sent += nbytes
@@ -242,6 +254,12 @@ class MpiTransport:
         if request.peer in self._left and not request.mpi.Test():
             self._abandoned.append(request)
             raise Fault(FaultKind.PEER, request.peer, "closed its communicator")
+
+    def progress(self) -> None:
+        """Lets MPI move what is on its way, and hears of aborts, while this rank waits for something else."""
+        if self._wake.Test(self._status):
+            self._heed()
+        self._check_aborted()
 
     def release(self, request: _Receive) -> None:
         pool = self._pool[request.target.dtype, request.target.numel()]

@@ -21,15 +21,13 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from ringred.transports import futex
+from ringred.transports.base import Gather
 from ringred.transports.windows import Heap, Window, adopt, create
 
-__all__ = ["Gather", "Neighbours", "connect"]
-
-Gather: TypeAlias = Callable[[str], list[str]]
-"""Gives a text of up to 250 bytes to all ranks of a job, and returns those of all, by rank. Collective."""
+__all__ = ["Neighbours", "connect"]
 
 _HELLO = struct.Struct("<32sQ")  # the listener's secret, the rank of who speaks
 _NOTE = struct.Struct("<32sQ")  # a key, and a number that goes with it
@@ -128,11 +126,11 @@ class Neighbours:
                 connection, _ = listener.accept()
             except TimeoutError:
                 continue
-            peer = self._answer(connection, cards, above, deadline)
-            if peer is None:
+            caller = self._answer(connection, cards, above, deadline)
+            if caller is None:
                 connection.close()
             else:
-                above.discard(peer)
+                above.discard(caller)
         os.close(self._descriptor)
         self._descriptor = -1
 
@@ -300,9 +298,7 @@ def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
 
 def _user(connection: socket.socket) -> int:
     """The user at the other end, as the kernel has it."""
-    _, user, _ = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
+    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return int(user)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -39,6 +39,7 @@ ENTRIES = 32
 
 _SPIN_NS = 20_000
 _LONGEST_SLEEP = 1.0  # seconds; only a waker that dies between two instructions makes it matter
+_SHORT_SLEEP = 0.0005  # where something else has to go on meanwhile
 _REPORT_BYTES = 16 << 10
 _VIEWS = 4096  # views of peers' memory that are kept
 
@@ -47,7 +48,11 @@ _SLEEPING, _ALARM, _ABORTED, _CLOSED, _REPORT_LENGTH = 0, 8, 16, 17, 18
 _EXPOSED_CONTRACT, _EXPOSED_AT = 24, 25
 _CONSUMED = 32  # a line for each peer
 _CONTRACT, _LENGTH, _PLACE, _NUMBER = 0, 1, 2, 3  # words of a descriptor
-_AT, _PUT, _PART = 0, 1, 2  # kinds of place: in the sender's window, in the receiver's, in the sender's and more to come
+_AT, _PUT, _PART = (
+    0,
+    1,
+    2,
+)  # kinds of place: in the sender's window, in the receiver's, in the sender's and more to come
 _SMALL_STRIDE = SMALL_BYTES + 64  # small slots of one ring do not all fall on the same cache sets
 
 
@@ -113,10 +118,10 @@ class _Link:
 
 
 class _Send:
-    __slots__ = ("address", "contract", "done", "link", "nbytes", "put", "source", "until")
+    __slots__ = ("address", "buffered", "contract", "done", "link", "nbytes", "put", "source", "until")
 
-    def __init__(self, link: _Link, source: Tensor, put: bool, contract: int) -> None:
-        self.link, self.source, self.put, self.contract = link, source, put, contract
+    def __init__(self, link: _Link, source: Tensor, put: bool, buffered: bool, contract: int) -> None:
+        self.link, self.source, self.put, self.buffered, self.contract = link, source, put, buffered, contract
         self.address, self.nbytes = source.data_ptr(), source.nbytes
         self.done = 0  # bytes that are on their way
         self.until = -1  # the message after whose consumption the source is free: −1 unknown, 0 at once
@@ -142,6 +147,7 @@ class ShmTransport:
 
     name = "shm"
     windows = True
+    buffers = True
 
     def __init__(
         self,
@@ -178,7 +184,9 @@ class ShmTransport:
         self._base, self._end = self._window.address, self._window.address + self._window.nbytes
         self._contract = 0
         self._exposed = self._exposed_end = 0
-        self._queued = 0  # sends without a descriptor or a slot yet
+        self.queued = 0  # sends without a descriptor or a slot yet
+        self.begun = (0, 0)  # contract and turn
+        self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._spin_ns = _SPIN_NS if len(members) <= len(os.sched_getaffinity(0)) else 0
         self._closed = False
@@ -207,19 +215,23 @@ class ShmTransport:
     # ------------------------------------------------------------------ sending
 
     def begin(self, contract: int, turn: int) -> None:
-        self._contract = contract
+        self._contract, self.begun = contract, (contract, turn)
         if self._words[self._at + _ALARM]:
             self._check_aborted()
 
-    def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send | None:
         link = self._links[peer]
-        request = _Send(link, src, put, self._contract)
-        if link.queue or not self._start(request):
-            link.queue.append(request)
-            self._queued += 1
+        nbytes = src.nbytes
         counters = self.counters
         counters.messages_sent += 1
-        counters.bytes_sent += request.nbytes
+        counters.bytes_sent += nbytes
+        if nbytes <= SMALL_BYTES and not put and not link.queue and link.sent - link.acked < ENTRIES:
+            self._post_small(link, link.sent + 1, self._contract, src.data_ptr(), nbytes)
+            return None
+        request = _Send(link, src, put, buffered, self._contract)
+        if link.queue or not self._start(request):
+            link.queue.append(request)
+            self.queued += 1
         return request
 
     def _start(self, request: _Send) -> bool:
@@ -237,12 +249,9 @@ class ShmTransport:
                     futex.copy(target, address, nbytes)
                     self._post(link, number, request.contract, nbytes, _PUT)
                     return True
-                offset = link.small_at + number % ENTRIES * _SMALL_STRIDE
-                if nbytes:
-                    futex.copy(self._base + offset, address, nbytes)
-                self._post(link, number, request.contract, nbytes, offset << 2)
+                self._post_small(link, number, request.contract, address, nbytes)
                 return True
-            if self._base <= address < self._end:
+            if not request.buffered and self._base <= address < self._end:
                 if request.put and (target := self._put_address(request)):
                     futex.copy(target, address, nbytes)
                     request.until = 0
@@ -267,6 +276,12 @@ class ShmTransport:
             if last:
                 request.until = 0
                 return True
+
+    def _post_small(self, link: _Link, number: int, contract: int, address: int, nbytes: int) -> None:
+        offset = link.small_at + number % ENTRIES * _SMALL_STRIDE
+        if nbytes:
+            futex.copy(self._base + offset, address, nbytes)
+        self._post(link, number, contract, nbytes, offset << 2)
 
     def _put_address(self, request: _Send) -> int:
         """Where in the peer's window a put of `request` goes, or 0 where the peer did not say."""
@@ -293,12 +308,12 @@ class ShmTransport:
             link.words[link.words_at + _SLEEPING] = 0
             futex.wake(link.sleep_address)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Posts what had no room, in order, as far as there is some now."""
         for link in self._links.values():
             while link.queue and self._start(link.queue[0]):
                 link.queue.popleft()
-                self._queued -= 1
+                self.queued -= 1
 
     # ------------------------------------------------------------------ receiving
 
@@ -308,7 +323,9 @@ class ShmTransport:
         link.pending.append(request)
         return request
 
-    def wait(self, request: _Request, deadline: float) -> Tensor | None:
+    def wait(self, request: _Request | None, deadline: float) -> Tensor | None:
+        if request is None:
+            return None
         link = request.link
         if type(request) is _Receive:
             while link.pending and request.number == 0 and request.view is None:
@@ -316,9 +333,11 @@ class ShmTransport:
                 link.pending.popleft()
             return request.view
         assert isinstance(request, _Send)
+        if request.until < 0:
+            self.drain()
         while request.until < 0:
             self._until(link, link.acked_words, link.acked_at, link.acked + 1, deadline)
-            self._drain()
+            self.drain()
         if request.until > link.acked:
             if link.acked_words[link.acked_at] < request.until:
                 self._until(link, link.acked_words, link.acked_at, request.until, deadline)
@@ -389,8 +408,8 @@ class ShmTransport:
 
     def _until(self, link: _Link, words: memoryview[int], at: int, value: int, deadline: float) -> None:
         """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
-        if self._queued:
-            self._drain()
+        if self.queued:
+            self.drain()
         if self._spin_ns:
             spin_end = time.monotonic_ns() + self._spin_ns
             while time.monotonic_ns() < spin_end:
@@ -401,8 +420,8 @@ class ShmTransport:
         while True:
             own[sleeping] = 1
             futex.fence()  # whoever writes after this sees that it must wake
-            if self._queued:
-                self._drain()
+            if self.queued:
+                self.drain()
             if words[at] >= value:
                 own[sleeping] = 0
                 return
@@ -414,7 +433,11 @@ class ShmTransport:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Fault(FaultKind.TIMEOUT, link.rank, "deadline passed")
-            futex.sleep(address, 1, min(left, _LONGEST_SLEEP))
+            if self.meanwhile is None:
+                futex.sleep(address, 1, min(left, _LONGEST_SLEEP))
+            else:
+                futex.sleep(address, 1, min(left, _SHORT_SLEEP))
+                self.meanwhile()
 
     def _left(self, link: _Link) -> str | None:
         """Why the peer is no longer there, or None."""
@@ -474,7 +497,16 @@ class ShmTransport:
     # ------------------------------------------------------------------ families, and the end
 
     def subset(self, members: Sequence[int], key: str) -> ShmTransport:
-        return ShmTransport(self._neighbours, [self._member[rank] for rank in members], key, self._timeout)
+        return self.family(members, key, None, len(members))
+
+    def family(self, members: Sequence[int], key: str, names: Sequence[int] | None, size: int) -> ShmTransport:
+        """As `subset`, for those of a group of `size` that are near, which are called `names` in it."""
+        return ShmTransport(self._neighbours, [self._member[rank] for rank in members], key, self._timeout, names, size)
+
+    @property
+    def peers(self) -> list[int]:
+        """The ranks that it reaches."""
+        return list(self._links)
 
     def close(self) -> None:
         if self._closed or self._neighbours.forked:

@@ -12,6 +12,7 @@ store for the reason, and closes its own.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -23,11 +24,11 @@ import torch.distributed as _distributed
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.transports.base import Counters, Fault, FaultKind
+from ringred.transports.base import Counters, Fault, FaultKind, Gather
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
-__all__ = ["TorchP2PTransport", "corner", "group_store", "rendezvous", "store_hosts"]
+__all__ = ["TorchP2PTransport", "corner", "gatherer", "group_store", "rendezvous"]
 
 _HEADER_BYTES = 16  # contract and payload length, as int64
 _FRAME_BYTES = 1 << 16
@@ -64,17 +65,23 @@ def corner(store: Any, rank: int) -> Any:
     return dist.PrefixStore(f"turn-{turn}", store)
 
 
-def store_hosts(store: Any, rank: int, size: int, name: str, timeout: float) -> list[str]:
-    """The host name of every rank, of which this one's is `name`. Raises `TransportUnavailable`."""
-    try:
-        store.set(f"host/{rank}", name)
-        keys = [f"host/{peer}" for peer in range(size)]
-        store.wait(keys, timedelta(seconds=timeout))
-        return [store.get(key).decode() for key in keys]
-    except RuntimeError as failure:
-        raise TransportUnavailable(
-            f"rank {rank}: not all of {size} ranks came to the store within {timeout:g} s: {failure}"
-        ) from failure
+def gatherer(store: Any, rank: int, size: int, timeout: float) -> Gather:
+    """What gives a text to all ranks through `store`; it raises `TransportUnavailable` where not all come."""
+    rounds = itertools.count()
+
+    def gather(text: str) -> list[str]:
+        label = next(rounds)
+        try:
+            store.set(f"text-{label}/{rank}", text)
+            keys = [f"text-{label}/{peer}" for peer in range(size)]
+            store.wait(keys, timedelta(seconds=timeout))
+            return [store.get(key).decode() for key in keys]
+        except RuntimeError as failure:
+            raise TransportUnavailable(
+                f"rank {rank}: not all of {size} ranks came to the store within {timeout:g} s: {failure}"
+            ) from failure
+
+    return gather
 
 
 class _Send:
@@ -104,6 +111,7 @@ class TorchP2PTransport:
 
     name = "torch_p2p"
     windows = False
+    buffers = False
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float = 300.0, address: str | None = None) -> None:
         self.rank, self.size = rank, size
@@ -143,7 +151,7 @@ class TorchP2PTransport:
         self._first.clear()
         self._verified.clear()
 
-    def isend(self, peer: int, src: Tensor, put: bool = False) -> _Send:
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send:
         nbytes = src.numel() * src.element_size()
         request = _Send(peer, src)
         payload: Tensor | None = src

@@ -24,7 +24,7 @@ def test_views_have_the_shape_and_strides_of_their_parameters() -> None:
     channels_last = torch.empty(4, 3, 2, 2).to(memory_format=torch.channels_last)
     overlapping = torch.empty(6).as_strided((2, 3), (1, 1))
     parameters = [torch.empty(2, 3), channels_last, torch.empty(()), torch.empty(0), overlapping]
-    bucket = Bucket([0, 1, 2, 3, 4], parameters)
+    bucket = Bucket([0, 1, 2, 3, 4], parameters, lambda count, dtype: torch.empty(count, dtype=dtype))
     assert bucket.flat.numel() == 6 + 48 + 1 + 0 + 6
     assert [view.shape for view in bucket.views] == [p.shape for p in parameters]
     assert bucket.views[1].stride() == channels_last.stride()

@@ -1,0 +1,154 @@
+"""The nearest way to each peer: shared memory to those on this host, MPI or torch's point-to-point to the others.
+
+Both ways carry the same contracts. What one of them learns of failures the other is told, and while a rank waits on
+one of them the other goes on: MPI moves messages only when it is called, and a queue of shared memory only when
+somebody looks whether there is room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ringred.errors import TransportUnavailable
+from ringred.transports import neighbours
+from ringred.transports.base import Gather, Request, Transport
+from ringred.transports.shm import ShmTransport
+
+__all__ = ["RoutedTransport", "join"]
+
+_DRAIN_SECONDS = 0.0005
+
+
+def join(
+    gather: Gather,
+    rank: int,
+    size: int,
+    far: Callable[[], Transport],
+    timeout: float,
+    *,
+    only_near: bool = False,
+    keep_far: bool = False,
+) -> Transport:
+    """The transport of `rank` among `size`: shared memory where it reaches, `far()` elsewhere. Collective.
+
+    `keep_far` makes `far()` even where shared memory reaches all, for what else it can do; `only_near` refuses to go
+    without shared memory. Raises `TransportUnavailable`.
+    """
+    found, reason = neighbours.connect(gather, rank)
+    reach = 1 if found is None else len(found.members)
+    if only_near and reach < size:
+        if found is not None:
+            found.close()
+        why = reason or f"only {reach} of {size} ranks are on the host of rank {rank}"
+        raise TransportUnavailable(f"rank {rank}: shared memory does not reach all ranks: {why}")
+    if found is None:
+        if reason is not None:
+            warnings.warn(f"ringred: rank {rank} goes without shared memory: {reason}", stacklevel=2)
+        return far()
+    names = found.members if reach < size else None
+    near = ShmTransport(found, found.members, "world", timeout, names, size)
+    return near if reach == size and not keep_far else RoutedTransport(near, far())
+
+
+class RoutedTransport:
+    """`near` to the peers that it reaches, `far` to the others."""
+
+    windows = True
+
+    def __init__(self, near: ShmTransport, far: Transport) -> None:
+        self.near, self.far = near, far
+        self.rank, self.size = near.rank, near.size
+        self.segment_bytes = near.segment_bytes
+        self.empty, self.expose = near.empty, near.expose
+        far.counters = near.counters
+        self._near_peers = frozenset(near.peers)
+        self._all_near = self.buffers = len(self._near_peers) == self.size - 1
+        self.name = near.name if self._all_near else f"{near.name}+{far.name}"
+        if self._all_near:
+            # No detour for those who go only one way.
+            self.begin, self.isend, self.irecv = near.begin, near.isend, near.irecv  # type: ignore[method-assign]
+            self.wait, self.release = near.wait, near.release  # type: ignore[method-assign]
+        else:
+            near.meanwhile = getattr(far, "progress", None)
+        if hasattr(far, "can_all_reduce"):
+            self.can_all_reduce = far.can_all_reduce
+            self.native_all_reduce = self._native_all_reduce
+
+    @property
+    def counters(self) -> Any:
+        return self.near.counters
+
+    @counters.setter
+    def counters(self, value: Any) -> None:
+        self.near.counters = self.far.counters = value
+
+    def begin(self, contract: int, turn: int) -> None:
+        self.near.begin(contract, turn)
+        self.far.begin(contract, turn)
+
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Request:
+        way: Transport = self.near if peer in self._near_peers else self.far
+        return way, way.isend(peer, src, put, buffered)
+
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> Request:
+        way: Transport = self.near if peer in self._near_peers else self.far
+        return way, way.irecv(peer, dst, lend)
+
+    def wait(self, request: Request, deadline: float) -> Tensor | None:
+        way, inner = request
+        if way is self.far and self.near.queued:
+            with self._draining():
+                return way.wait(inner, deadline)
+        return way.wait(inner, deadline)
+
+    @contextlib.contextmanager
+    def _draining(self) -> Iterator[None]:
+        """While this thread waits far away, another one sends what waits for room nearby."""
+        ending = threading.Event()
+
+        def drain() -> None:
+            while self.near.queued and not ending.wait(_DRAIN_SECONDS):
+                self.near.drain()
+
+        helper = threading.Thread(target=drain, name=f"ringred-drain-{self.rank}", daemon=True)
+        helper.start()
+        try:
+            yield
+        finally:
+            ending.set()
+            helper.join()
+
+    def release(self, request: Request) -> None:
+        way, inner = request
+        way.release(inner)
+
+    def _native_all_reduce(self, tensor: Tensor, op: str, deadline: float) -> None:
+        if self._all_near:
+            self.far.begin(*self.near.begun)
+        native: Any = self.far
+        native.native_all_reduce(tensor, op, deadline)
+
+    def abort(self, report: str) -> None:
+        self.near.abort(report)
+        self.far.abort(report)
+
+    def reports(self, timeout: float) -> dict[int, str]:
+        return (self.near if self._all_near else self.far).reports(timeout)
+
+    def subset(self, members: Sequence[int], key: str) -> Transport:
+        far = self.far.subset(members, key)
+        near_ranks = [rank for rank in members if rank in self._near_peers or rank == self.rank]
+        if len(near_ranks) == 1:
+            return far
+        names = None if len(near_ranks) == len(members) else [list(members).index(rank) for rank in near_ranks]
+        return RoutedTransport(self.near.family(near_ranks, key, names, len(members)), far)
+
+    def close(self) -> None:
+        self.near.close()
+        self.far.close()
