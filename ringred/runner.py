@@ -22,12 +22,11 @@ from ringred.trace import Tracer
 from ringred.transports.base import Fault, Request, Transport
 from ringred.work import Progress, Work
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "contract"]
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
 _OUTGOING = 32  # asynchronous sends that may be on their way
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
-# The contract of a call: its digest, moved on with its number.
 _STRIDE = 0x9E3779B97F4A7C15
 _62_BITS = (1 << 62) - 1
 
@@ -161,7 +160,7 @@ class Runner:
         self._current = (number, call, site, of_a_pair)
         began = time.monotonic()
         try:
-            self.transport.begin(call.digest + number * _STRIDE & _62_BITS, -1 if of_a_pair else number)
+            self.transport.begin(contract(call.digest, number), -1 if of_a_pair else number)
             prepared = prepare()
             if prepared is not None:
                 if prepared.before is not None:
@@ -191,6 +190,11 @@ class Runner:
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
         return diagnose(mine, {rank: report for rank, report in loaded.items() if report is not None}, self.size)
+
+
+def contract(digest: int, number: int) -> int:
+    """The 62 bits that all ranks must have alike in their `number`-th call, which `digest` stands for."""
+    return digest + number * _STRIDE & _62_BITS
 
 
 def _numbered(call: Call, number: int) -> str:

@@ -19,11 +19,13 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Counters", "Fault", "FaultKind", "Gather", "Request", "Transport", "Windowed"]
+__all__ = ["Counters", "Fault", "FaultKind", "Gather", "Request", "Transport", "Windowed", "mixed"]
 
 Request: TypeAlias = Any
 """A pending send or receive; only the transport that gave it out looks inside."""
 
+
+_64_BITS = (1 << 64) - 1
 
 Gather: TypeAlias = Callable[[str], list[str]]
 """Gives a text of up to 256 bytes to all ranks of a job and returns those of all, by rank. Collective."""
@@ -39,6 +41,14 @@ class Counters:
     bytes_received: int = 0
     contract_bytes_sent: int = 0
     contract_bytes_received: int = 0
+
+
+def mixed(contract: int) -> int:
+    """64 bits in which each bit of `contract` counts (splitmix64), for transports that compare fewer than it has:
+    two calls that look alike to them do not look alike the next time."""
+    value = (contract ^ contract >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _64_BITS
+    return value ^ value >> 31
 
 
 class FaultKind:

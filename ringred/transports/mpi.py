@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ringred.config import mpi_environment
 from ringred.errors import TransportUnavailable
-from ringred.transports.base import Counters, Fault, FaultKind, Gather
+from ringred.transports.base import Counters, Fault, FaultKind, Gather, mixed
 
 mpi_environment()  # MPI reads its settings when it starts, which importing it does
 from mpi4py import MPI  # noqa: E402
@@ -99,13 +99,6 @@ def _memory(tensor: Tensor) -> Any:
     return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size()), MPI.BYTE]
 
 
-def _mix(contract: int) -> int:
-    """Two contracts of which a hash looks alike do not look alike the next time (splitmix64)."""
-    mixed = (contract ^ contract >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
-    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _64_BITS
-    return mixed ^ mixed >> 31
-
-
 class _Send:
     __slots__ = ("mpi", "peer", "source")
 
@@ -165,7 +158,7 @@ class MpiTransport:
         self._watchdog: threading.Thread | None = None
 
     def begin(self, contract: int, turn: int) -> None:
-        self._contract, self._mixed = contract, _mix(contract)
+        self._contract, self._mixed = contract, mixed(contract)
         self._head = self._pair_bit if turn < 0 else (turn % _TURNS) << self._hash_bits
         while self._wake.Test(self._status):
             self._heed()
@@ -183,8 +176,8 @@ class MpiTransport:
             raise Fault(FaultKind.MISMATCH, source, detail)
 
     def _tag(self, nbytes: int) -> int:
-        mixed = (self._mixed + nbytes * 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & _64_BITS
-        return self._head | mixed >> (64 - self._hash_bits)
+        product = (self._mixed + nbytes * 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & _64_BITS
+        return self._head | product >> (64 - self._hash_bits)
 
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send:
         nbytes = src.numel() * src.element_size()

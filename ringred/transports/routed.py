@@ -101,7 +101,8 @@ class RoutedTransport:
         return way, way.irecv(peer, dst, lend)
 
     def wait(self, request: Request, deadline: float) -> Tensor | None:
-        way, inner = request
+        way: Transport = request[0]
+        inner = request[1]
         if way is self.far and self.near.queued:
             with self._draining():
                 return way.wait(inner, deadline)

@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).with_name("programs")
-LAUNCHERS = ("mpirun", "torchrun")
+
+# Ways for processes to find each other: the launcher, and the one transport that it is asked for, if any.
+WAYS = {
+    "mpi": ("mpirun", {"RINGRED_TRANSPORT": "mpi"}),
+    "torch_p2p": ("torchrun", {"RINGRED_TRANSPORT": "torch_p2p"}),
+    "shm by mpirun": ("mpirun", {}),
+    "shm by torchrun": ("torchrun", {}),
+}
 
 
 class Ended(NamedTuple):

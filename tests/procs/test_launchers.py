@@ -7,37 +7,41 @@ from pathlib import Path
 
 import pytest
 
-from tests.procs.launching import LAUNCHERS, ROOT, launch
+from tests.procs.launching import ROOT, WAYS, launch
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
+CASES = {"mpi": 20, "torch_p2p": 18, "shm by mpirun": 20, "shm by torchrun": 19}
 EXAMPLE = ROOT / "examples" / "train_digits.py"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_whole_table(launcher: str, ranks: int) -> None:
-    ended = launch(launcher, ranks, "table.py", limit=200)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_whole_table(way: str, ranks: int) -> None:
+    launcher, variables = WAYS[way]
+    ended = launch(launcher, ranks, "table.py", limit=200, **variables)
     assert ended.status == 0, ended.output[-3000:]
-    transport, checks = ("mpi", 17) if launcher == "mpirun" else ("torch_p2p", 0)
-    assert f"table: {transport} {ranks} ranks, {68 * 5 * 9} all-reduces, " in ended.output
+    checks = 0 if way == "torch_p2p" else 17
+    assert f"table: {way.split()[0]} {ranks} ranks, {68 * 5 * 9} all-reduces, " in ended.output
     assert f"{checks} checks" in ended.output
     assert ended.left_behind == []
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_disagreement_raises_on_every_rank(launcher: str) -> None:
-    ended = launch(launcher, 3, "errors.py", limit=150)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_disagreement_raises_on_every_rank(way: str) -> None:
+    launcher, variables = WAYS[way]
+    ended = launch(launcher, 3, "errors.py", limit=150, **variables)
     assert ended.status == 0, ended.output[-3000:]
     for rank in range(3):
-        assert f"rank {rank}: all {20 if launcher == 'mpirun' else 18} cases raised" in ended.output
+        assert f"rank {rank}: all {CASES[way]} cases raised" in ended.output
     assert ended.left_behind == []
 
 
 @pytest.mark.parametrize("how", ["killed", "raises", "exits"])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_rank_that_dies_ends_the_job(launcher: str, how: str) -> None:
-    ended = launch(launcher, 3, "dies.py", how, limit=60, RINGRED_TIMEOUT="20")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_that_dies_ends_the_job(way: str, how: str) -> None:
+    launcher, variables = WAYS[way]
+    ended = launch(launcher, 3, "dies.py", how, limit=60, RINGRED_TIMEOUT="20", **variables)
     assert ended.status != 0, ended.output
     assert ended.output.count("is at work") == 3, ended.output
     died = float(next(line.split()[-1] for line in ended.output.splitlines() if "dies at" in line))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ringred.runner import _contract
+from ringred.runner import contract
+from ringred.transports.base import mixed
 
 
 def test_calls_that_collide_in_few_bits_do_not_collide_again() -> None:
@@ -11,16 +12,16 @@ def test_calls_that_collide_in_few_bits_do_not_collide_again() -> None:
     seen: dict[int, int] = {}
     repeated = collided = 0
     for digest in range(1, 400):
-        key = _contract(digest, 7) >> (62 - bits)
+        key = mixed(contract(digest, 7)) >> (64 - bits)
         if key in seen:
             collided += 1
-            repeated += _contract(digest, 8) >> (62 - bits) == _contract(seen[key], 8) >> (62 - bits)
+            repeated += mixed(contract(digest, 8)) >> (64 - bits) == mixed(contract(seen[key], 8)) >> (64 - bits)
         seen[key] = digest
     assert collided > 5
     assert repeated <= 1
 
 
 def test_a_contract_has_62_bits_and_depends_on_the_number() -> None:
-    contracts = {_contract(digest, number) for digest in range(50) for number in range(50)}
+    contracts = {contract(digest, number) for digest in range(50) for number in range(50)}
     assert len(contracts) == 2500
-    assert all(0 <= contract < 1 << 62 for contract in contracts)
+    assert all(0 <= value < 1 << 62 for value in contracts)

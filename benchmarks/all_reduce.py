@@ -1,0 +1,389 @@
+"""Collectives of ringred and of everything else one could use on this host, in one run.
+
+    python benchmarks/all_reduce.py --ranks 2 --systems ringred,gloo,mpi,deepspeed --json out.json --plot out.png
+
+Every rank rewrites its buffer before each call and reads it afterwards, as a training step does; `time` is the
+call's own (of the slowest rank), `whole` the time with writing and reading. All systems run in the same minutes:
+their ranks live side by side, asleep but for the one whose turn it is, pinned alike, behind the same barrier. Each
+figure is the median over `--starts` separate starts of the medians of all their calls; low and high are the least
+and the greatest start. Every element of every result is checked.
+
+`SYSTEM@PYTHON` runs a peer from another environment: `mpi@/opt/mpich/bin/python`. `limit` is no system: every rank
+copies as many bytes as the collective must move, at once, in memory of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import context, write_json
+from tabulate import tabulate
+
+from ringred.config import mpirun_environment
+
+HERE = Path(__file__).parent
+BUS = {  # nccl-tests: bytes over a link for each byte of the collective
+    "all_reduce": lambda size: 2 * (size - 1) / size,
+    "reduce_scatter": lambda size: (size - 1) / size,
+    "all_gather": lambda size: (size - 1) / size,
+    "broadcast": lambda size: 1.0,
+}
+PATIENCE = 120.0  # seconds that one order may take
+
+
+class Row(NamedTuple):
+    """A system and memory at one size: microseconds, over all starts."""
+
+    system: str
+    algorithm: str
+    transport: str
+    memory: str
+    nbytes: int
+    time: float
+    low: float
+    high: float
+    whole: float
+    wrong: int
+
+
+class Group:
+    """The ranks of one system, each on a connection. Context: they end with it."""
+
+    def __init__(self, spec: str, ranks: int, folder: Path, number: int) -> None:
+        self.spec, self.ranks = spec, ranks
+        self.name, _, python = spec.partition("@")
+        self.python = python or sys.executable
+        self.label, self.memories, self.settings, self.absent = self.name, ["tensor"], "", ""
+        self.path, self.barrier = folder / f"s{number}", folder / f"b{number}"
+        self.barrier.write_bytes(bytes(64 * ranks))
+        self.connections: list[Any] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.output = (folder / f"out{number}").open("w+b")
+
+    def start(self) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.path))
+        listener.listen(self.ranks)
+        listener.settimeout(PATIENCE)
+        worker = [self.python, str(HERE / "peers.py"), self.name.partition("-")[0]]
+        worker += [str(self.path), str(self.barrier), str(self.ranks)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if self.name in ("mpi", "ringred-mpi"):
+            mpirun = Path(self.python).with_name("mpirun")
+            if not mpirun.exists():
+                self.absent = f"no mpirun beside {self.python}"
+                return
+            environment = mpirun_environment(environment) | {"I_MPI_PIN": "0", "PATH": f"{mpirun.parent}:{os.environ['PATH']}"}
+            if self.ranks > len(os.sched_getaffinity(0)):
+                environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
+            bind = ["--bind-to", "none"] if "open" in version(mpirun).lower() else []
+            self._spawn([str(mpirun), *bind, "-n", str(self.ranks), *worker], environment)
+        else:
+            port = free_port()
+            for rank in range(self.ranks):
+                own = {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_SIZE": str(self.ranks)}
+                own |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                self._spawn([*worker, str(rank)], environment | own)
+        for _ in range(self.ranks):
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                self.absent = f"did not start: {self.said()}"
+                return
+            self.connections.append(connection.makefile("rw"))
+        hellos = [self._hear(connection) for connection in self.connections]
+        self.absent = next((hello["absent"] for hello in hellos if "absent" in hello), "")
+        if not self.absent:
+            self.label = hellos[0]["label"] + self.name.removeprefix(self.name.partition("-")[0])
+            self.memories, self.settings = hellos[0]["memories"], hellos[0]["settings"]
+
+    def _spawn(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.processes.append(subprocess.Popen(command, env=environment, stdout=self.output, stderr=self.output))
+
+    def said(self) -> str:
+        """The end of what its processes printed."""
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")[-500:]
+
+    def _hear(self, connection: Any) -> dict[str, Any]:
+        line = connection.readline()
+        if not line:
+            raise SystemExit(f"a rank of {self.spec} died: {self.said()}")
+        return dict(json.loads(line))
+
+    def order(self, **order: Any) -> list[dict[str, Any]]:
+        """What every rank answers to one order."""
+        for connection in self.connections:
+            connection.write(json.dumps(order) + "\n")
+            connection.flush()
+        return [self._hear(connection) for connection in self.connections]
+
+    def stop(self) -> None:
+        for connection in self.connections:
+            try:
+                connection.write('{"end": true}\n')
+                connection.flush()
+            except OSError:
+                continue
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.output.close()
+
+
+def version(mpirun: Path) -> str:
+    """What an mpirun says of itself."""
+    return subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def groups(specs: Sequence[str], ranks: int) -> Iterator[list[Group]]:
+    """All systems, started and waiting for orders."""
+    folder = Path(tempfile.mkdtemp(prefix="ringred-bench-"))
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        started = []
+        for number, spec in enumerate(specs):
+            group = Group(spec, ranks, folder, number)
+            stack.callback(group.stop)
+            group.start()
+            started.append(group)
+        yield started
+
+
+def bytes_of(text: str) -> int:
+    """4, 16K, 1M: units of 1024."""
+    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"a size is like 4, 16K or 1M, got {text!r}")
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2].upper()]
+
+
+def iterations_for(nbytes: int) -> int:
+    """Calls in a turn: many where they are short."""
+    return max(2, min(60, (32 << 20) // max(nbytes, 1)))
+
+
+def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str], dict[str, str]]:
+    """The rows, the systems that are absent with the reason, and the settings of those that have some."""
+    samples: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    known: dict[tuple[str, str, int], tuple[str, str, int]] = {}
+    absent: dict[str, str] = {}
+    settings: dict[str, str] = {}
+    for start in range(arguments.starts):
+        with groups(arguments.systems, arguments.ranks) as systems:
+            for group in systems:
+                if group.absent:
+                    absent[group.spec] = group.absent
+                if group.settings:
+                    settings[group.label] = group.settings
+            present = [group for group in systems if not group.absent]
+            for nbytes in arguments.sizes:
+                calls: dict[tuple[str, str, int], list[float]] = {}
+                wholes: dict[tuple[str, str, int], list[float]] = {}
+                for turn in range(arguments.rounds):
+                    for group in present:
+                        for memory in group.memories:
+                            key = (group.label, memory, nbytes)
+                            answers = group.order(
+                                collective=arguments.collective,
+                                algorithm=arguments.algorithm,
+                                dtype=arguments.dtype,
+                                bytes=nbytes,
+                                memory=memory,
+                                warm_up=3,
+                                iterations=iterations_for(nbytes),
+                                turn=turn,
+                            )
+                            trouble = next((a["unsupported"] for a in answers if "unsupported" in a), None)
+                            if trouble is not None:
+                                absent[f"{group.label} {arguments.dtype} {arguments.collective}"] = trouble
+                                continue
+                            calls.setdefault(key, []).extend(map(max, zip(*(a["calls"] for a in answers), strict=True)))
+                            wholes.setdefault(key, []).extend(
+                                map(max, zip(*(a["wholes"] for a in answers), strict=True))
+                            )
+                            wrong = sum(a["wrong"] for a in answers) + known.get(key, ("", "", 0))[2]
+                            known[key] = (answers[0]["algorithm"], answers[0]["transport"], wrong)
+                for key, values in calls.items():
+                    pair = (statistics.median(values) * 1e6, statistics.median(wholes[key]) * 1e6)
+                    samples.setdefault(key, []).append(pair)
+                print(f"start {start + 1}: {nbytes} bytes", file=sys.stderr, flush=True)
+    rows = []
+    for (system, memory, nbytes), pairs in samples.items():
+        times = [time for time, _ in pairs]
+        algorithm, transport, wrong = known[system, memory, nbytes]
+        rows.append(
+            Row(
+                system,
+                algorithm,
+                transport,
+                memory,
+                nbytes,
+                statistics.median(times),
+                min(times),
+                max(times),
+                statistics.median(whole for _, whole in pairs),
+                wrong,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.nbytes, row.time)), absent, settings
+
+
+def table(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
+    """As nccl-tests print it, with the system, its memory and the whole time."""
+    bus = BUS[arguments.collective](arguments.ranks)
+    operation = "sum" if arguments.collective in ("all_reduce", "reduce_scatter") else "none"
+    root = 0 if arguments.collective == "broadcast" else -1
+    width = {"float16": 2, "bfloat16": 2, "float64": 8, "int64": 8}.get(arguments.dtype, 4)
+    lines = []
+    for row in rows:
+        algbw = row.nbytes / row.time / 1e3
+        lines.append(
+            (
+                row.nbytes,
+                max(1, row.nbytes // width),
+                arguments.dtype,
+                operation,
+                root,
+                f"{row.time:.1f}",
+                f"{row.low:.1f}..{row.high:.1f}",
+                f"{row.whole:.1f}",
+                f"{algbw:.3f}",
+                f"{algbw * bus:.3f}",
+                row.wrong,
+                row.system,
+                row.memory,
+                row.algorithm,
+            )
+        )
+    head = ["size", "count", "type", "redop", "root", "time", "least..greatest start", "whole", "algbw", "busbw"]
+    units = "size in bytes, times in µs, bandwidths in GB/s"
+    return tabulate(lines, headers=[*head, "#wrong", "system", "memory", "algorithm"], floatfmt="g") + f"\n{units}"
+
+
+def ratios(rows: Sequence[Row]) -> str:
+    """How many times longer each peer takes than ringred, by size and ringred's memory."""
+    ours = {(row.memory, row.nbytes): row.time for row in rows if row.system == "ringred"}
+    others = sorted({row.system for row in rows if row.system != "ringred"})
+    times = {(row.system, row.nbytes): row.time for row in rows}
+    lines = [
+        (nbytes, memory, f"{own:.1f}", *(f"{times[o, nbytes] / own:.2f}" if (o, nbytes) in times else "" for o in others))
+        for (memory, nbytes), own in sorted(ours.items(), key=lambda item: (item[0][0], item[0][1]))
+    ]
+    return tabulate(lines, headers=["size", "memory", "ringred µs", *others], disable_numparse=True)
+
+
+def plot(rows: Sequence[Row], arguments: argparse.Namespace, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    series: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        series.setdefault((row.system, row.memory), []).append(row)
+    for (system, memory), found in sorted(series.items()):
+        own, limit = system.startswith("ringred"), system == "limit"
+        label = f"{system} ({memory})" if own else system
+        style = "k:" if limit else "-" if own else "--"
+        sizes = [row.nbytes for row in found]
+        axes.loglog(sizes, [row.time for row in found], style, marker=None if limit else "o", markersize=3, label=label)
+        if not limit:
+            axes.fill_between(sizes, [row.low for row in found], [row.high for row in found], alpha=0.15)
+    axes.set_xlabel("bytes")
+    axes.set_ylabel("µs a call, buffers touched (less is better)")
+    axes.set_title(f"{arguments.collective}, {arguments.dtype}, {arguments.ranks} ranks on one host")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--sizes", default="4,1K,16K,64K,256K,1M,4M,16M,25M,128M")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--systems", default="ringred,gloo,mpi,deepspeed")
+    parser.add_argument("--collective", choices=sorted(BUS), default="all_reduce")
+    parser.add_argument("--algorithm", default="auto", help="ringred's")
+    parser.add_argument("--starts", type=int, default=3, help="separate starts of all processes")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each system at each size, a start")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    arguments.sizes = [bytes_of(text) for text in arguments.sizes.split(",")]
+    arguments.systems = [*arguments.systems.split(","), "limit"]
+
+    rows, absent, settings = measure(arguments)
+    print(table(rows, arguments))
+    print(f"\nTimes longer than ringred:\n{ratios(rows)}")
+    for name, reason in absent.items():
+        print(f"absent: {name}: {reason.strip().splitlines()[-1] if reason.strip() else 'no reason given'}")
+    for name, text in settings.items():
+        print(f"settings of {name}: {text}")
+    limits = {row.nbytes: row.nbytes / row.time / 1e3 for row in rows if row.system == "limit"}
+    if arguments.json:
+        bus = BUS[arguments.collective](arguments.ranks)
+        result = context() | {
+            "limit_GBps": limits[max(limits)],
+            "limits_GBps": {str(nbytes): value for nbytes, value in limits.items()},
+            "absent": absent,
+            "settings": settings,
+            "rows": [
+                {
+                    "system": row.system,
+                    "collective": arguments.collective,
+                    "algorithm": row.algorithm,
+                    "transport": row.transport,
+                    "memory": row.memory,
+                    "ranks": arguments.ranks,
+                    "dtype": arguments.dtype,
+                    "bytes": row.nbytes,
+                    "time_us": row.time,
+                    "time_us_low": row.low,
+                    "time_us_high": row.high,
+                    "whole_us": row.whole,
+                    "algbw_GBps": row.nbytes / row.time / 1e3,
+                    "busbw_GBps": row.nbytes / row.time / 1e3 * bus,
+                    "wrong": row.wrong,
+                }
+                for row in rows
+            ],
+        }
+        result["command"] = "python benchmarks/all_reduce.py " + shlex.join(sys.argv[1:])
+        write_json(arguments.json, result)
+    if arguments.plot:
+        plot(rows, arguments, arguments.plot)
+    if any(row.wrong for row in rows):
+        raise SystemExit("wrong results")
+
+
+if __name__ == "__main__":
+    main()
