@@ -87,9 +87,12 @@ class Group:
             if not mpirun.exists():
                 self.absent = f"no mpirun beside {self.python}"
                 return
-            environment = mpirun_environment(environment) | {"I_MPI_PIN": "0", "PATH": f"{mpirun.parent}:{os.environ['PATH']}"}
+            chosen = {k: v for k, v in os.environ.items() if k.startswith(("OMPI_MCA_", "I_MPI_", "MPIR_", "FI_"))}
+            chosen |= {"I_MPI_PIN": "0"}  # all systems are pinned alike
             if self.ranks > len(os.sched_getaffinity(0)):
-                environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
+                chosen |= {"OMPI_MCA_mpi_yield_when_idle": "1", "I_MPI_THREAD_YIELD": "1"}
+            environment = mpirun_environment(environment) | chosen | {"PATH": f"{mpirun.parent}:{os.environ['PATH']}"}
+            environment["RINGRED_BENCH_SETTINGS"] = json.dumps(chosen)
             bind = ["--bind-to", "none"] if "open" in version(mpirun).lower() else []
             self._spawn([str(mpirun), *bind, "-n", str(self.ranks), *worker], environment)
         else:
@@ -291,7 +294,12 @@ def ratios(rows: Sequence[Row]) -> str:
     others = sorted({row.system for row in rows if row.system != "ringred"})
     times = {(row.system, row.nbytes): row.time for row in rows}
     lines = [
-        (nbytes, memory, f"{own:.1f}", *(f"{times[o, nbytes] / own:.2f}" if (o, nbytes) in times else "" for o in others))
+        (
+            nbytes,
+            memory,
+            f"{own:.1f}",
+            *(f"{times[o, nbytes] / own:.2f}" if (o, nbytes) in times else "" for o in others),
+        )
         for (memory, nbytes), own in sorted(ours.items(), key=lambda item: (item[0][0], item[0][1]))
     ]
     return tabulate(lines, headers=["size", "memory", "ringred µs", *others], disable_numparse=True)

@@ -75,7 +75,7 @@ class Limit(System):
     """
 
     def prepare(self, collective: str, algorithm: str, memory: str, buffer: Any, spare: Any) -> Call:
-        source = buffer.clone()
+        source = buffer.clone().zero_()
         return lambda: buffer.copy_(source)
 
 
@@ -157,7 +157,13 @@ class Mpi(System):
         super().__init__(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
         if self.size != size:
             raise RuntimeError(f"mpirun started {size} ranks, but mpi4py's MPI sees {self.size}")
-        self.label = " ".join(str(MPI.Get_library_version()).split("\n")[0].strip("\0 ,").split()[:4]).rstrip(",")
+        self.label = (
+            " ".join(
+                str(MPI.Get_library_version()).split("\n")[0].strip("\0 ").replace("(R)", "").split(",")[0].split()
+            )
+            .replace(" Version:", "")
+            .replace(" Library", "")
+        )
 
     def prepare(self, collective: str, algorithm: str, memory: str, buffer: Any, spare: Any) -> Call:
         import torch
@@ -181,8 +187,8 @@ class Mpi(System):
         return calls[collective]
 
     def settings(self) -> str:
-        names = ("OMPI_MCA_", "PRTE_MCA_", "I_MPI_", "MPIR_", "MPICH_", "FI_")
-        return " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(names) and len(v) < 40)
+        chosen = json.loads(os.environ.get("RINGRED_BENCH_SETTINGS", "{}"))
+        return " ".join(f"{name}={value}" for name, value in sorted(chosen.items()))
 
 
 class DeepSpeed(System):

@@ -28,14 +28,15 @@ from ringred.transports.windows import Window
 
 __all__ = ["ShmTransport"]
 
-SLOT_BYTES = 256 << 10
-"""Of a slot; with `SLOTS` of them a pair's messages stay in a core's cache."""
+SLOT_BYTES = 512 << 10
+"""Of a large slot, and so of a segment: long enough to hide what Python takes for it, short enough for a core's cache."""
 SLOTS = 4
 SMALL_BYTES = 4 << 10
-"""A message up to this goes into the small slot of its descriptor, even if it lies in the window: it is soon
-copied, and then its sender need not wait until it is read."""
-ENTRIES = 32
-"""Descriptors of a pair: messages that may be on their way. A power of two."""
+"""A message up to this goes into a small slot, even if it lies in the window: it is soon copied, and then its sender
+need not wait until it is read."""
+SMALL_SLOTS = 16
+ENTRIES = 256
+"""Descriptors of a pair: messages that may be on their way."""
 
 _SPIN_NS = 20_000
 _LONGEST_SLEEP = 1.0  # seconds; only a waker that dies between two instructions makes it matter
@@ -53,7 +54,8 @@ _AT, _PUT, _PART = (
     1,
     2,
 )  # kinds of place: in the sender's window, in the receiver's, in the sender's and more to come
-_SMALL_STRIDE = SMALL_BYTES + 64  # small slots of one ring do not all fall on the same cache sets
+_SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
+_BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
 
 
 class _Layout:
@@ -63,8 +65,18 @@ class _Layout:
         self.entries = 8 * (_CONSUMED + 8 * size)
         self.report = self.entries + size * ENTRIES * 32
         self.small = self.report + _REPORT_BYTES
-        self.slots = -(-(self.small + size * ENTRIES * _SMALL_STRIDE) // 4096) * 4096
-        self.nbytes = self.slots + size * SLOTS * SLOT_BYTES
+        self.large = -(-(self.small + size * SMALL_SLOTS * _SMALL_STRIDE) // 4096) * 4096
+        self.nbytes = self.large + size * SLOTS * SLOT_BYTES
+
+
+class _Slots:
+    """A ring of `count` slots of one size, `stride` apart from offset `start` of this rank's window on."""
+
+    __slots__ = ("nbytes", "next", "start", "stride", "used")
+
+    def __init__(self, start: int, nbytes: int, stride: int, count: int) -> None:
+        self.start, self.nbytes, self.stride = start, nbytes, stride
+        self.next, self.used = 0, [0] * count  # the number of the message that each was last used for
 
 
 class _Link:
@@ -77,18 +89,14 @@ class _Link:
         "block",
         "entries_in",
         "entries_out",
-        "index",
-        "loan",
+        "large",
         "pending",
         "posted",
         "queue",
         "rank",
         "sent",
         "sleep_address",
-        "slot",
-        "slot_used",
-        "slots_at",
-        "small_at",
+        "small",
         "taken",
         "taken_at",
         "window",
@@ -98,32 +106,32 @@ class _Link:
 
     def __init__(self, rank: int, index: int, window: Window, block: int, own_block: int, own: int, size: int) -> None:
         layout = _Layout(size)
-        self.rank, self.index, self.window, self.block = rank, index, window, block
+        self.rank, self.window, self.block = rank, window, block
         self.words, self.words_at = window.words, block // 8
         self.sleep_address = window.address + block + 8 * _SLEEPING
         # What this rank sends: entries and slots are in its own block, the count of what is consumed in the peer's.
         self.entries_out = (own_block + layout.entries) // 8 + index * ENTRIES * 4
-        self.small_at = own_block + layout.small + index * ENTRIES * _SMALL_STRIDE
-        self.slots_at = own_block + layout.slots + index * SLOTS * SLOT_BYTES
+        small = own_block + layout.small + index * SMALL_SLOTS * _SMALL_STRIDE
+        large = own_block + layout.large + index * SLOTS * SLOT_BYTES
+        self.small = _Slots(small, SMALL_BYTES, _SMALL_STRIDE, SMALL_SLOTS)
+        self.large = _Slots(large, SLOT_BYTES, SLOT_BYTES, SLOTS)
         self.acked_words, self.acked_at = window.words, block // 8 + _CONSUMED + 8 * own
         self.sent = self.acked = 0  # messages, or parts of them: numbers of the last one
-        self.slot, self.slot_used = 0, [0] * SLOTS  # the next slot, the message that last used each
         self.queue: deque[_Send] = deque()
         # What it receives: the other way round.
         self.entries_in = (block + layout.entries) // 8 + own * ENTRIES * 4
         self.taken_at = own_block // 8 + _CONSUMED + 8 * index
         self.taken = 0
         self.pending: deque[_Receive] = deque()
-        self.loan: _Receive | None = None
 
 
 class _Send:
-    __slots__ = ("address", "buffered", "contract", "done", "link", "nbytes", "put", "source", "until")
+    __slots__ = ("contract", "done", "link", "nbytes", "place", "source", "until")
 
-    def __init__(self, link: _Link, source: Tensor, put: bool, buffered: bool, contract: int) -> None:
-        self.link, self.source, self.put, self.buffered, self.contract = link, source, put, buffered, contract
-        self.address, self.nbytes = source.data_ptr(), source.nbytes
-        self.done = 0  # bytes that are on their way
+    def __init__(self, link: _Link, source: Tensor, nbytes: int, contract: int) -> None:
+        self.link, self.source, self.nbytes, self.contract = link, source, nbytes, contract
+        self.place = -1  # where the receiver finds it without a slot
+        self.done = 0  # bytes that went into slots
         self.until = -1  # the message after whose consumption the source is free: −1 unknown, 0 at once
 
 
@@ -164,7 +172,7 @@ class ShmTransport:
         self.counters = Counters()
         self.segment_bytes = SLOT_BYTES
         self._neighbours, self._timeout = neighbours, timeout
-        self._heap, self._window = neighbours.heap, neighbours.windows[neighbours.rank]
+        self._heap, self.window = neighbours.heap, neighbours.windows[neighbours.rank]
         self._layout = _Layout(len(members))
         self._member = dict(zip(names, members, strict=True))
         neighbours.reap()
@@ -180,8 +188,8 @@ class ShmTransport:
             for index, member in enumerate(members)
             if index != own
         }
-        self._words, self._at = self._window.words, self._block // 8
-        self._base, self._end = self._window.address, self._window.address + self._window.nbytes
+        self._words, self._at = self.window.words, self._block // 8
+        self._base, self._end = self.window.address, self.window.address + self.window.nbytes
         self._contract = 0
         self._exposed = self._exposed_end = 0
         self.queued = 0  # sends without a descriptor or a slot yet
@@ -225,72 +233,82 @@ class ShmTransport:
         counters = self.counters
         counters.messages_sent += 1
         counters.bytes_sent += nbytes
-        if nbytes <= SMALL_BYTES and not put and not link.queue and link.sent - link.acked < ENTRIES:
-            self._post_small(link, link.sent + 1, self._contract, src.data_ptr(), nbytes)
+        address = src.data_ptr()
+        if nbytes <= SMALL_BYTES and not put and not link.queue and self._send_small(link, address, nbytes):
             return None
-        request = _Send(link, src, put, buffered, self._contract)
+        request = _Send(link, src, nbytes, self._contract)
+        if put and (target := self._put_offset(link, address)) >= 0:
+            # Now, while it is hot; the word of it may have to wait for its turn.
+            self._put(link, target, address, src)
+            request.place = _PUT
+        elif nbytes > SMALL_BYTES and not buffered and self._base <= address < self._end:
+            request.place = (address - self._base) << 2
         if link.queue or not self._start(request):
             link.queue.append(request)
             self.queued += 1
         return request
 
+    def _send_small(self, link: _Link, address: int, nbytes: int) -> bool:
+        """Sends by a small slot, if there is room now."""
+        number, slots = link.sent + 1, link.small
+        slot = slots.next
+        needed = max(number - ENTRIES, slots.used[slot])
+        if needed > link.acked and needed > self._refresh(link):
+            return False
+        slots.used[slot], slots.next = number, (slot + 1) % SMALL_SLOTS
+        offset = slots.start + slot * _SMALL_STRIDE
+        if nbytes:
+            futex.copy(self._base + offset, address, nbytes)
+        self._post(link, number, self._contract, nbytes, offset << 2)
+        return True
+
     def _start(self, request: _Send) -> bool:
         """Posts as much of a send as there is room for; whether that is all."""
-        link, nbytes, address = request.link, request.nbytes, request.address
+        link, nbytes = request.link, request.nbytes
+        slots = link.small if nbytes <= SMALL_BYTES else link.large
         while True:
             number = link.sent + 1
-            if number - link.acked > ENTRIES:
-                link.acked = link.acked_words[link.acked_at]
-                if number - link.acked > ENTRIES:
-                    return False
-            if nbytes <= SMALL_BYTES:
-                request.until = 0
-                if request.put and (target := self._put_address(request)):
-                    futex.copy(target, address, nbytes)
-                    self._post(link, number, request.contract, nbytes, _PUT)
-                    return True
-                self._post_small(link, number, request.contract, address, nbytes)
+            if number - ENTRIES > link.acked and number - ENTRIES > self._refresh(link):
+                return False
+            if request.place >= 0:
+                request.until = 0 if request.place == _PUT else number
+                self._post(link, number, request.contract, nbytes, request.place)
                 return True
-            if not request.buffered and self._base <= address < self._end:
-                if request.put and (target := self._put_address(request)):
-                    futex.copy(target, address, nbytes)
-                    request.until = 0
-                    self._post(link, number, request.contract, nbytes, _PUT)
-                else:
-                    request.until = number
-                    self._post(link, number, request.contract, nbytes, (address - self._base) << 2)
-                return True
-            slot = link.slot
-            if link.slot_used[slot] > link.acked:
-                link.acked = link.acked_words[link.acked_at]
-                if link.slot_used[slot] > link.acked:
-                    return False
-            part = min(nbytes - request.done, SLOT_BYTES)
-            offset = link.slots_at + slot * SLOT_BYTES
-            futex.copy(self._base + offset, address + request.done, part)
+            slot = slots.next
+            if slots.used[slot] > link.acked and slots.used[slot] > self._refresh(link):
+                return False
+            slots.used[slot], slots.next = number, (slot + 1) % len(slots.used)
+            offset = slots.start + slot * slots.stride
+            part = min(nbytes - request.done, slots.nbytes)
+            if _BY_ADDRESS < part == nbytes:
+                self._view(self, offset, nbytes, request.source.dtype).copy_(request.source)
+            elif part:
+                futex.copy(self._base + offset, request.source.data_ptr() + request.done, part)
             request.done += part
-            link.slot_used[slot] = number
-            link.slot = (slot + 1) % SLOTS
             last = request.done == nbytes
             self._post(link, number, request.contract, nbytes, offset << 2 | (_AT if last else _PART))
             if last:
                 request.until = 0
                 return True
 
-    def _post_small(self, link: _Link, number: int, contract: int, address: int, nbytes: int) -> None:
-        offset = link.small_at + number % ENTRIES * _SMALL_STRIDE
-        if nbytes:
-            futex.copy(self._base + offset, address, nbytes)
-        self._post(link, number, contract, nbytes, offset << 2)
+    def _refresh(self, link: _Link) -> int:
+        """The last message that the peer has finished with."""
+        link.acked = link.acked_words[link.acked_at]
+        return link.acked
 
-    def _put_address(self, request: _Send) -> int:
-        """Where in the peer's window a put of `request` goes, or 0 where the peer did not say."""
-        link = request.link
-        if not self._exposed <= request.address < self._exposed_end:
-            return 0
-        if link.words[link.words_at + _EXPOSED_CONTRACT] != request.contract:
-            return 0
-        return link.window.address + link.words[link.words_at + _EXPOSED_AT] + request.address - self._exposed
+    def _put_offset(self, link: _Link, address: int) -> int:
+        """Where in the peer's window a put from `address` goes; −1 where one end has no window there."""
+        if not self._exposed <= address < self._exposed_end:
+            return -1
+        if link.words[link.words_at + _EXPOSED_CONTRACT] != self._contract:
+            return -1
+        return link.words[link.words_at + _EXPOSED_AT] + address - self._exposed
+
+    def _put(self, link: _Link, offset: int, address: int, src: Tensor) -> None:
+        if src.nbytes > _BY_ADDRESS:
+            self._view(link, offset, src.nbytes, src.dtype).copy_(src)
+        elif src.nbytes:
+            futex.copy(link.window.address + offset, address, src.nbytes)
 
     def _post(self, link: _Link, number: int, contract: int, nbytes: int, place: int) -> None:
         words, entry = self._words, link.entries_out + (number % ENTRIES) * 4
@@ -381,13 +399,13 @@ class ShmTransport:
                 self._count(nbytes)
                 return
 
-    def _view(self, link: _Link, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
-        key = (link.rank, offset, nbytes, dtype)
+    def _view(self, whose: _Link | ShmTransport, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        key = (whose.rank, offset, nbytes, dtype)
         view = self._views.get(key)
         if view is None:
             if len(self._views) >= _VIEWS:
                 self._views.clear()
-            view = self._views[key] = link.window.view(offset, nbytes, dtype)
+            view = self._views[key] = whose.window.view(offset, nbytes, dtype)
         return view
 
     def _count(self, nbytes: int) -> None:
@@ -460,7 +478,7 @@ class ShmTransport:
 
     def _reports(self) -> dict[int, str]:
         found = {}
-        blocks = {self.rank: (self._window, self._block)}
+        blocks = {self.rank: (self.window, self._block)}
         blocks |= {link.rank: (link.window, link.block) for link in self._links.values()}
         for rank in sorted(blocks):
             window, block = blocks[rank]
@@ -475,7 +493,7 @@ class ShmTransport:
             return
         text = report.encode()[:_REPORT_BYTES]
         start = self._block + self._layout.report
-        self._window.memory[start : start + len(text)] = text
+        self.window.memory[start : start + len(text)] = text
         self._words[self._at + _REPORT_LENGTH] = len(text)
         self._words[self._at + _ABORTED] = 1
         self._words[self._at + _ALARM] = 1
