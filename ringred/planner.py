@@ -245,6 +245,7 @@ class Planner:
             segment,
             keep=self._keeps(call),
             merge=merge,
+            in_parts=not whole_messages,
             put_safe=lambda step, op: (self.rank, step, op) in puts,
             buffers=self._buffers,
         )

@@ -4,7 +4,9 @@ Pure integers: the executor binds the instructions to memory, the cost model pri
 into segments, so that the fold of one overlaps the arrival of the next, and instructions are put in the one
 order that needs no further thought at run time:
 
-- receives block in program order; where the receives of a step come from different peers, segment by segment
+- data of many segments is taken part by part, each a step ahead of the next, so that what a step has reduced is
+  sent on while it is in the cache;
+- receives block in this order; where the receives of a step come from different peers, segment by segment
   in turn, so that none of them waits for all of another;
 - a segment is sent as soon as the last receive that wrote it is done, however many steps early that is, yet
   never out of order towards one peer;
@@ -14,8 +16,9 @@ order that needs no further thought at run time:
 - receives are posted ahead, as far as their destination is free;
 - at the end every send is waited for, so that the caller may write to the buffer again.
 
-Deadlock: a segment depends only on segments of steps on which its own step depends. The verifier proves the
-order of the steps; any order of them, one after the other, is a run of these instructions.
+Deadlock: a segment depends only on segments of the same part, of steps on which its own step depends. The
+verifier proves the order of the steps; all ranks go through steps and parts in one order, in which each part has
+its steps in theirs, and any such order is a run of these instructions.
 """
 
 from __future__ import annotations
@@ -153,6 +156,7 @@ def lower(
     keep: Callable[[int], bool] = lambda unit: True,
     put_safe: Callable[[int, int], bool] = lambda step, op: False,
     merge: bool = True,
+    in_parts: bool = True,
     snapshots: bool = True,
     buffers: bool = False,
 ) -> Program:
@@ -162,12 +166,14 @@ def lower(
     the greatest number of elements in one message; `keep(u)` says whether the rank must hold unit `u` at the
     end. `put_safe(step, op)` says which sends may go by a put. Adjacent
     units travel in one message; with `merge=False` each in its own, for units that lie in tensors of their own.
+    `in_parts=False` finishes a step before the next even of data in many segments: for ranks that do not all know
+    the same `bounds`.
     `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it. `buffers=True`
     leaves them to a transport with room for at least one segment on its way between each two ranks. That cannot
     deadlock: a segment then waits for room, room for the receiver's folds of earlier segments, and those for
     nothing that is sent later.
     """
-    lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge)
+    lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge, in_parts)
     lowering.put_safe = put_safe
     lowering.buffers = buffers
     return lowering.run(snapshots)
@@ -187,9 +193,12 @@ class _Lowering:
         segment: int,
         keep: Callable[[int], bool],
         merge: bool,
+        in_parts: bool,
     ) -> None:
         self.rank, self.steps, self.bounds, self.segment, self.keep = rank, steps, bounds, segment, keep
         self.merge = merge
+        longest = max((hi - lo for lo, hi in bounds), default=0)
+        self.parts = -(-longest // segment) if in_parts and longest else 1
         self.events = 0
         self.requests = 0
         self.slot_elements = 0
@@ -204,23 +213,23 @@ class _Lowering:
         self.last_write = last_writes(steps)
 
     def run(self, snapshots: bool) -> Program:
-        for index, step in enumerate(self.steps):
-            groups = fold_groups(step)
-            written = {u for chunk, _, _ in groups for u in chunk.units}
-            slots: dict[tuple[int, int], int] = {}
+        overwritten = [{u for op in step if not isinstance(op, Send) for u in op.chunk.units} for step in self.steps]
+        slots: list[dict[tuple[int, int], int]] = [{} for _ in self.steps]
+        for index, part in self.order():
+            step = self.steps[index]
             for at, op in enumerate(step):
                 if isinstance(op, Send):
-                    overwritten = not written.isdisjoint(op.chunk.units)
-                    for lo, hi in self.segments(op.chunk):
-                        if overwritten and self.buffers:
+                    exposed = not overwritten[index].isdisjoint(op.chunk.units)
+                    for lo, hi in self.segments(op.chunk, part):
+                        if exposed and self.buffers:
                             self.post_send(index, op.peer, op.chunk, lo, hi, buffered=True)
-                        elif overwritten and snapshots:
-                            slot = self.snapshot(op.chunk, lo, hi, slots)
+                        elif exposed and snapshots:
+                            slot = self.snapshot(op.chunk, lo, hi, slots[index])
                             self.post_send(index, op.peer, op.chunk, lo, hi, slot=slot)
                         else:
                             put = self.put_safe(index, at)
-                            self.post_send(index, op.peer, op.chunk, lo, hi, put=put, exposed=overwritten)
-            for receives, lo, hi in self.in_turn(step, groups):
+                            self.post_send(index, op.peer, op.chunk, lo, hi, put=put, exposed=exposed)
+            for receives, lo, hi in self.in_turn(step, part):
                 self.receive(index, receives, lo, hi)
         instructions: list[Instruction] = []
         for event in range(self.events + 1):
@@ -232,8 +241,23 @@ class _Lowering:
             instructions.append(WaitSent(posted.request, posted.peer))
         return Program(tuple(instructions), self.requests, self.slot_elements)
 
-    def segments(self, chunk: Chunk) -> list[tuple[int, int]]:
-        """The chunk cut where its units are not adjacent, and into segments: at least one, if an empty one."""
+    def order(self) -> Iterable[tuple[int, int]]:
+        """Steps and parts in the order in which they run: (0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0), ...
+
+        A part is as much of every unit as fits a segment; steps never mix elements, so that the collective of one
+        part knows nothing of the next, and a part may be a step ahead of the one that follows it.
+        """
+        steps = len(self.steps)
+        for wave in range(steps + self.parts - 1):
+            for index in range(max(0, wave - self.parts + 1), min(steps, wave + 1)):
+                yield index, wave - index
+
+    def segments(self, chunk: Chunk, part: int) -> list[tuple[int, int]]:
+        """What a chunk has of a part. Of the only part it is all, in segments: at least one, if an empty one."""
+        if self.parts > 1:
+            bounds = (self.bounds[u] for u in chunk.units)
+            cut = [(lo + part * self.segment, min(lo + (part + 1) * self.segment, hi)) for lo, hi in bounds]
+            return [(lo, hi) for lo, hi in cut if lo < hi]
         runs: list[tuple[int, int]] = []
         for u in chunk.units:
             lo, hi = self.bounds[u]
@@ -295,18 +319,21 @@ class _Lowering:
             if lo < span.hi and span.lo < hi:
                 table[u].append(span._replace(lo=max(lo, span.lo), hi=min(hi, span.hi)))
 
-    def in_turn(self, step: Step, groups: list[tuple[Chunk, bool, list[int]]]) -> Iterable[tuple[_Receives, int, int]]:
-        """The segments of all receives of a step: in turn if no two share a peer, else one group after another."""
-        all_receives = [_Receives(chunk, reduce, peers, self.segments(chunk)) for chunk, reduce, peers in groups]
+    def in_turn(self, step: Step, part: int) -> Iterable[tuple[_Receives, int, int]]:
+        """The segments of all receives of a step and part: in turn if no two share a peer, else one group after
+        another."""
+        all_receives = [
+            _Receives(chunk, reduce, peers, self.segments(chunk, part)) for chunk, reduce, peers in fold_groups(step)
+        ]
         peers = [peer for receives in all_receives for peer in receives.peers]
         if len(peers) > len(set(peers)):
             return [(receives, lo, hi) for receives in all_receives for lo, hi in receives.segments]
         longest = max((len(receives.segments) for receives in all_receives), default=0)
         return [
-            (receives, *receives.segments[part])
-            for part in range(longest)
+            (receives, *receives.segments[at])
+            for at in range(longest)
             for receives in all_receives
-            if part < len(receives.segments)
+            if at < len(receives.segments)
         ]
 
     def receive(self, step: int, receives: _Receives, lo: int, hi: int) -> None:
