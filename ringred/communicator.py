@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, overload
@@ -14,14 +16,17 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from ringred import tensors
+from ringred import probe, tensors
 from ringred.config import Config
 from ringred.errors import TransportUnavailable, UnknownAlgorithm, UnsupportedTensor
 from ringred.ops import ReduceOp, reduce_op
 from ringred.planner import Call, Planner, Prepared, adjacent
 from ringred.runner import Runner
-from ringred.select import candidates, decided_as, machine_model
-from ringred.topology.detect import host_indices, host_name
+from ringred.select import candidates, choose, decided_as, machine_model
+from ringred.topology import calibrate
+from ringred.topology.calibrate import Tuning
+from ringred.topology.detect import host_indices, host_name, machine
+from ringred.topology.model import Topology
 from ringred.trace import Tracer
 from ringred.transports import routed
 from ringred.transports.base import Counters, Gather, Transport, Windowed
@@ -56,11 +61,11 @@ class Communicator:
         self.rank, self.size, self.name = transport.rank, transport.size, name
         self.hosts = tuple(hosts) if hosts is not None else (0,) * transport.size
         self.transport = transport
-        self.model = machine_model(transport.name, self.hosts)
+        self.tuning: Tuning = {}
         segment_bytes = self.config.segment_bytes or transport.segment_bytes
         windows = cast(Windowed, transport) if transport.windows else None
         self._planner = Planner(
-            name, self.rank, self.size, self.hosts, self.model, segment_bytes, windows, transport.buffers
+            name, self.rank, self.size, self.hosts, self._models(), segment_bytes, windows, transport.buffers
         )
         self._runner = Runner(transport, self.config.timeout, name)
         self._splits = 0
@@ -88,7 +93,7 @@ class Communicator:
         gather = mpi.gatherer(comm)
         names = gather(host_name())
         transport = _connect(gather, comm.Get_rank(), len(names), lambda: mpi.MpiTransport(comm), config, "mpi")
-        return cls(transport, hosts=host_indices(names), config=config)
+        return _tuned(cls(transport, hosts=host_indices(names), config=config), gather)
 
     @classmethod
     def from_store(cls, store: Any, rank: int, size: int, *, config: Config | None = None) -> Communicator:
@@ -112,7 +117,7 @@ class Communicator:
             config,
             "torch_p2p",
         )
-        return cls(transport, hosts=host_indices(names), config=config)
+        return _tuned(cls(transport, hosts=host_indices(names), config=config), gather)
 
     @classmethod
     def from_process_group(cls, group: Any = None, *, config: Config | None = None) -> Communicator:
@@ -140,6 +145,7 @@ class Communicator:
         label = f"{self.name}/{self._splits}.{color}"
         transport = self.transport.subset(members, label)
         child = Communicator(transport, hosts=[self.hosts[rank] for rank in members], config=self.config, name=label)
+        child.tune(self.tuning)
         self._children.add(child)
         return child
 
@@ -439,15 +445,52 @@ class Communicator:
         """Messages and bytes that this rank has sent and received so far."""
         return self.transport.counters
 
-    def explain(self, nbytes: int, collective: str = "all_reduce") -> str:
-        """The algorithms for `nbytes` bytes with their predicted times; the first is what "auto" takes."""
+    def tune(self, tuning: Tuning) -> None:
+        """From here on "auto" decides by `tuning`, which must be the same on every rank; {}: by built-in costs."""
+        self.tuning = dict(tuning)
+        self._planner.models = self._models()
+        can: Callable[[torch.dtype], bool] | None = getattr(self.transport, "can_all_reduce", None)
+        known = self.tuning.get("native")
+        self._planner.native = (known, can) if known is not None and can is not None else None
+        self._planner.forget()
+
+    def choice(self, nbytes: int, collective: str = "all_reduce", memory: str = "tensor") -> str:
+        """The algorithm that "auto" takes for `nbytes` bytes in such `memory`."""
+        known = self.tuning.get("native") if collective == "all_reduce" else None
+        return choose(collective, nbytes, self._planner.models[memory], native=known)[0].name
+
+    def memory_of(self, tensor: Tensor) -> str:
+        """The kind of memory that `tensor` lies in: "window" if it came from `empty` and peers share it."""
+        return self._planner.memory_of(tensor)
+
+    def _models(self) -> dict[str, Topology]:
+        return {
+            memory: machine_model(self.transport.name, self.hosts, self.tuning, memory)
+            for memory in ("tensor", "window")
+        }
+
+    def explain(
+        self, nbytes: int, collective: str = "all_reduce", *, memory: str = "tensor", measured: bool = False
+    ) -> str:
+        """The algorithms for `nbytes` bytes with their predicted times; the first is what "auto" takes.
+
+        `memory` is "tensor" for ordinary tensors, "window" for those of `empty`. With `measured`, which is
+        collective and for all-reduce only, each is timed as well, on float32.
+        """
         decided = decided_as(nbytes)
-        rows = [
-            (c.name, "x".join(map(str, c.grid)) if c.grid else "", f"{c.seconds * 1e6:.1f}")
-            for c in candidates(collective, self.size, decided, self.model)
-        ]
+        known = self.tuning.get("native") if collective == "all_reduce" else None
+        found = candidates(collective, self.size, decided, self._planner.models[memory], native=known)
+        columns = ["algorithm", "grid", "predicted µs"]
+        rows = [[c.name, "x".join(map(str, c.grid)) if c.grid else "", f"{c.seconds * 1e6:.1f}"] for c in found]
+        if measured:
+            columns.append("measured µs")
+            elements = max(1, nbytes // 4)
+            tensor = self.empty(elements, torch.float32) if memory == "window" else torch.empty(elements)
+            for row, candidate in zip(rows, found, strict=True):
+                row.append(f"{probe.seconds_of(self, tensor, candidate.name, 5) * 1e6:.1f}")
         head = f"{collective} of {nbytes} bytes (decided as {decided}) on {self.size} ranks, {self.transport.name}"
-        return f"{head}\n{tabulate(rows, headers=['algorithm', 'grid', 'predicted µs'])}"
+        costs = "measured on this machine" if self.tuning else "built-in costs"
+        return f"{head}, {costs}\n{tabulate(rows, headers=columns, disable_numparse=True)}"
 
     @property
     def tracer(self) -> Tracer | None:
@@ -545,6 +588,30 @@ def _connect(
     return routed.join(
         gather, rank, size, far, config.timeout, only_near=only_near, keep_far=name == "mpi" and not only_near
     )
+
+
+def _tuned(comm: Communicator, gather: Gather) -> Communicator:
+    """Gives `comm` the costs of this machine: those that rank 0 has kept, or new ones, which it then keeps."""
+    path = comm.config.tuning
+    here = machine()
+    key = (
+        f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}, {comm.size} ranks on "
+        f"{len(set(comm.hosts))} hosts; torch {torch.__version__}"
+    )
+    known = None if path is None or comm.size == 1 else calibrate.load(path, key)
+    # Every rank may have a file of its own, and settings of its own: what rank 0 has counts.
+    said = gather("off" if path is None or comm.size == 1 else json.dumps(known))[0]
+    if said == "off":
+        return comm
+    if said != "null":
+        comm.tune({name: tuple(costs) for name, costs in json.loads(said).items()})
+        return comm
+    comm.tune(probe.probe(comm))
+    if comm.rank == 0 and path is not None:
+        trouble = calibrate.store(path, key, comm.tuning)
+        if trouble is not None:
+            warnings.warn(f"ringred: measured costs are not kept for the next start: {trouble}", stacklevel=2)
+    return comm
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -6,6 +6,7 @@
 | RINGRED_SEGMENT_BYTES | greatest message in bytes; larger chunks are pipelined | the transport's |
 | RINGRED_TRANSPORT | the one transport to use: shm, mpi or torch_p2p | shm within a host, else by the launcher |
 | RINGRED_INTERFACE | address that torch_p2p binds, where the host has several | the host's own |
+| RINGRED_TUNING | file of measured costs that "auto" decides by; off: built-in ones | ~/.cache/ringred/tuning.json |
 | RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
 """
 
@@ -15,19 +16,21 @@ import math
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["Config", "Launch", "detect_launch", "mpi_environment", "mpirun_environment"]
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of a communicator; `timeout` is in seconds."""
+    """Settings of a communicator; `timeout` is in seconds. `tuning` is None for built-in costs."""
 
     timeout: float = 300.0
     segment_bytes: int | None = None
     transport: str | None = None
     interface: str | None = None
     trace: str | None = None
+    tuning: Path | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -40,6 +43,7 @@ class Config:
             transport=_choice("RINGRED_TRANSPORT", env.get("RINGRED_TRANSPORT"), ("shm", "mpi", "torch_p2p")),
             interface=env.get("RINGRED_INTERFACE"),
             trace=env.get("RINGRED_TRACE"),
+            tuning=_tuning_file(env),
         )
 
 
@@ -51,6 +55,13 @@ def _positive(name: str, text: str) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive number, got {text!r}")
     return value
+
+
+def _tuning_file(env: Mapping[str, str]) -> Path | None:
+    chosen = env.get("RINGRED_TUNING")
+    if chosen is None:
+        return Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ringred" / "tuning.json"
+    return None if chosen == "off" else Path(chosen)
 
 
 def _choice(name: str, text: str | None, choices: tuple[str, ...]) -> str | None:

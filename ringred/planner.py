@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from ringred.collectives.registry import ROOTED, Algorithm, lookup, prove
@@ -17,6 +18,7 @@ from ringred.schedule.ir import Group
 from ringred.schedule.lower import Program, lower
 from ringred.select import choose, segments_for, share_bounds
 from ringred.tensors import WriteBack, unowned
+from ringred.topology.calibrate import Costs
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology
 from ringred.transports.base import Windowed
@@ -30,6 +32,7 @@ _PLANS = 128  # programs bound to an address
 _PLAN_BYTES = 1 << 20  # what such a plan may hold of its own
 _PROVED_RANKS = 32  # above, the proof that puts are safe takes longer than they save
 _GIB = 1 << 30
+_WHOLE = frozenset({"all_reduce", "broadcast"})
 _PUTS = frozenset({"all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce"})
 _ONE_TENSOR = frozenset({"all_reduce", "broadcast", "reduce", "barrier"})
 
@@ -74,16 +77,18 @@ class Planner:
         rank: int,
         size: int,
         hosts: Sequence[int],
-        model: Topology,
+        models: Mapping[str, Topology],
         segment_bytes: int,
         windows: Windowed | None = None,
         buffers: bool = False,
     ) -> None:
         self.name, self.rank, self.size = name, rank, size
         self._windows, self._buffers = windows, buffers
-        self.hosts, self.model, self.segment_bytes = tuple(hosts), model, segment_bytes
+        self.hosts, self.models, self.segment_bytes = tuple(hosts), models, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        self.native: tuple[Costs, Callable[[torch.dtype], bool]] | None = None
+        """Costs of the transport's own all-reduce, and the dtypes that it takes, where "auto" may choose it."""
         self.ready: OrderedDict[tuple[Any, ...], tuple[Call, Callable[[], Prepared]]] = OrderedDict()
 
     # ------------------------------------------------------------------ calls
@@ -106,14 +111,15 @@ class Planner:
         """
         shape = tuple(grid) if grid is not None else None
         lengths = None if bounds is None else tuple(hi for _, hi in bounds)
-        key = (collective, like.dtype, count, op, algorithm, shape, root, lengths)
+        memory = self.memory_of(like) if collective in _WHOLE else "tensor"
+        key = (collective, like.dtype, count, op, algorithm, shape, root, lengths, memory)
         known = self._calls.get(key)
         if known is not None:
             self._calls.move_to_end(key)
             return known
         nbytes = (count or 0) * like.element_size()
         try:
-            entry, shape = self._settle(collective, algorithm, shape, nbytes, root)
+            entry, shape = self._settle(collective, algorithm, shape, nbytes, root, like.dtype, memory)
             group = entry.group(self.size, root, shape, segments_for(nbytes, self.segment_bytes))
         except (UnknownAlgorithm, GridError) as refusal:
             raise type(refusal)(f"rank {self.rank}: {collective}: {refusal}") from None
@@ -123,13 +129,24 @@ class Planner:
             parts.append(f"{count} element{'' if count == 1 else 's'}")
         if collective in ROOTED:
             parts.append(f"root {root}")
+        if memory == "window":
+            parts.append("in a window")
         parts.append(entry.name if group.grid is None else f"{entry.name} {'x'.join(map(str, group.grid))}")
         text = f"{collective} ({', '.join(parts)})"
-        digest = _digest(f"{self.name} {text} {group} {lengths} {self.segment_bytes}")
+        # Where a tensor lies is no part of what must be alike, only of what "auto" made of it.
+        alike = text.replace("in a window, ", "")
+        digest = _digest(f"{self.name} {alike} {group} {lengths} {self.segment_bytes}")
         return _keep(self._calls, key, Call(collective, text, entry, group, digest))
 
     def _settle(
-        self, collective: str, algorithm: str, shape: tuple[int, ...] | None, nbytes: int, root: int
+        self,
+        collective: str,
+        algorithm: str,
+        shape: tuple[int, ...] | None,
+        nbytes: int,
+        root: int,
+        dtype: torch.dtype,
+        memory: str,
     ) -> tuple[Algorithm, tuple[int, ...] | None]:
         if algorithm != "auto":
             entry = lookup(collective, algorithm)
@@ -138,8 +155,13 @@ class Planner:
             return entry, shape
         if shape is not None:
             return lookup(collective, "torus"), shape
-        entry, best = choose(collective, nbytes, self.model, root)
+        native = self.native[0] if self.native is not None and self.native[1](dtype) else None
+        entry, best = choose(collective, nbytes, self.models[memory], root, native)
         return entry, best.grid
+
+    def memory_of(self, tensor: Tensor) -> str:
+        """The kind of memory that `tensor` lies in, which "auto" goes by: "window" or "tensor"."""
+        return "window" if self._windows is not None and self._windows.holds(tensor) else "tensor"
 
     def pair_call(self, like: Tensor, src: int, dst: int) -> Call:
         """The call of a send from `src` to `dst`, as both of them see it."""
@@ -148,6 +170,11 @@ class Planner:
         text = f"send {src}→{dst} ({dtype}, {like.numel()} element{'' if like.numel() == 1 else 's'})"
         group = entry.group(2, root=int(src > dst))
         return Call("send_recv", text, entry, group, _digest(f"{self.name} {text} {self.segment_bytes}"))
+
+    def forget(self) -> None:
+        """Settles every call anew."""
+        self._calls.clear()
+        self.ready.clear()
 
     # ------------------------------------------------------------------ plans
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ringred.collectives.registry import Algorithm, algorithms, lookup
 from ringred.schedule.cost import Cost, simulate
 from ringred.schedule.ir import Group
+from ringred.topology.calibrate import Costs, Tuning
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology, hosts
 
@@ -23,15 +23,15 @@ __all__ = [
     "share_bounds",
 ]
 
-# α in seconds, β in seconds a byte, by transport; γ in seconds a reduced byte. Rounded from the anchors in
-# docs/design/selection.md. They need to be right relative to each other, and alike on all ranks.
-_LINKS = {
-    "local": (20e-6, 0.1e-9),
-    "mpi": (3e-6, 0.2e-9),
-    "torch_p2p": (60e-6, 0.5e-9),
+# Costs where nothing was measured, by transport and memory. Rounded from the anchors in docs/design/selection.md. They
+# need to be right relative to each other, and alike on all ranks.
+_BUILT_IN: dict[str, Tuning] = {
+    "local": {"tensor": (20e-6, 0.1e-9, 0.1e-9)},
+    "shm": {"tensor": (10e-6, 0.13e-9, 0.08e-9), "window": (10e-6, 0.04e-9, 0.09e-9)},
+    "mpi": {"tensor": (3e-6, 0.2e-9, 0.1e-9)},
+    "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9)},
 }
 _BETWEEN_HOSTS = (80e-6, 8e-9)  # TCP on 1 Gbit/s
-_GAMMA = 0.1e-9
 
 # Many ranks make many messages to replay; beyond this only what grows slowly with P is considered.
 _MANY_RANKS = 64
@@ -48,11 +48,20 @@ def segments_for(nbytes: int, segment_bytes: int) -> int:
     return max(1, min(64, -(-nbytes // (2 * segment_bytes))))
 
 
-def machine_model(transport: str, host_of_rank: tuple[int, ...]) -> Topology:
-    """The model that choices are made on: this transport's links inside a host, TCP between hosts."""
-    inside = _LINKS.get(transport, _LINKS["torch_p2p"])
-    between = inside if len(set(host_of_rank)) == 1 else _BETWEEN_HOSTS
-    return hosts(host_of_rank, inside, between, _GAMMA, name=transport)
+def machine_model(
+    transport: str, host_of_rank: tuple[int, ...], tuning: Tuning | None = None, memory: str = "tensor"
+) -> Topology:
+    """The model that choices are made on: the links inside a host for tensors in `memory`, and those between hosts.
+
+    `transport` may be two, "shm+mpi": inside a host, and between. `tuning` is what was measured, if anything was.
+    """
+    near = transport.partition("+")[0]
+    known = dict(_BUILT_IN.get(near, _BUILT_IN["torch_p2p"])) | dict(tuning or {})
+    alpha, beta, gamma = known.get(memory, known["tensor"])
+    between = known["between"][:2] if "between" in known else _BETWEEN_HOSTS
+    if len(set(host_of_rank)) == 1:
+        between = (alpha, beta)
+    return hosts(host_of_rank, (alpha, beta), between, gamma, name=transport)
 
 
 def predict(entry: Algorithm, group: Group, nbytes: int, topology: Topology, segment_bytes: int | None = None) -> Cost:
@@ -78,13 +87,18 @@ def candidates(
     *,
     root: int = 0,
     segment_bytes: int = 1 << 20,
-    allowed: Callable[[Algorithm], bool] = lambda entry: True,
+    native: Costs | None = None,
 ) -> list[Candidate]:
-    """Every algorithm that can do `collective`, the fastest first."""
+    """Every algorithm that can do `collective`, the fastest first.
+
+    `native` are the measured costs of the transport's own all-reduce, where it is one of them.
+    """
     host_grid = local_grid([place[-1] for place in topology.place]) if len(topology.distance) > 1 else None
     found = []
     for entry in algorithms(collective).values():
-        if entry.native or not allowed(entry):
+        if entry.native:
+            if native is not None:
+                found.append(Candidate(entry.name, None, native[0] + nbytes * native[1]))
             continue
         if size > _MANY_RANKS and entry.name not in _SCALABLE and len(algorithms(collective)) > 1:
             continue
@@ -101,15 +115,17 @@ def decided_as(nbytes: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _fastest(collective: str, size: int, nbytes: int, topology: Topology, root: int) -> Candidate:
-    return candidates(collective, size, nbytes, topology, root=root)[0]
+def _fastest(collective: str, size: int, nbytes: int, topology: Topology, root: int, native: Costs | None) -> Candidate:
+    return candidates(collective, size, nbytes, topology, root=root, native=native)[0]
 
 
-def choose(collective: str, nbytes: int, topology: Topology, root: int = 0) -> tuple[Algorithm, Candidate]:
+def choose(
+    collective: str, nbytes: int, topology: Topology, root: int = 0, native: Costs | None = None
+) -> tuple[Algorithm, Candidate]:
     """The algorithm for `nbytes` bytes, and its predicted cost."""
     table = algorithms(collective)
     if len(table) == 1:
         (entry,) = table.values()
         return entry, Candidate(entry.name, None, 0.0)
-    best = _fastest(collective, topology.size, decided_as(nbytes), topology, root)
+    best = _fastest(collective, topology.size, decided_as(nbytes), topology, root, native)
     return lookup(collective, best.name), best

@@ -52,6 +52,9 @@ class Faulty:
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         return cast(Windowed, self.inner).empty(elements, dtype)
 
+    def holds(self, memory: Tensor) -> bool:
+        return cast(Windowed, self.inner).holds(memory)
+
     def expose(self, memory: Tensor | None) -> None:
         cast(Windowed, self.inner).expose(memory)
 

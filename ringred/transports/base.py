@@ -131,6 +131,9 @@ class Windowed(Transport, Protocol):
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor in this rank's window, uninitialised; its memory is free again when nobody holds it."""
 
+    def holds(self, memory: Tensor) -> bool:
+        """Whether `memory` lies in this rank's window."""
+
     def expose(self, memory: Tensor | None) -> None:
         """Says where the memory of the collective that began lies: for puts, at the same distance from its start
         on every rank. None where puts are of no use in it."""

@@ -65,7 +65,7 @@ class RoutedTransport:
         self.near, self.far = near, far
         self.rank, self.size = near.rank, near.size
         self.segment_bytes = near.segment_bytes
-        self.empty, self.expose = near.empty, near.expose
+        self.empty, self.expose, self.holds = near.empty, near.expose, near.holds
         far.counters = near.counters
         self._near_peers = frozenset(near.peers)
         self._all_near = self.buffers = len(self._near_peers) == self.size - 1

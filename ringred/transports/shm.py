@@ -29,7 +29,7 @@ from ringred.transports.windows import Window
 __all__ = ["ShmTransport"]
 
 SLOT_BYTES = 512 << 10
-"""Of a large slot, and so of a segment: long enough to hide what Python takes for it, short enough for a core's cache."""
+"""Of a large slot, and so of a segment: long enough to hide what Python takes for it, short enough for a cache."""
 SLOTS = 4
 SMALL_BYTES = 4 << 10
 """A message up to this goes into a small slot, even if it lies in the window: it is soon copied, and then its sender
@@ -206,6 +206,10 @@ class ShmTransport:
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor in this rank's window, uninitialised."""
         return self._heap.empty(elements, dtype)
+
+    def holds(self, memory: Tensor) -> bool:
+        """Whether `memory` lies in this rank's window."""
+        return self._base <= memory.data_ptr() < self._end
 
     def expose(self, memory: Tensor | None) -> None:
         """Says to the peers where this rank's `memory` of the collective lies, for them to put into."""

@@ -45,6 +45,7 @@ def launch(
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "RINGRED_TEST_TOKEN": token,
+        "RINGRED_TUNING": "off",
         **variables,
     }
     path = PROGRAMS / program if isinstance(program, str) else program

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ringred.config import Config, Launch, detect_launch, mpi_environment, mpirun_environment
 
 
 def test_defaults_and_settings() -> None:
-    assert Config.from_environment({}) == Config(300.0, None, None, None, None)
+    assert Config.from_environment({}) == Config(tuning=Path("~/.cache/ringred/tuning.json").expanduser())
     given = {
         "RINGRED_TIMEOUT": "2.5",
         "RINGRED_SEGMENT_BYTES": "4096",
         "RINGRED_TRANSPORT": "torch_p2p",
         "RINGRED_INTERFACE": "10.0.0.1",
         "RINGRED_TRACE": "trace.json",
+        "RINGRED_TUNING": "off",
     }
     assert Config.from_environment(given) == Config(2.5, 4096, "torch_p2p", "10.0.0.1", "trace.json")
 

@@ -1,0 +1,114 @@
+"""Measures a communicator for `select`: a few all-reduces of each kind of memory, in well under a second.
+
+What is measured is what training does: every rank writes its buffer, then all reduce it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ringred.collectives.registry import lookup
+from ringred.schedule.cost import simulate
+from ringred.select import share_bounds
+from ringred.topology.calibrate import Costs, Sample, Tuning, fit
+
+if TYPE_CHECKING:
+    from ringred.communicator import Communicator
+
+__all__ = ["measure", "probe", "seconds_of"]
+
+_ALGORITHMS = ("one_shot", "direct")
+_BYTES = (64, 64 << 10, 1 << 20, 4 << 20)
+_SHORT, _LONG = 15, 5  # calls up to 64 KiB, and above
+_MANY_RANKS = 16  # beyond, one call each: every rank talks to all
+
+
+def probe(comm: Communicator) -> Tuning:
+    """The costs of `comm`'s links, the same on every rank. Collective."""
+    found: dict[str, Costs] = {}
+    hosts = len(set(comm.hosts))
+    if hosts == 1:
+        _inside(comm, found)
+    else:
+        inside = comm.split(comm.hosts[comm.rank])
+        between = comm.split(comm.local_ranks.index(comm.rank))
+        assert inside is not None, "every rank has a host"
+        assert between is not None, "every rank has a place on its host"
+        if inside.size > 1:
+            _inside(inside, found)
+        if between.size > 1:
+            found["between"] = _fitted(between, "tensor")
+        inside.close()
+        between.close()
+    return _agreed(comm, found)
+
+
+def _inside(comm: Communicator, found: dict[str, Costs]) -> None:
+    found["tensor"] = _fitted(comm, "tensor")
+    if comm.transport.windows:
+        found["window"] = _fitted(comm, "window")
+    if hasattr(comm.transport, "can_all_reduce"):
+        times = [seconds_of(comm, _tensor(comm, nbytes, "tensor"), "native", _calls(comm, nbytes)) for nbytes in _BYTES]
+        found["native"] = fit([Sample(1, nbytes, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])
+
+
+def _fitted(comm: Communicator, memory: str) -> Costs:
+    samples = []
+    for name in _ALGORITHMS:
+        entry = lookup("all_reduce", name)
+        group = entry.group(comm.size)
+        steps = entry.steps(group)
+        for nbytes in _BYTES:
+            took = seconds_of(comm, _tensor(comm, nbytes, memory), name, _calls(comm, nbytes))
+            bounds = share_bounds(nbytes, entry.units(group))
+            messages = simulate(comm.size, steps, bounds, lambda sender, receiver: (1.0, 0.0), 0.0).seconds
+            moved = simulate(comm.size, steps, bounds, lambda sender, receiver: (0.0, 1.0), 0.0).seconds
+            reduced = simulate(comm.size, steps, bounds, lambda sender, receiver: (0.0, 0.0), 1.0).seconds
+            samples.append(Sample(messages, moved, reduced, took))
+    return fit(samples)
+
+
+def _calls(comm: Communicator, nbytes: int) -> int:
+    if comm.size > _MANY_RANKS:
+        return 1
+    return _SHORT if nbytes <= 64 << 10 else _LONG
+
+
+def _tensor(comm: Communicator, nbytes: int, memory: str) -> torch.Tensor:
+    return comm.empty(nbytes // 4, torch.float32) if memory == "window" else torch.empty(nbytes // 4)
+
+
+def seconds_of(comm: Communicator, tensor: torch.Tensor, algorithm: str, calls: int) -> float:
+    """The median time of an all-reduce of `tensor`, which is written before each. Collective."""
+    return measure(comm, lambda: tensor.fill_(1.0), lambda: comm.all_reduce(tensor, algorithm=algorithm), calls)
+
+
+def measure(comm: Communicator, before: Callable[[], object], call: Callable[[], object], calls: int) -> float:
+    """The median of the times that `call` takes, after one for nothing; `before` it all ranks meet. Collective."""
+    times = []
+    for _ in range(calls + 1):
+        before()
+        comm.barrier()
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _agreed(comm: Communicator, found: dict[str, Costs]) -> Tuning:
+    """The slowest rank's, part by part: every rank must decide by the same numbers."""
+    names = ("tensor", "window", "native", "between")
+    table = torch.tensor([found.get(name, (-1.0, -1.0, -1.0)) for name in names], dtype=torch.float64)
+    comm.all_reduce(table, "max", algorithm="one_shot")
+    rows = zip(names, table.tolist(), strict=True)
+    # Three digits are more than noise leaves, and all ranks have them by heart in a short text.
+    return {name: (_short(row[0]), _short(row[1]), _short(row[2])) for name, row in rows if row[0] >= 0}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -1,0 +1,84 @@
+"""α, β and γ of the running machine: fitted to measured times, and kept in a file for the next start.
+
+The model is linear in them once an algorithm and a size are given: simulating a schedule with α = 1 and the others 0
+counts the messages on its critical path, and so on. So a few measured collectives give all three by least squares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+__all__ = ["Costs", "Sample", "Tuning", "fit", "load", "store"]
+
+Costs: TypeAlias = tuple[float, float, float]
+"""α in seconds a message, β in seconds a byte, γ in seconds a reduced byte."""
+
+Tuning: TypeAlias = Mapping[str, Costs]
+"""Costs by what they are of: "tensor" and "window" memory within a host, "between" hosts, "native" for a collective
+of the transport's own, whose α is that of the whole call."""
+
+_KEPT = 64  # machines and jobs in one file
+
+
+class Sample(NamedTuple):
+    """A measured collective: messages, bytes and reduced bytes on its critical path, and the seconds it took."""
+
+    messages: float
+    nbytes: float
+    reduced: float
+    seconds: float
+
+
+def fit(samples: Sequence[Sample]) -> Costs:
+    """The costs that explain `samples` best, by relative error; none is negative.
+
+    What no sample tells apart (γ from β, where every byte that travels is reduced) is put on one of them.
+    """
+    rows = np.array([sample[:3] for sample in samples], dtype=np.float64)
+    times = np.array([sample.seconds for sample in samples], dtype=np.float64)
+    weighted, ones = rows / times[:, None], np.ones(len(samples))
+    used = [column for column in range(3) if weighted[:, column].any()]
+    while used:
+        found = np.linalg.lstsq(weighted[:, used], ones, rcond=None)[0]
+        if (found >= 0).all():
+            break
+        # The least negative sum of squares has a zero where an unconstrained fit is below it.
+        del used[int(found.argmin())]
+    costs = [0.0, 0.0, 0.0]
+    for column, value in zip(used, found if used else (), strict=True):
+        costs[column] = float(value)
+    return costs[0], costs[1], costs[2]
+
+
+def load(path: Path, key: str) -> Tuning | None:
+    """What was stored for `key`; None where nothing was, or the file makes no sense."""
+    try:
+        found = json.loads(path.read_text())[key]
+        return {str(name): (float(a), float(b), float(g)) for name, (a, b, g) in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def store(path: Path, key: str, tuning: Tuning) -> str | None:
+    """Adds `tuning` to the file, whole or not at all; the reason where it could not."""
+    try:
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        known = known if isinstance(known, dict) else {}
+        known.pop(key, None)
+        known[key] = {name: list(costs) for name, costs in tuning.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(dict(list(known.items())[-_KEPT:]), indent=1) + "\n")
+        unfinished.replace(path)
+    except OSError as failure:
+        return str(failure)
+    return None
