@@ -84,10 +84,10 @@ class Ringred(System):
     memories = ("window", "tensor")
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
         import ringred
 
         self.comm = ringred.init()
+        super().__init__(self.comm.rank, self.comm.size)
 
     def empty(self, elements: int, dtype: Any, memory: str) -> Any:
         return self.comm.empty(elements, dtype) if memory == "window" else super().empty(elements, dtype, memory)

@@ -189,11 +189,13 @@ class Communicator:
         kind = reduce_op(op, self._where("all_reduce"))
         flat, back = tensors.flat(self._where("all_reduce"), tensor, kind)
         call = self._planner.call("all_reduce", flat, flat.numel(), kind, algorithm=algorithm, grid=grid)
+        key = (flat.data_ptr(), flat.numel(), flat.dtype, op, algorithm)
         if call.algorithm.native:
             self._check_native(call, flat)
+            if plain:
+                self._planner.remember(key, call, self._native_again(tensors.unowned(flat), kind))
             return self._runner.launch(call, lambda: self._native(flat, kind, back), async_op)
         if plain:
-            key = (flat.data_ptr(), flat.numel(), flat.dtype, op, algorithm)
             return self._runner.launch(call, lambda: self._planner.whole_again(key, call, flat, kind))
         return self._runner.launch(call, lambda: self._planner.whole(call, flat, kind, back), async_op)
 
@@ -551,6 +553,9 @@ class Communicator:
             raise UnknownAlgorithm(f"{where}: {self.transport.name} has no all-reduce of its own; MPI has")
         if not can(tensor.dtype):
             raise UnsupportedTensor(f"{where}: MPI does not reduce {tensor.dtype} by itself")
+
+    def _native_again(self, tensor: Tensor, op: ReduceOp) -> Callable[[], None]:
+        return lambda: self._native(tensor, op, None)
 
     def _native(self, tensor: Tensor, op: ReduceOp, back: tensors.WriteBack) -> None:
         native: Any = self.transport

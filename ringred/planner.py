@@ -89,7 +89,7 @@ class Planner:
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self.native: tuple[Costs, Callable[[torch.dtype], bool]] | None = None
         """Costs of the transport's own all-reduce, and the dtypes that it takes, where "auto" may choose it."""
-        self.ready: OrderedDict[tuple[Any, ...], tuple[Call, Callable[[], Prepared]]] = OrderedDict()
+        self.ready: OrderedDict[tuple[Any, ...], tuple[Call, Callable[[], Prepared | None]]] = OrderedDict()
 
     # ------------------------------------------------------------------ calls
 
@@ -192,8 +192,12 @@ class Planner:
         """
         prepared = self.whole(call, unowned(tensor), op)
         if prepared.plan.own_bytes <= _PLAN_BYTES:
-            _keep(self.ready, key, (call, lambda: prepared), _PLANS)
+            self.remember(key, call, lambda: prepared)
         return prepared
+
+    def remember(self, key: tuple[Any, ...], call: Call, prepare: Callable[[], Prepared | None]) -> None:
+        """Makes `call` and its preparation `ready` under `key`."""
+        _keep(self.ready, key, (call, prepare), _PLANS)
 
     def reduced_shares(
         self, call: Call, tensor: Tensor, bounds: Sequence[tuple[int, int]], op: ReduceOp, after: WriteBack

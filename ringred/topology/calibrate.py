@@ -40,7 +40,7 @@ def fit(samples: Sequence[Sample]) -> Costs:
 
     What no sample tells apart (γ from β, where every byte that travels is reduced) is put on one of them.
     """
-    rows = np.array([sample[:3] for sample in samples], dtype=np.float64)
+    rows = np.array([sample[:3] for sample in samples], dtype=np.float64).reshape(-1, 3)
     times = np.array([sample.seconds for sample in samples], dtype=np.float64)
     weighted, ones = rows / times[:, None], np.ones(len(samples))
     used = [column for column in range(3) if weighted[:, column].any()]
