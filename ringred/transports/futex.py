@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import Final
 
-__all__ = ["copy", "fence", "sleep", "unavailable", "wake"]
+__all__ = ["copy", "copy_short", "fence", "sleep", "unavailable", "wake"]
 
 _SYS_FUTEX: Final = 202  # on x86-64
 _FUTEX_WAIT: Final = 0
@@ -52,6 +52,10 @@ _long_copy, _short_copy = _libc.memcpy, _libc_holding_gil.memcpy
 for _memcpy in (_long_copy, _short_copy):
     _memcpy.restype = None
     _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+copy_short = _short_copy
+"""As `copy`, for so few bytes that another thread had no use for the GIL meanwhile."""
 
 
 def copy(target: int, source: int, nbytes: int) -> None:
