@@ -117,7 +117,9 @@ class Communicator:
             config,
             "torch_p2p",
         )
-        return _tuned(cls(transport, hosts=host_indices(names), config=config), gather)
+        comm = _tuned(cls(transport, hosts=host_indices(names), config=config), gather)
+        torch_p2p.leave(store, rank, size, config.timeout)
+        return comm
 
     @classmethod
     def from_process_group(cls, group: Any = None, *, config: Config | None = None) -> Communicator:

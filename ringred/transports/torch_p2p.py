@@ -28,7 +28,7 @@ from ringred.transports.base import Counters, Fault, FaultKind, Gather
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
-__all__ = ["TorchP2PTransport", "corner", "gatherer", "group_store", "rendezvous"]
+__all__ = ["TorchP2PTransport", "corner", "gatherer", "group_store", "leave", "rendezvous"]
 
 _HEADER_BYTES = 16  # contract and payload length, as int64
 _FRAME_BYTES = 1 << 16
@@ -82,6 +82,18 @@ def gatherer(store: Any, rank: int, size: int, timeout: float) -> Gather:
             ) from failure
 
     return gather
+
+
+def leave(store: Any, rank: int, size: int, timeout: float) -> None:
+    """Says that `rank` needs the store no more; rank 0, whose process may serve it, waits until all have said so."""
+    try:
+        store.set(f"left/{rank}", "")
+        if rank == 0:
+            store.wait([f"left/{peer}" for peer in range(size)], timedelta(seconds=timeout))
+    except RuntimeError as failure:
+        raise TransportUnavailable(
+            f"rank {rank}: not all of {size} ranks joined within {timeout:g} s: {failure}"
+        ) from failure
 
 
 class _Send:

@@ -38,6 +38,18 @@ def launch(
     launcher: str, ranks: int, program: str | Path, *arguments: str, limit: float = 100.0, **variables: str
 ) -> Ended:
     """Runs `program` on `ranks` ranks by launch/mpirun.sh or launch/torchrun.sh."""
+    path = PROGRAMS / program if isinstance(program, str) else program
+    command = [str(ROOT / "launch" / f"{launcher}.sh"), str(ranks), str(path), *arguments]
+    return run_to_its_end(command, limit, variables)
+
+
+def launch_plain(program: str, *arguments: str, limit: float = 150.0, **variables: str) -> Ended:
+    """Runs `program`, which starts ranks itself."""
+    return run_to_its_end([sys.executable, str(PROGRAMS / program), *arguments], limit, variables)
+
+
+def run_to_its_end(command: list[str], limit: float, variables: dict[str, str]) -> Ended:
+    """Runs `command`, and looks for what it left behind."""
     token = uuid.uuid4().hex
     environment = {
         **os.environ,
@@ -48,23 +60,17 @@ def launch(
         "RINGRED_TUNING": "off",
         **variables,
     }
-    path = PROGRAMS / program if isinstance(program, str) else program
     shared_before = set(os.listdir("/dev/shm"))
     began = time.monotonic()
     job = subprocess.Popen(
-        [str(ROOT / "launch" / f"{launcher}.sh"), str(ranks), str(path), *arguments],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         output, _ = job.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGTERM)
         output, _ = job.communicate(timeout=20)
-        raise AssertionError(f"{launcher} {program} did not end within {limit} s:\n{output.decode()}") from None
+        raise AssertionError(f"{' '.join(command)} did not end within {limit} s:\n{output.decode()}") from None
     seconds, at = time.monotonic() - began, time.time()
     left = processes_with(token)
     left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before - mapped_names()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.procs.launching import ROOT, WAYS, launch
+from tests.procs.launching import ROOT, WAYS, launch, launch_plain
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
@@ -52,6 +52,13 @@ def test_a_rank_that_dies_ends_the_job(way: str, how: str) -> None:
     assert all("PeerFailed" in line and "rank 1" in line.partition(":")[2] for line in raised), ended.output
     if how == "raises":
         assert "a bug of the user's" in ended.output
+
+
+def test_survivors_of_a_kill_raise_within_a_second_and_nothing_stays() -> None:
+    ended = launch_plain("killed.py", "5", "1")
+    assert ended.status == 0, ended.output[-3000:]
+    assert float(ended.output.split("raised within ")[1].split()[0]) < 1.0
+    assert ended.left_behind == []
 
 
 def test_ddp_equals_torchs_to_the_bit_on_two_ranks() -> None:

@@ -1,0 +1,238 @@
+"""One training step of four models: alone, under torch's DDP on Gloo, and under ringred's, in the same processes.
+
+    python benchmarks/ddp_step.py --ranks 2 --json out/ddp-step.json
+
+The three take turns, step by step, on the same ranks with the same batches; `local` is the same step on every rank
+at once without communication, so that its overhead is communication's alone. Memory is measured apart, one system to
+a set of processes: `peak` is the greatest resident set of a rank, in which pages that ranks share count for each of
+them; `share` counts a shared page in equal parts (Linux's PSS), after the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from harness import Spread, context, interleaved, write_json
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import ringred
+
+SYSTEMS = ("local", "torch", "ringred")
+Batch = tuple[Tensor, Tensor]
+
+
+def mlp(width: int) -> tuple[nn.Module, Batch]:
+    layers: list[nn.Module] = [nn.Linear(256, width), nn.ReLU()]
+    for _ in range(4):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 10)), (torch.randn(128, 256), torch.randint(10, (128,)))
+
+
+def cnn(width: int) -> tuple[nn.Module, Batch]:
+    """VGG-like: six convolutions of 3x3, four poolings, two linear layers, on images of 32x32."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for out, pool in zip((1, 2, 4, 4, 8, 8), (True, True, False, True, False, True), strict=True):
+        layers += [nn.Conv2d(channels, out * width, 3, padding=1), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pool else []
+        channels = out * width
+    layers += [nn.Flatten(), nn.Linear(channels * 4, 1024), nn.ReLU(), nn.Linear(1024, 10)]
+    return nn.Sequential(*layers), (torch.randn(16, 3, 32, 32), torch.randint(10, (16,)))
+
+
+class Gpt(nn.Module):
+    """A decoder of 6 layers on a vocabulary of 256."""
+
+    def __init__(self, width: int, context: int = 64) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(256, width), nn.Parameter(torch.zeros(context, width))
+        layer = nn.TransformerEncoderLayer(
+            width, width // 48, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 256, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.layers(self.embed(tokens) + self.place, mask=self.mask, is_causal=True)
+        logits: Tensor = self.head(hidden)
+        return logits.transpose(1, 2)
+
+
+def gpt(width: int) -> tuple[nn.Module, Batch]:
+    tokens = torch.randint(256, (4, 65))
+    return Gpt(width), (tokens[:, :-1], tokens[:, 1:])
+
+
+class Lstm(nn.Module):
+    """Two layers over 32 steps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(256, width, 2, batch_first=True), nn.Linear(width, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.head(self.lstm(inputs)[0][:, -1])
+        return output
+
+
+def lstm(width: int) -> tuple[nn.Module, Batch]:
+    return Lstm(width), (torch.randn(32, 32, 256), torch.randint(10, (32,)))
+
+
+MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Batch]], int]] = {
+    "mlp": (mlp, 1200),
+    "cnn": (cnn, 64),
+    "gpt": (gpt, 432),
+    "lstm": (lstm, 512),
+}
+
+
+def stepper(system: str, name: str, width: int) -> Callable[[], None]:
+    """One training step of a fresh model, wrapped as `system` does."""
+    torch.manual_seed(0)
+    module, (inputs, targets) = MODELS[name][0](width)
+    if system == "torch":
+        module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    elif system == "ringred":
+        module = ringred.DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(module(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def rank_main(order: dict[str, Any]) -> None:
+    """What one rank does: times all systems of one model, or measures the memory of one."""
+    cores = sorted(os.sched_getaffinity(0))
+    rank = int(os.environ["RANK"])
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    comm = ringred.init()
+    if "torch" in order["systems"]:
+        dist.init_process_group("gloo")
+    steps = {system: stepper(system, order["model"], order["width"]) for system in order["systems"]}
+    for _ in range(3):
+        for step in steps.values():
+            step()
+
+    def timed(step: Callable[[], None]) -> Callable[[], float]:
+        def measure() -> float:
+            comm.barrier()
+            began = time.perf_counter()
+            step()
+            return time.perf_counter() - began
+
+        return measure
+
+    samples = interleaved({system: timed(step) for system, step in steps.items()}, order["rounds"])
+    table = torch.tensor([samples[system] for system in order["systems"]], dtype=torch.float64)
+    comm.all_reduce(table, "max", algorithm="one_shot")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    rollup = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    memory = torch.tensor([int(status["VmHWM"].split()[0]), int(rollup["Pss"].split()[0])], dtype=torch.float64)
+    comm.all_reduce(memory, "max", algorithm="one_shot")
+    if rank == 0:
+        Path(order["result"]).write_text(json.dumps({"seconds": table.tolist(), "kib": memory.tolist()}))
+    if "torch" in order["systems"]:
+        dist.destroy_process_group()
+    comm.close()
+
+
+def run(ranks: int, **order: Any) -> dict[str, Any]:
+    """Starts the ranks of one order, waits for them, and returns what rank 0 wrote."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        order["result"] = str(Path(folder) / "result.json")
+        common = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"OMP_NUM_THREADS": "1", "RINGRED_BENCH_ORDER": json.dumps(order)}
+        started = [
+            subprocess.Popen([sys.executable, __file__], env=common | {"RANK": str(rank)}) for rank in range(ranks)
+        ]
+        codes = [process.wait() for process in started]
+        if any(codes):
+            raise SystemExit(f"a rank failed: {order}")
+        return dict(json.loads(Path(order["result"]).read_text()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    for name, (_, width) in MODELS.items():
+        parser.add_argument(f"--{name}-width", type=int, default=width)
+    parser.add_argument("--rounds", type=int, default=25, help="steps of each system, in turn, a start")
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.models:
+        width = getattr(arguments, f"{name}_width")
+        parameters = sum(p.numel() for p in MODELS[name][0](width)[0].parameters())
+        starts = [
+            run(arguments.ranks, model=name, width=width, systems=SYSTEMS, rounds=arguments.rounds)["seconds"]
+            for _ in range(arguments.starts)
+        ]
+        for at, system in enumerate(SYSTEMS):
+            alone = run(arguments.ranks, model=name, width=width, systems=[system], rounds=5)["kib"]
+            step = Spread.of([second for start in starts for second in start[at]])
+            # Of each round what it costs more than the local step beside it: what disturbs one disturbs both.
+            over = Spread.of([a / b - 1 for start in starts for a, b in zip(start[at], start[0], strict=True)])
+            rows.append(
+                {
+                    "model": name,
+                    "gradient_MB": parameters * 4 / 1e6,
+                    "system": system,
+                    "ranks": arguments.ranks,
+                    "step_ms": step.median * 1e3,
+                    "step_ms_quartiles": [step.low * 1e3, step.high * 1e3],
+                    "overhead": over.median,
+                    "overhead_quartiles": [over.low, over.high],
+                    "peak_MiB": alone[0] / 1024,
+                    "share_MiB": alone[1] / 1024,
+                }
+            )
+    lines = [
+        [
+            row["model"],
+            f"{row['gradient_MB']:.1f}",
+            row["system"],
+            f"{row['step_ms']:.2f}",
+            f"{row['overhead']:+.1%}",
+            "{:+.1%}..{:+.1%}".format(*row["overhead_quartiles"]),
+            f"{row['peak_MiB']:.0f}",
+            f"{row['share_MiB']:.0f}",
+        ]
+        for row in rows
+    ]
+    head = ["model", "gradients MB", "system", "step ms", "overhead", "quartiles", "peak MiB", "share MiB"]
+    print(tabulate(lines, headers=head, disable_numparse=True))
+    if arguments.json:
+        write_json(arguments.json, context() | {"rows": rows})
+
+
+if __name__ == "__main__":
+    if "RINGRED_BENCH_ORDER" in os.environ:
+        rank_main(json.loads(os.environ["RINGRED_BENCH_ORDER"]))
+    else:
+        main()
