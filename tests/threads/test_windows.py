@@ -1,0 +1,140 @@
+"""Windows: their heap, tensors in them, and collectives that mix them with ordinary memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+
+from ringred.communicator import Communicator
+from ringred.errors import CollectiveMismatch
+from ringred.testing import run_ranks
+from ringred.transports.windows import Heap, adopt, create
+
+
+def test_blocks_are_taken_first_fit_and_merge_when_given_back() -> None:
+    descriptor, window = create(2)
+    os.close(descriptor)
+    heap = Heap(window)
+    first, second, third = heap.take(10), heap.take(100), heap.take(8192)
+    assert first == 0
+    assert second == 64
+    assert third == 4096
+    heap.give_back(first, 10)
+    assert heap.take(64) == 0, "the gap that was left"
+    heap.give_back(0, 64)
+    heap.give_back(third, 8192)
+    heap.give_back(second, 100)
+    assert heap.take(window.nbytes) == 0, "all of it is one block again"
+    with pytest.raises(MemoryError, match="has no room for 1 more"):
+        heap.take(1)
+
+
+def test_a_tensor_holds_its_block_as_long_as_any_view_of_it() -> None:
+    descriptor, window = create(2)
+    twin = adopt(descriptor)
+    os.close(descriptor)
+    heap = Heap(window)
+    tensor = heap.empty(1 << 16, torch.float32)
+    offset = tensor.data_ptr() - window.address
+    tensor.fill_(7)
+    view = tensor[5:10]
+    del tensor
+    gc.collect()
+    assert twin.view(offset, 64, torch.float32).eq(7).all()
+    assert heap.take(64) != offset
+    del view
+    gc.collect()
+    assert heap.take(1 << 18) == offset
+    assert not twin.view(offset, 64, torch.float32).any(), "its pages went back to the system"
+
+
+def test_memory_that_could_shrink_is_refused() -> None:
+    descriptor = os.memfd_create("unsealed")
+    os.ftruncate(descriptor, 4096)
+    with pytest.raises(OSError, match="shrink"):
+        adopt(descriptor)
+    os.close(descriptor)
+
+
+def test_a_freed_pointer_may_come_back_as_another_tensor() -> None:
+    """Plans are kept by address: what lies there now counts, and nothing is kept alive."""
+
+    def body(comm: Communicator) -> bool:
+        good = True
+        for turn in range(30):
+            tensor = torch.full((1000,), float(turn + comm.rank))
+            comm.all_reduce(tensor, algorithm="direct")
+            good &= bool((tensor == 2 * turn + 1).all())
+            del tensor
+        before = comm.empty(1 << 20)
+        address = before.data_ptr()
+        comm.all_reduce(before.fill_(1.0), algorithm="direct")
+        del before
+        after = comm.empty(1 << 20)
+        good &= after.data_ptr() == address
+        comm.all_reduce(after.fill_(3.0), algorithm="direct")
+        return good and bool((after == 6).all())
+
+    assert run_ranks(body, 2, "shm") == [True, True]
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "direct", "one_shot", "halving_doubling", "tree", "torus"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_windows_and_ordinary_tensors_meet(algorithm: str, size: int) -> None:
+    """Some ranks in windows, at other places of them, some not; many segments; twice the same memory."""
+
+    def body(comm: Communicator) -> bool:
+        count = 700_001
+        room = comm.empty(count + 10 * comm.size) if comm.rank % 2 == 0 else torch.empty(count + 10 * comm.size)
+        tensor = room[10 * comm.rank : 10 * comm.rank + count]
+        for turn in range(2):
+            tensor.copy_(torch.arange(count) % 97 + comm.rank + turn)
+            comm.all_reduce(tensor, algorithm=algorithm)
+            added = sum(range(comm.size)) + turn * comm.size
+            if not torch.equal(tensor, (torch.arange(count) % 97 * comm.size + added).float()):
+                return False
+        return True
+
+    assert all(run_ranks(body, size, "shm"))
+
+
+def test_kinds_of_memory_that_decide_otherwise_are_named() -> None:
+    def body(comm: Communicator) -> None:
+        comm.tune({"tensor": (1.0, 0.0, 0.0), "window": (0.0, 1.0, 1.0)})
+        comm.all_reduce(comm.empty(1000) if comm.rank else torch.ones(1000))
+
+    for failure in run_ranks(body, 3, "shm", return_exceptions=True):
+        assert isinstance(failure, CollectiveMismatch)
+        assert "in a window" in str(failure)
+        assert "one_shot" in str(failure)
+
+
+def test_async_calls_on_the_same_window_run_in_order() -> None:
+    def body(comm: Communicator) -> bool:
+        tensor = comm.empty(300_000).fill_(1.0)
+        works = [comm.all_reduce(tensor, algorithm="direct", async_op=True) for _ in range(4)]
+        comm.all_reduce(tensor, algorithm="one_shot")
+        for work in works:
+            work.wait()
+        return bool((tensor == 2.0**5).all())
+
+    assert run_ranks(body, 2, "shm") == [True, True]
+
+
+def test_communicators_come_and_go_without_filling_the_window() -> None:
+    def body(comm: Communicator) -> int:
+        free = []
+        for _ in range(12):
+            child = comm.split(0)
+            assert child is not None
+            child.all_reduce(torch.ones(5))
+            child.close()
+            comm.barrier()
+            free.append(comm.empty(1 << 12).data_ptr())
+        return max(free) - min(free)
+
+    # A control block of 3 ranks is 6 MiB: twelve of them would be 72.
+    assert max(run_ranks(body, 3, "shm")) <= 24 << 20, "control blocks of closed communicators are used again"
