@@ -48,7 +48,8 @@ _VIEWS = 4096  # views of peers' memory that are kept
 # Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
 _SLEEPING, _ALARM, _ABORTED, _CLOSED, _REPORT_LENGTH = 0, 8, 16, 17, 18
 _EXPOSED_CONTRACT, _EXPOSED_AT = 24, 25
-_CONSUMED = 32  # a line for each peer
+_CONSUMED = 32  # a line for each peer: what was consumed, and from the peer itself that it will not look here any more
+_LEFT = 1
 _CONTRACT, _LENGTH, _PLACE, _NUMBER = 0, 1, 2, 3  # words of a descriptor
 _AT, _PUT, _PART = (
     0,
@@ -542,7 +543,8 @@ class ShmTransport:
         self._words[self._at + _CLOSED] = 1
         for link in self._links.values():
             self._wake(link)
-        self._words[self._at + _CLOSED] = 2
+        for link in self._links.values():
+            link.words[link.acked_at + _LEFT] = 1  # the last that this rank writes there
         self._neighbours.retire(self._free_block)
         self._neighbours.let_go()
 
@@ -550,7 +552,7 @@ class ShmTransport:
         """Gives the control block back once no peer looks at it any more; whether that is now."""
         for link in self._links.values():
             gone = self._member[link.rank] in self._neighbours.gone
-            if link.words[link.words_at + _CLOSED] != 2 and not gone:
+            if not self._words[link.taken_at + _LEFT] and not gone:
                 return False
         self._heap.give_back(self._block, self._layout.nbytes)
         return True
