@@ -61,10 +61,10 @@ def mixed(comm: Communicator, count: int, seed: int) -> int:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("slots", [None, 1])
-def test_two_hundred_mixed_collectives(size: int, slots: int | None) -> None:
+@pytest.mark.parametrize(("transport", "slots"), [("local", None), ("local", 1), ("shm", None)])
+def test_two_hundred_mixed_collectives(size: int, transport: str, slots: int | None) -> None:
     body = functools.partial(mixed, count=200, seed=size)
-    done = run_ranks(body, size, slots=slots, segment_bytes=8, delay=(0.0005, size))
+    done = run_ranks(body, size, transport, slots=slots, segment_bytes=8, delay=(0.0005, size))
     assert done == [200] * size
 
 

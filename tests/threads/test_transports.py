@@ -65,7 +65,7 @@ def test_the_kit_is_not_blind() -> None:
 
     class Swaps(Faulty):
         def irecv(self, peer, dst, lend, put=False):  # type: ignore[no-untyped-def]
-            request = super().irecv(peer, dst, lend, put)
+            request = super().irecv(peer, dst, lend)
             request.index ^= 1
             return request
 
