@@ -64,7 +64,7 @@ def test_the_kit_is_not_blind() -> None:
     """A transport that swaps two messages, and one that forgets to count, do not pass."""
 
     class Swaps(Faulty):
-        def irecv(self, peer, dst, lend, put=False):  # type: ignore[no-untyped-def]
+        def irecv(self, peer, dst, lend):  # type: ignore[no-untyped-def]
             request = super().irecv(peer, dst, lend)
             request.index ^= 1
             return request
