@@ -64,9 +64,8 @@ class Communicator:
         self.tuning: Tuning = {}
         segment_bytes = self.config.segment_bytes or transport.segment_bytes
         windows = cast(Windowed, transport) if transport.windows else None
-        self._planner = Planner(
-            name, self.rank, self.size, self.hosts, self._models(), segment_bytes, windows, transport.buffers
-        )
+        buffers = transport.buffers and segment_bytes <= transport.segment_bytes
+        self._planner = Planner(name, self.rank, self.size, self.hosts, self._models(), segment_bytes, windows, buffers)
         self._runner = Runner(transport, self.config.timeout, name)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -185,9 +184,12 @@ class Communicator:
         """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits."""
         plain = not async_op and grid is None and tensors.is_plain(tensor)
         if plain:
-            known = self._planner.ready.get((tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm))
+            try:
+                known = self._planner.ready.get((tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm))
+            except TypeError:  # no operation at all
+                known = None
             if known is not None:
-                return self._runner.launch(*known)
+                return self._runner.launch(*known, holding=tensor)
         kind = reduce_op(op, self._where("all_reduce"))
         flat, back = tensors.flat(self._where("all_reduce"), tensor, kind)
         call = self._planner.call("all_reduce", flat, flat.numel(), kind, algorithm=algorithm, grid=grid)
@@ -425,7 +427,9 @@ class Communicator:
         flat, _ = tensors.flat(where, tensor, None, written=False)
         call, pair = self._planner.pair_call(flat, self.rank, dst), (self.rank, dst)
         if async_op:
-            parts = flat.clone().split(self._planner.segment_elements(flat))
+            # In a window a message needs no slot, so that the receiver gets it whatever this rank does meanwhile.
+            copied = self.empty(flat.numel(), flat.dtype).copy_(flat)
+            parts = copied.split(self._planner.segment_elements(flat))
             return self._runner.launch(call, lambda: self._runner.post(dst, parts), async_op, pair)
         return self._runner.launch(call, lambda: self._planner.pair(call, flat, *pair, None), async_op, pair)
 

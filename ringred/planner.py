@@ -15,7 +15,7 @@ from ringred.errors import GridError, UnknownAlgorithm
 from ringred.executor import Piece, Plan, bind
 from ringred.ops import Folder, ReduceOp
 from ringred.schedule.ir import Group
-from ringred.schedule.lower import Program, lower
+from ringred.schedule.lower import Program, in_step, lower
 from ringred.select import choose, segments_for, share_bounds
 from ringred.tensors import WriteBack, unowned
 from ringred.topology.calibrate import Costs
@@ -87,6 +87,7 @@ class Planner:
         self.hosts, self.models, self.segment_bytes = tuple(hosts), models, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        self._steady: OrderedDict[tuple[Any, ...], bool] = OrderedDict()
         self.native: tuple[Costs, Callable[[torch.dtype], bool]] | None = None
         """Costs of the transport's own all-reduce, and the dtypes that it takes, where "auto" may choose it."""
         self.ready: OrderedDict[tuple[Any, ...], tuple[Call, Callable[[], Prepared | None]]] = OrderedDict()
@@ -276,11 +277,20 @@ class Planner:
             segment,
             keep=self._keeps(call),
             merge=merge,
-            in_parts=not whole_messages,
+            in_parts=not whole_messages and self._in_step(call),
             put_safe=lambda step, op: (self.rank, step, op) in puts,
             buffers=self._buffers,
         )
         return _keep(self._programs, key, program)
+
+    def _in_step(self, call: Call) -> bool:
+        key = (call.collective, call.algorithm.name, call.group)
+        known = self._steady.get(key)
+        if known is None:
+            size = call.group.size
+            known = size <= _PROVED_RANKS and in_step(call.algorithm.steps(call.group), size)
+            _keep(self._steady, key, known)
+        return known
 
     def _keeps(self, call: Call) -> Callable[[int], bool]:
         """Which units of a reduction this rank must hold at the end."""

@@ -54,11 +54,12 @@ class Runner:
         prepare: Callable[[], Prepared | None],
         async_op: bool = False,
         pair: tuple[int, int] | None = None,
+        holding: object = None,
     ) -> Work[None] | None:
         """Runs `call` behind all that was launched before: here if nothing is in flight, else on the progress thread.
 
         `prepare` makes the plan, on the thread that runs it; None where it did all itself. `pair` is the sender
-        and receiver of what only concerns two ranks.
+        and receiver of what only concerns two ranks. `holding` is kept until it is done, even if nobody waits.
         """
         with self._order:
             if self._failure is not None or self.closed:
@@ -79,7 +80,7 @@ class Runner:
                 return None
             site = _call_site(sys._getframe(1))
 
-            def job() -> None:
+            def job(held: object = holding) -> None:
                 self._run(call, number, site, prepare, pair is not None)
 
             work: Work[None] = Work(f"rank {self.rank}: {_numbered(call, number)} at {site}")

@@ -39,6 +39,7 @@ __all__ = [
     "Snapshot",
     "Take",
     "WaitSent",
+    "in_step",
     "lower",
 ]
 
@@ -156,7 +157,7 @@ def lower(
     keep: Callable[[int], bool] = lambda unit: True,
     put_safe: Callable[[int, int], bool] = lambda step, op: False,
     merge: bool = True,
-    in_parts: bool = True,
+    in_parts: bool = False,
     snapshots: bool = True,
     buffers: bool = False,
 ) -> Program:
@@ -166,8 +167,8 @@ def lower(
     the greatest number of elements in one message; `keep(u)` says whether the rank must hold unit `u` at the
     end. `put_safe(step, op)` says which sends may go by a put. Adjacent
     units travel in one message; with `merge=False` each in its own, for units that lie in tensors of their own.
-    `in_parts=False` finishes a step before the next even of data in many segments: for ranks that do not all know
-    the same `bounds`.
+    `in_parts=True` does not finish a step of many segments before the next: for schedules that are `in_step`, on
+    ranks that all know the same `bounds`.
     `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it. `buffers=True`
     leaves them to a transport with room for at least one segment on its way between each two ranks. That cannot
     deadlock: a segment then waits for room, room for the receiver's folds of earlier segments, and those for
@@ -177,6 +178,21 @@ def lower(
     lowering.put_safe = put_safe
     lowering.buffers = buffers
     return lowering.run(snapshots)
+
+
+def in_step(schedule: Callable[[int], Sequence[Step]], size: int) -> bool:
+    """Whether every message is sent and received in the step of the same number: only then do its sender and its
+    receiver put parts in one order."""
+    sent: dict[tuple[int, int], list[int]] = defaultdict(list)
+    received: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for rank in range(size):
+        for index, step in enumerate(schedule(rank)):
+            for op in step:
+                if isinstance(op, Send):
+                    sent[rank, op.peer].append(index)
+                else:
+                    received[op.peer, rank].append(index)
+    return sent == received
 
 
 class _Lowering:

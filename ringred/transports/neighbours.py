@@ -89,7 +89,7 @@ class Neighbours:
     """The connected ranks `members` of one host, of which this is `rank`; numbers are those of the whole job.
 
     `windows` are all of theirs as this process maps them, `heap` is in its own. `gone` says why a member is no
-    longer there; then `peer_lost` of all `transports` is called, on a thread of this object's own.
+    longer there; then `peer_lost` of all transports is called, on a thread of this object's own.
     """
 
     def __init__(self, rank: int, members: list[int]) -> None:
@@ -98,7 +98,7 @@ class Neighbours:
         self.windows: dict[int, Window] = {rank: own}
         self.heap = Heap(own)
         self.gone: dict[int, str] = {}
-        self.transports: weakref.WeakSet[_Transport] = weakref.WeakSet()
+        self._transports: set[_Transport] = set()
         self.forked = False
         self._sockets: dict[int, socket.socket] = {}
         self._notes: dict[tuple[int, bytes], int] = {}
@@ -214,8 +214,8 @@ class Neighbours:
         with self._news:
             self.gone[peer] = "its process ended, or it closed its communicator"
             self._news.notify_all()
-        for transport in list(self.transports):
-            transport.peer_lost()
+            for transport in self._transports:
+                transport.peer_lost()
 
     # ------------------------------------------------------------------ notes
 
@@ -248,9 +248,16 @@ class Neighbours:
         """Lets the closed transports try."""
         self._retired = [free for free in self._retired if not free()]
 
-    def hold(self) -> None:
-        """One more transport uses it."""
+    def hold(self, transport: _Transport) -> None:
+        """One more transport uses it, and hears of losses."""
         self._users += 1
+        with self._news:
+            self._transports.add(transport)
+
+    def let_forget(self, transport: _Transport) -> None:
+        """`transport` hears of losses no more: when this returns, none is being told to it."""
+        with self._news:
+            self._transports.discard(transport)
 
     def let_go(self) -> None:
         """One less; with the last it closes."""

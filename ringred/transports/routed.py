@@ -52,8 +52,18 @@ def join(
             warnings.warn(f"ringred: rank {rank} goes without shared memory: {reason}", stacklevel=2)
         return far()
     names = found.members if reach < size else None
-    near = ShmTransport(found, found.members, "world", timeout, names, size)
-    return near if reach == size and not keep_far else RoutedTransport(near, far())
+    try:
+        near = ShmTransport(found, found.members, "world", timeout, names, size)
+    except BaseException:
+        found.close()
+        raise
+    if reach == size and not keep_far:
+        return near
+    try:
+        return RoutedTransport(near, far())
+    except BaseException:
+        near.close()
+        raise
 
 
 class RoutedTransport:
@@ -148,7 +158,11 @@ class RoutedTransport:
         if len(near_ranks) == 1:
             return far
         names = None if len(near_ranks) == len(members) else [list(members).index(rank) for rank in near_ranks]
-        return RoutedTransport(self.near.family(near_ranks, key, names, len(members)), far)
+        try:
+            return RoutedTransport(self.near.family(near_ranks, key, names, len(members)), far)
+        except BaseException:
+            far.close()
+            raise
 
     def close(self) -> None:
         self.near.close()

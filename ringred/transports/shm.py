@@ -180,8 +180,12 @@ class ShmTransport:
         neighbours.reap()
         try:
             self._block = self._heap.take(self._layout.nbytes)
+        except MemoryError as failure:
+            raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
+        try:
             blocks = neighbours.exchange(list(members), key, self._block, timeout)
-        except (OSError, MemoryError) as failure:
+        except OSError as failure:
+            self._heap.give_back(self._block, self._layout.nbytes)
             raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
         self._links = {
             names[index]: _Link(
@@ -200,8 +204,7 @@ class ShmTransport:
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._spin_ns = _SPIN_NS if len(members) <= len(os.sched_getaffinity(0)) else 0
         self._closed = False
-        neighbours.hold()
-        neighbours.transports.add(self)
+        neighbours.hold(self)
 
     # ------------------------------------------------------------------ memory
 
@@ -215,12 +218,9 @@ class ShmTransport:
 
     def expose(self, memory: Tensor | None) -> None:
         """Says to the peers where this rank's `memory` of the collective lies, for them to put into."""
-        if memory is None:
-            self._exposed = 0
-            return
-        address = memory.data_ptr()
-        if not self._base <= address < self._end:
-            self._exposed = 0
+        address = 0 if memory is None else memory.data_ptr()
+        if memory is None or not self._base <= address < self._end:
+            self._exposed = self._exposed_end = 0
             return
         self._exposed, self._exposed_end = address, address + memory.nbytes
         self._words[self._at + _EXPOSED_AT] = address - self._base
@@ -232,6 +232,8 @@ class ShmTransport:
         self._contract, self.begun = contract, (contract, turn)
         if self._words[self._at + _ALARM]:
             self._check_aborted()
+        if self._neighbours.forked:
+            raise Fault(FaultKind.PEER, self.rank, "a forked child has no part in what its parent is a rank of")
 
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send | None:
         link = self._links[peer]
@@ -243,7 +245,7 @@ class ShmTransport:
         if nbytes <= SMALL_BYTES and not put and not link.queue and self._send_small(link, address, nbytes):
             return None
         request = _Send(link, src, nbytes, self._contract)
-        if put and (target := self._put_offset(link, address)) >= 0:
+        if put and (target := self._put_offset(link, address, nbytes)) >= 0:
             # Now, while it is hot; the word of it may have to wait for its turn.
             self._put(link, target, address, src)
             request.place = _PUT
@@ -301,13 +303,14 @@ class ShmTransport:
         link.acked = link.acked_words[link.acked_at]
         return link.acked
 
-    def _put_offset(self, link: _Link, address: int) -> int:
+    def _put_offset(self, link: _Link, address: int, nbytes: int) -> int:
         """Where in the peer's window a put from `address` goes; −1 where one end has no window there."""
         if not self._exposed <= address < self._exposed_end:
             return -1
         if link.words[link.words_at + _EXPOSED_CONTRACT] != self._contract:
             return -1
-        return link.words[link.words_at + _EXPOSED_AT] + address - self._exposed
+        offset = link.words[link.words_at + _EXPOSED_AT] + address - self._exposed
+        return offset if offset + nbytes <= link.window.nbytes else -1
 
     def _put(self, link: _Link, offset: int, address: int, src: Tensor) -> None:
         if src.nbytes > _BY_ADDRESS:
@@ -475,6 +478,8 @@ class ShmTransport:
 
     def peer_lost(self) -> None:
         """Lets a sleeping wait look again."""
+        if self._closed:
+            return
         self._words[self._at + _SLEEPING] = 0
         futex.wake(self._base + self._block + 8 * _SLEEPING)
 
@@ -499,7 +504,7 @@ class ShmTransport:
         return found
 
     def abort(self, report: str) -> None:
-        if self._closed or self._words[self._at + _ABORTED]:
+        if self._closed or self._neighbours.forked or self._words[self._at + _ABORTED]:
             return
         text = report.encode()[:_REPORT_BYTES]
         start = self._block + self._layout.report
@@ -539,6 +544,7 @@ class ShmTransport:
     def close(self) -> None:
         if self._closed or self._neighbours.forked:
             return
+        self._neighbours.let_forget(self)
         self._closed = True
         self._words[self._at + _CLOSED] = 1
         for link in self._links.values():

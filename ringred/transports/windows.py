@@ -15,6 +15,7 @@ import os
 import threading
 import weakref
 from bisect import bisect_left
+from collections import deque
 from typing import Any
 
 import torch
@@ -74,8 +75,9 @@ class Heap:
 
     def __init__(self, window: Window) -> None:
         self.window = window
-        self._lock = threading.RLock()  # a finalizer may run while it is held
+        self._lock = threading.Lock()
         self._free: list[tuple[int, int]] = [(0, window.nbytes)]  # (start, end), ascending, never adjacent
+        self._returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run anywhere, in `take` itself too
         self._frozen = False
         _live.add(self)
 
@@ -83,13 +85,19 @@ class Heap:
         """The offset of a new block, whose bytes are zero if it has a page or more. Raises `MemoryError`."""
         unit = _PAGE if nbytes >= _PAGE else _LINE
         with self._lock:
+            while self._returned:
+                self._insert(*self._returned.popleft())
             for at, (start, end) in enumerate(self._free):
                 first = -(-start // unit) * unit
                 last = first + max(1, -(-nbytes // unit)) * unit
                 if last <= end:
                     self._free[at : at + 1] = [gap for gap in ((start, first), (last, end)) if gap[0] < gap[1]]
-                    return first
-        raise MemoryError(f"the window of {self.window.nbytes} bytes has no room for {nbytes} more")
+                    break
+            else:
+                raise MemoryError(f"the window of {self.window.nbytes} bytes has no room for {nbytes} more")
+        if unit == _PAGE:
+            self.window.memory.madvise(mmap.MADV_REMOVE, first, last - first)  # small blocks leave dirt behind
+        return first
 
     def give_back(self, offset: int, nbytes: int) -> None:
         """Frees the block of `nbytes` bytes at `offset`; the pages that it filled go back to the system."""
@@ -99,14 +107,16 @@ class Heap:
         end = offset + max(1, -(-nbytes // unit)) * unit
         if unit == _PAGE:
             self.window.memory.madvise(mmap.MADV_REMOVE, offset, end - offset)
-        with self._lock:
-            at = bisect_left(self._free, (offset, end))
-            if at < len(self._free) and self._free[at][0] == end:
-                end = self._free.pop(at)[1]
-            if at and self._free[at - 1][1] == offset:
-                offset = self._free.pop(at - 1)[0]
-                at -= 1
-            self._free.insert(at, (offset, end))
+        self._returned.append((offset, end))
+
+    def _insert(self, offset: int, end: int) -> None:
+        at = bisect_left(self._free, (offset, end))
+        if at < len(self._free) and self._free[at][0] == end:
+            end = self._free.pop(at)[1]
+        if at and self._free[at - 1][1] == offset:
+            offset = self._free.pop(at - 1)[0]
+            at -= 1
+        self._free.insert(at, (offset, end))
 
     def freeze(self) -> None:
         """From here on nothing is given back: a peer may still write where it was told to."""

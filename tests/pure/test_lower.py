@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup
 from ringred.schedule.ir import Chunk, Recv, Send, unit
-from ringred.schedule.lower import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent, lower
+from ringred.schedule.lower import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent, in_step, lower
 from ringred.select import share_bounds
 
 
@@ -123,3 +125,26 @@ def test_units_in_tensors_of_their_own_are_not_merged() -> None:
     steps = [(Send(1, Chunk(0, 3)),)]
     program = lower(0, steps, [(0, 2), (2, 2), (2, 5)], 100, merge=False).instructions
     assert [(op.lo, op.hi) for op in program if isinstance(op, PostSend)] == [(0, 2), (2, 5)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 8])
+def test_both_ends_of_a_pair_put_parts_in_one_order(size: int) -> None:
+    """Where messages are not sent and received in steps of the same number, there are no parts."""
+    for name, entry in algorithms("all_reduce").items():
+        if entry.native:
+            continue
+        group = entry.group(size)
+        steps = entry.steps(group)
+        in_parts = in_step(steps, size)
+        assert in_parts or name in {"tree", "double_tree", "chain", "halving_doubling", "hierarchical"}, name
+        programs = [
+            lower(rank, steps(rank), share_bounds(1001, entry.units(group)), 7, in_parts=in_parts).instructions
+            for rank in range(size)
+        ]
+        for sender in range(size):
+            for receiver in range(size):
+                sent = [(op.lo, op.hi) for op in programs[sender] if isinstance(op, PostSend) and op.peer == receiver]
+                posted = [
+                    (op.lo, op.hi) for op in programs[receiver] if isinstance(op, PostReceive) and op.peer == sender
+                ]
+                assert sent == posted, (name, sender, receiver)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 
 import pytest
 import torch
@@ -138,3 +139,52 @@ def test_communicators_come_and_go_without_filling_the_window() -> None:
 
     # A control block of 3 ranks is 6 MiB: twelve of them would be 72.
     assert max(run_ranks(body, 3, "shm")) <= 24 << 20, "control blocks of closed communicators are used again"
+
+
+@pytest.mark.parametrize("transport", ["local", "shm"])
+@pytest.mark.parametrize("algorithm", ["double_tree", "tree", "ring", "direct", "halving_doubling", "torus"])
+def test_data_of_very_many_segments(transport: str, algorithm: str) -> None:
+    def body(comm: Communicator) -> bool:
+        tensor = torch.arange(8192) + comm.rank
+        comm.all_reduce(tensor, algorithm=algorithm)
+        return torch.equal(tensor, torch.arange(8192) * comm.size + sum(range(comm.size)))
+
+    assert all(run_ranks(body, 4, transport, segment_bytes=64))
+
+
+def test_segments_longer_than_all_slots_do_not_deadlock() -> None:
+    def body(comm: Communicator) -> bool:
+        tensor = torch.full((3 << 20,), 1.0)
+        comm.all_reduce(tensor, algorithm="one_shot")
+        return bool((tensor == 2).all())
+
+    assert run_ranks(body, 2, "shm", segment_bytes=8 << 20, timeout=20) == [True, True]
+
+
+def test_memory_that_was_dirty_is_clean_for_a_new_communicator() -> None:
+    def body(comm: Communicator) -> float:
+        dirty = [comm.empty(500).fill_(1.0) for _ in range(200)]
+        del dirty
+        gc.collect()
+        child = comm.split(0)
+        assert child is not None
+        tensor = torch.ones(5)
+        child.all_reduce(tensor)
+        return tensor[0].item()
+
+    assert run_ranks(body, 3, "shm") == [3.0] * 3
+
+
+def test_a_large_message_leaves_though_its_sender_does_nothing_more() -> None:
+    done = threading.Event()
+
+    def body(comm: Communicator) -> bool:
+        if comm.rank == 0:
+            comm.send(torch.ones(2 << 20), 1, async_op=True)
+            return done.wait(15)
+        into = torch.zeros(2 << 20)
+        comm.recv(into, 0)
+        done.set()
+        return bool((into == 1).all())
+
+    assert run_ranks(body, 2, "shm") == [True, True]
