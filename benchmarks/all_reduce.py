@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import context, write_json
+from peers import SYSTEMS
 from tabulate import tabulate
 
 from ringred.config import mpirun_environment
@@ -71,10 +72,14 @@ class Group:
         self.path, self.barrier = folder / f"s{number}", folder / f"b{number}"
         self.barrier.write_bytes(bytes(64 * ranks))
         self.connections: list[Any] = []
+        self.port = 0
         self.processes: list[subprocess.Popen[bytes]] = []
         self.output = (folder / f"out{number}").open("w+b")
 
     def start(self) -> None:
+        if not Path(self.python).exists():
+            self.absent = f"no {self.python}"
+            return
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.path))
         listener.listen(self.ranks)
@@ -96,7 +101,7 @@ class Group:
             bind = ["--bind-to", "none"] if "open" in version(mpirun).lower() else []
             self._spawn([str(mpirun), *bind, "-n", str(self.ranks), *worker], environment)
         else:
-            port = free_port()
+            port = self.port = free_port()
             for rank in range(self.ranks):
                 own = {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_SIZE": str(self.ranks)}
                 own |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -149,6 +154,9 @@ class Group:
                 process.kill()
                 process.wait()
         self.output.close()
+        if self.name == "deepspeed":
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
+                left.unlink()  # it has no end of its own
 
 
 def version(mpirun: Path) -> str:
@@ -348,6 +356,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.sizes = [bytes_of(text) for text in arguments.sizes.split(",")]
     arguments.systems = [*arguments.systems.split(","), "limit"]
+    unknown = {spec.partition("@")[0] for spec in arguments.systems} - {*SYSTEMS, "ringred-mpi"}
+    if unknown:
+        parser.error(f"--systems: {', '.join(sorted(unknown))}: there are {', '.join([*SYSTEMS, 'ringred-mpi'])}")
 
     rows, absent, settings = measure(arguments)
     print(table(rows, arguments))
