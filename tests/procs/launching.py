@@ -43,9 +43,11 @@ def launch(
     return run_to_its_end(command, limit, variables)
 
 
-def launch_plain(program: str, *arguments: str, limit: float = 150.0, **variables: str) -> Ended:
+def launch_plain(program: str | Path, *arguments: str, limit: float = 150.0, **variables: str) -> Ended:
     """Runs `program`, which starts ranks itself."""
-    return run_to_its_end([sys.executable, str(PROGRAMS / program), *arguments], limit, variables)
+    return run_to_its_end(
+        [sys.executable, str(PROGRAMS / program if isinstance(program, str) else program), *arguments], limit, variables
+    )
 
 
 def run_to_its_end(command: list[str], limit: float, variables: dict[str, str]) -> Ended:

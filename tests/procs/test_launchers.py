@@ -124,3 +124,37 @@ def test_the_scaling_benchmark_measures_and_simulates(tmp_path: Path) -> None:
     assert "3 ranks share" in ended.output or result["machine"]["usable_cores"] >= 3
     assert "Baseline: one rank alone" in ended.output
     assert "Simulated, not measured" in ended.output
+
+
+def test_the_comparison_checks_every_system_and_names_the_absent(tmp_path: Path) -> None:
+    found, picture = tmp_path / "found.json", tmp_path / "found.png"
+    small = ("--starts", "1", "--rounds", "1", "--sizes", "4,64K", "--json", str(found), "--plot", str(picture))
+    systems = "ringred,ringred-mpi,gloo,mpi,mpi@/no/such/python"
+    ended = launch_plain(ROOT / "benchmarks" / "all_reduce.py", "--systems", systems, *small)
+    assert ended.status == 0, ended.output[-3000:]
+    result = json.loads(found.read_text())
+    assert {"machine", "versions", "command", "limit_GBps", "rows"} <= result.keys()
+    assert result["absent"] == {"mpi@/no/such/python": "no /no/such/python"}
+    assert "absent: mpi@/no/such/python" in ended.output
+    rows = {(row["system"].split()[0], row["memory"], row["bytes"]): row for row in result["rows"]}
+    kinds = {("ringred", "window"), ("ringred", "tensor"), ("ringred-mpi", "window"), ("ringred-mpi", "tensor")}
+    kinds |= {("gloo", "tensor"), ("Open", "tensor"), ("limit", "tensor")}
+    assert rows.keys() == {(*kind, nbytes) for kind in kinds for nbytes in (4, 65536)}
+    for row in rows.values():
+        assert row["wrong"] == 0
+        assert 0 < row["time_us"] <= row["whole_us"]
+        assert row["busbw_GBps"] == pytest.approx(row["bytes"] / row["time_us"] / 1e3)
+    assert picture.stat().st_size > 10_000
+    assert ended.left_behind == []
+
+
+def test_a_step_is_compared_with_torchs_ddp(tmp_path: Path) -> None:
+    found = tmp_path / "step.json"
+    small = ("--models", "mlp", "--mlp-width", "64", "--starts", "1", "--rounds", "3", "--json", str(found))
+    ended = launch_plain(ROOT / "benchmarks" / "ddp_step.py", *small)
+    assert ended.status == 0, ended.output[-3000:]
+    rows = {row["system"]: row for row in json.loads(found.read_text())["rows"]}
+    assert list(rows) == ["local", "torch", "ringred"]
+    assert all(row["step_ms"] > 0 and row["peak_MiB"] > row["share_MiB"] > 0 for row in rows.values())
+    assert rows["local"]["overhead"] == 0
+    assert ended.left_behind == []
