@@ -87,7 +87,7 @@ def check(what, path, error, took):
     """Raises unless `error` is what this rank had to raise, in time."""
     text = str(error)
     if what == "roots":  # what one rank sent to another in the call before, whichever finds it first
-        kind, words = CollectiveMismatch, "got from rank" if world.transport.name == "shm" else "rank 1"
+        kind, words = CollectiveMismatch, "got from rank"
     elif what in ("shape", "dtype", "op", "collective", "native"):
         kind, words = CollectiveMismatch, "rank 1"
     elif comm.rank == 1:
