@@ -1,6 +1,7 @@
 """One rank of all the ways to disagree: each on a fresh communicator, on every path."""
 
 import dataclasses
+import re
 import sys
 import time
 
@@ -86,8 +87,11 @@ def case(comm, path, what):
 def check(what, path, error, took):
     """Raises unless `error` is what this rank had to raise, in time."""
     text = str(error)
-    if what == "roots":  # what one rank sent to another in the call before, whichever finds it first
-        kind, words = CollectiveMismatch, "got from rank"
+    if what == "roots":  # all three disagree: the message must name the two ends of what was left over, and the call
+        found = re.search(r"rank ([0-2]) got from rank ([0-2]) what it did not expect: ", text)
+        kind, words = CollectiveMismatch, "barrier #"
+        if found is None or found[1] == found[2]:
+            raise AssertionError(f"rank {comm.rank}, roots: no two ends are named in {error!r}")
     elif what in ("shape", "dtype", "op", "collective", "native"):
         kind, words = CollectiveMismatch, "rank 1"
     elif comm.rank == 1:
