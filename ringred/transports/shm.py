@@ -525,7 +525,7 @@ class ShmTransport:
             silent = [link for link in self._links.values() if link.rank not in found and self._left(link) is None]
             if not silent or time.monotonic() >= deadline:
                 return found
-            time.sleep(0.002)
+            time.sleep(0.002)  # a collective has failed: half a second of this is all there will be
 
     # ------------------------------------------------------------------ families, and the end
 
