@@ -188,3 +188,12 @@ def test_a_large_message_leaves_though_its_sender_does_nothing_more() -> None:
         return bool((into == 1).all())
 
     assert run_ranks(body, 2, "shm") == [True, True]
+
+
+def test_an_operation_that_is_none_is_refused_by_name() -> None:
+    def body(comm: Communicator) -> None:
+        comm.all_reduce(torch.ones(3), ["sum"])
+
+    for failure in run_ranks(body, 2, "shm", return_exceptions=True):
+        assert isinstance(failure, ValueError)
+        assert "all_reduce: unknown reduce operation" in str(failure)
