@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["measure", "probe", "seconds_of"]
 
 _ALGORITHMS = ("one_shot", "direct")
+_IN_TURN = "halving_doubling"  # of more than two ranks: one peer after another, where those above talk to all at once
 _BYTES = (64, 64 << 10, 1 << 20, 4 << 20)
 _SHORT, _LONG = 15, 5  # calls up to 64 KiB, and above
 _MANY_RANKS = 16  # beyond, one call each: every rank talks to all
@@ -54,22 +55,25 @@ def _inside(comm: Communicator, found: dict[str, Costs]) -> None:
         found["window"] = _fitted(comm, "window")
     if hasattr(comm.transport, "can_all_reduce"):
         times = [seconds_of(comm, _tensor(comm, nbytes, "tensor"), "native", _calls(comm, nbytes)) for nbytes in _BYTES]
-        found["native"] = fit([Sample(1, nbytes, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])
+        found["native"] = fit([Sample(1, nbytes, 0, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])
 
 
 def _fitted(comm: Communicator, memory: str) -> Costs:
+    measured = [(name, nbytes) for name in _ALGORITHMS for nbytes in _BYTES]
+    if comm.size > 2:
+        measured += [(_IN_TURN, nbytes) for nbytes in _BYTES]
     samples = []
-    for name in _ALGORITHMS:
+    for name, nbytes in measured:
         entry = lookup("all_reduce", name)
         group = entry.group(comm.size)
-        steps = entry.steps(group)
-        for nbytes in _BYTES:
-            took = seconds_of(comm, _tensor(comm, nbytes, memory), name, _calls(comm, nbytes))
-            bounds = share_bounds(nbytes, entry.units(group))
-            messages = simulate(comm.size, steps, bounds, lambda sender, receiver: (1.0, 0.0), 0.0).seconds
-            moved = simulate(comm.size, steps, bounds, lambda sender, receiver: (0.0, 1.0), 0.0).seconds
-            reduced = simulate(comm.size, steps, bounds, lambda sender, receiver: (0.0, 0.0), 1.0).seconds
-            samples.append(Sample(messages, moved, reduced, took))
+        steps, bounds = entry.steps(group), share_bounds(nbytes, entry.units(group))
+        took = seconds_of(comm, _tensor(comm, nbytes, memory), name, _calls(comm, nbytes))
+
+        def priced(alpha: float, beta: float, gamma: float, latency: float) -> float:
+            link = (alpha, beta, latency)
+            return simulate(comm.size, steps, bounds, lambda sender, receiver: link, gamma).seconds  # noqa: B023
+
+        samples.append(Sample(priced(1, 0, 0, 0), priced(0, 1, 0, 0), priced(0, 0, 1, 0), priced(0, 0, 0, 1), took))
     return fit(samples)
 
 
@@ -103,11 +107,11 @@ def measure(comm: Communicator, before: Callable[[], object], call: Callable[[],
 def _agreed(comm: Communicator, found: dict[str, Costs]) -> Tuning:
     """The slowest rank's, part by part: every rank must decide by the same numbers."""
     names = ("tensor", "window", "native", "between")
-    table = torch.tensor([found.get(name, (-1.0, -1.0, -1.0)) for name in names], dtype=torch.float64)
+    table = torch.tensor([found.get(name, (-1.0,) * 4) for name in names], dtype=torch.float64)
     comm.all_reduce(table, "max", algorithm="one_shot")
     rows = zip(names, table.tolist(), strict=True)
     # Three digits are more than noise leaves, and all ranks have them by heart in a short text.
-    return {name: (_short(row[0]), _short(row[1]), _short(row[2])) for name, row in rows if row[0] >= 0}
+    return {name: (_short(a), _short(b), _short(g), _short(d)) for name, (a, b, g, d) in rows if a >= 0}
 
 
 def _short(value: float) -> float:

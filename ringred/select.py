@@ -26,12 +26,12 @@ __all__ = [
 # Costs where nothing was measured, by transport and memory. Rounded from the anchors in docs/design/selection.md. They
 # need to be right relative to each other, and alike on all ranks.
 _BUILT_IN: dict[str, Tuning] = {
-    "local": {"tensor": (20e-6, 0.1e-9, 0.1e-9)},
-    "shm": {"tensor": (10e-6, 0.13e-9, 0.08e-9), "window": (10e-6, 0.04e-9, 0.09e-9)},
-    "mpi": {"tensor": (3e-6, 0.2e-9, 0.1e-9)},
-    "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9)},
+    "local": {"tensor": (20e-6, 0.1e-9, 0.1e-9, 0.0)},
+    "shm": {"tensor": (1e-6, 0.13e-9, 0.08e-9, 9e-6), "window": (1e-6, 0.04e-9, 0.09e-9, 9e-6)},
+    "mpi": {"tensor": (3e-6, 0.2e-9, 0.1e-9, 0.0)},
+    "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9, 0.0)},
 }
-_BETWEEN_HOSTS = (80e-6, 8e-9)  # TCP on 1 Gbit/s
+_BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0)  # TCP on 1 Gbit/s
 
 # Many ranks make many messages to replay; beyond this only what grows slowly with P is considered.
 _MANY_RANKS = 64
@@ -57,11 +57,9 @@ def machine_model(
     """
     near = transport.partition("+")[0]
     known = dict(_BUILT_IN.get(near, _BUILT_IN["torch_p2p"])) | dict(tuning or {})
-    alpha, beta, gamma = known.get(memory, known["tensor"])
-    between = known["between"][:2] if "between" in known else _BETWEEN_HOSTS
-    if len(set(host_of_rank)) == 1:
-        between = (alpha, beta)
-    return hosts(host_of_rank, (alpha, beta), between, gamma, name=transport)
+    alpha, beta, gamma, latency = inside = known.get(memory, known["tensor"])
+    far = inside if len(set(host_of_rank)) == 1 else known.get("between", _BETWEEN_HOSTS)
+    return hosts(host_of_rank, (alpha, beta, latency), (far[0], far[1], far[3]), gamma, name=transport)
 
 
 def predict(entry: Algorithm, group: Group, nbytes: int, topology: Topology, segment_bytes: int | None = None) -> Cost:

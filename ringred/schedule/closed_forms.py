@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log2
 
-from ringred.schedule.cost import Link
 from ringred.schedule.ir import Group
 
 __all__ = ["ClosedForm", "all_reduce", "pipelined_chain"]
@@ -24,7 +23,9 @@ class ClosedForm:
     seconds: float
 
 
-def all_reduce(name: str, group: Group, nbytes: float, links: tuple[Link, ...], gamma: float) -> ClosedForm | None:
+def all_reduce(
+    name: str, group: Group, nbytes: float, links: tuple[tuple[float, float], ...], gamma: float
+) -> ClosedForm | None:
     """The formula of the all-reduce `name`, or None where the field has none for this group.
 
     `links[d]` holds α and β along dimension d of the grid; where there is no grid only the first counts.
@@ -57,7 +58,7 @@ def all_reduce(name: str, group: Group, nbytes: float, links: tuple[Link, ...], 
     return None
 
 
-def _torus(grid: tuple[int, ...], nbytes: float, links: tuple[Link, ...], gamma: float) -> ClosedForm:
+def _torus(grid: tuple[int, ...], nbytes: float, links: tuple[tuple[float, float], ...], gamma: float) -> ClosedForm:
     messages, data, seconds, shard = 0, 0.0, 0.0, 1.0
     for dimension, extent in enumerate(grid):
         alpha, beta = links[min(dimension, len(links) - 1)]
@@ -69,7 +70,7 @@ def _torus(grid: tuple[int, ...], nbytes: float, links: tuple[Link, ...], gamma:
     return ClosedForm(messages, data, seconds)
 
 
-def pipelined_chain(size: int, nbytes: float, segments: int, link: Link) -> float:
+def pipelined_chain(size: int, nbytes: float, segments: int, link: tuple[float, float]) -> float:
     """Seconds of a broadcast along a chain in `segments` segments: (P − 2 + k)(α + βN/k)."""
     alpha, beta = link
     return (size - 2 + segments) * (alpha + beta * nbytes / segments) if size > 1 else 0.0

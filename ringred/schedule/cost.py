@@ -1,8 +1,9 @@
-"""Prices a schedule: replays its steps on links with α and β and processors with γ, and gives the time.
+"""Prices a schedule: replays its steps on links with α, β and λ and processors with γ, and gives the time.
 
 The model is the field's (Thakur, Rabenseifner and Gropp 2005): a message of b bytes costs α + βb, reducing b
-bytes costs γb, a rank sends one message and receives one at a time, both at once. The replayed steps are the
-ones that the verifier proves and the executor runs; the closed forms are tests, not the implementation.
+bytes costs γb, a rank sends one message and receives one at a time, both at once. A link may have a latency λ besides,
+in which it keeps nobody busy, as in LogP (Culler et al. 1993): messages of one step share it. The replayed steps are
+the ones that the verifier proves and the executor runs; the closed forms are tests, not the implementation.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from ringred.schedule.lower import Fold, PostSend, Take, lower
 
 __all__ = ["Cost", "Link", "simulate"]
 
-Link: TypeAlias = tuple[float, float]
-"""α in seconds per message and β in seconds per byte, of one direction between two ranks."""
+Link: TypeAlias = tuple[float, float] | tuple[float, float, float]
+"""α in seconds per message and β in seconds per byte, of one direction between two ranks; and λ in seconds, or 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def simulate(
 ) -> Cost:
     """The cost of `schedule` run by `size` ranks on a buffer whose unit `u` is the bytes `bounds[u]`.
 
-    `link(sender, receiver)` gives α and β, `gamma` is in seconds per reduced byte. With `segment`, messages
+    `link(sender, receiver)` gives α, β and λ, `gamma` is in seconds per reduced byte. With `segment`, messages
     are cut to that many bytes and pipelined as the executor does; without, each is sent whole.
     """
     if segment is None:
@@ -73,7 +74,7 @@ def simulate(
         event = waiting.pop(rank, None) or next(events[rank], None)
         while event is not None:
             if isinstance(event, _Sending):
-                alpha, beta = link(rank, event.peer)
+                alpha, beta, *_ = link(rank, event.peer)
                 start = max(clock[rank], send_port[rank])
                 send_port[rank] = start + alpha + beta * event.nbytes
                 messages[rank] += 1
@@ -90,8 +91,9 @@ def simulate(
                     break
                 # The port takes what was sent first first, in whichever order it is added afterwards.
                 for start, peer in sorted((on_the_way[peer, rank].popleft(), peer) for peer in event.peers):
-                    alpha, beta = link(peer, rank)
-                    receive_port[rank] = max(start, receive_port[rank]) + alpha + beta * event.nbytes
+                    alpha, beta, *latency = link(peer, rank)
+                    arrival = start + sum(latency)
+                    receive_port[rank] = max(arrival, receive_port[rank]) + alpha + beta * event.nbytes
                     received[rank] += event.nbytes
                 clock[rank] = max(clock[rank], receive_port[rank])
                 if event.reduce:

@@ -1,7 +1,7 @@
-"""α, β and γ of the running machine: fitted to measured times, and kept in a file for the next start.
+"""α, β, γ and λ of the running machine: fitted to measured times, and kept in a file for the next start.
 
 The model is linear in them once an algorithm and a size are given: simulating a schedule with α = 1 and the others 0
-counts the messages on its critical path, and so on. So a few measured collectives give all three by least squares.
+counts the messages on its critical path, and so on. So a few measured collectives give all four by least squares.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 
 __all__ = ["Costs", "Sample", "Tuning", "fit", "load", "store"]
 
-Costs: TypeAlias = tuple[float, float, float]
-"""α in seconds a message, β in seconds a byte, γ in seconds a reduced byte."""
+Costs: TypeAlias = tuple[float, float, float, float]
+"""α in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds (see `schedule.cost`)."""
 
 Tuning: TypeAlias = Mapping[str, Costs]
 """Costs by what they are of: "tensor" and "window" memory within a host, "between" hosts, "native" for a collective
@@ -27,40 +27,39 @@ _KEPT = 64  # machines and jobs in one file
 
 
 class Sample(NamedTuple):
-    """A measured collective: messages, bytes and reduced bytes on its critical path, and the seconds it took."""
+    """A measured collective: what is on its critical path, message behind message, and the seconds it took."""
 
     messages: float
     nbytes: float
     reduced: float
+    latencies: float
     seconds: float
 
 
 def fit(samples: Sequence[Sample]) -> Costs:
     """The costs that explain `samples` best, by relative error; none is negative.
 
-    What no sample tells apart (γ from β, where every byte that travels is reduced) is put on one of them.
+    What no sample tells apart (γ from β, where every byte that travels is reduced) is shared out.
     """
-    rows = np.array([sample[:3] for sample in samples], dtype=np.float64).reshape(-1, 3)
+    rows = np.array([sample[:-1] for sample in samples], dtype=np.float64).reshape(-1, 4)
     times = np.array([sample.seconds for sample in samples], dtype=np.float64)
     weighted, ones = rows / times[:, None], np.ones(len(samples))
-    used = [column for column in range(3) if weighted[:, column].any()]
+    used = [column for column in range(rows.shape[1]) if weighted[:, column].any()]
     while used:
         found = np.linalg.lstsq(weighted[:, used], ones, rcond=None)[0]
         if (found >= 0).all():
             break
         # The least negative sum of squares has a zero where an unconstrained fit is below it.
         del used[int(found.argmin())]
-    costs = [0.0, 0.0, 0.0]
-    for column, value in zip(used, found if used else (), strict=True):
-        costs[column] = float(value)
-    return costs[0], costs[1], costs[2]
+    costs = dict(zip(used, map(float, found), strict=True)) if used else {}
+    return costs.get(0, 0.0), costs.get(1, 0.0), costs.get(2, 0.0), costs.get(3, 0.0)
 
 
 def load(path: Path, key: str) -> Tuning | None:
     """What was stored for `key`; None where nothing was, or the file makes no sense."""
     try:
         found = json.loads(path.read_text())[key]
-        return {str(name): (float(a), float(b), float(g)) for name, (a, b, g) in found.items()}
+        return {str(name): (float(a), float(b), float(g), float(d)) for name, (a, b, g, d) in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

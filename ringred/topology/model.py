@@ -1,10 +1,11 @@
-"""The model of a machine that schedules are priced on: ranks on hosts, α and β of each link, γ of a rank."""
+"""The model of a machine that schedules are priced on: ranks on hosts, α, β and λ of each link, γ of a rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ringred.schedule.cost import Link
 from ringred.topology.torus import coordinates
 
 __all__ = ["Topology", "flat", "grid_links", "hosts"]
@@ -12,20 +13,20 @@ __all__ = ["Topology", "flat", "grid_links", "hosts"]
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """`size` ranks. α is in seconds a message, β in seconds a byte, γ in seconds a reduced byte.
+    """`size` ranks. α is in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds.
 
-    `distance[i]` gives α and β of the links at distance `i`; `place[r]` are the coordinates of rank `r`. Two
-    ranks are at the distance of the outermost coordinate in which they differ.
+    `distance[i]` gives α and β, or α, β and λ, of the links at distance `i`; `place[r]` are the coordinates of rank
+    `r`. Two ranks are at the distance of the outermost coordinate in which they differ.
     """
 
     size: int
-    distance: tuple[tuple[float, float], ...]
+    distance: tuple[Link, ...]
     gamma: float
     place: tuple[tuple[int, ...], ...]
     name: str
 
-    def link(self, sender: int, receiver: int) -> tuple[float, float]:
-        """α and β from `sender` to `receiver`."""
+    def link(self, sender: int, receiver: int) -> Link:
+        """α and β, or α, β and λ, from `sender` to `receiver`."""
         pairs = zip(self.place[sender], self.place[receiver], strict=True)
         differs = [dimension for dimension, (here, there) in enumerate(pairs) if here != there]
         return self.distance[differs[-1] if differs else 0]
@@ -36,10 +37,8 @@ def flat(size: int, alpha: float, beta: float, gamma: float, name: str = "flat")
     return Topology(size, ((alpha, beta),), gamma, tuple((rank,) for rank in range(size)), name)
 
 
-def grid_links(
-    grid: tuple[int, ...], links: Sequence[tuple[float, float]], gamma: float, name: str = "grid"
-) -> Topology:
-    """Ranks on a grid (X innermost) with one (α, β) for each dimension."""
+def grid_links(grid: tuple[int, ...], links: Sequence[Link], gamma: float, name: str = "grid") -> Topology:
+    """Ranks on a grid (X innermost) with one link for each dimension."""
     size = 1
     for extent in grid:
         size *= extent
@@ -48,11 +47,11 @@ def grid_links(
 
 def hosts(
     host_of_rank: Sequence[int],
-    inside: tuple[float, float],
-    between: tuple[float, float],
+    inside: Link,
+    between: Link,
     gamma: float,
     name: str = "hosts",
 ) -> Topology:
-    """Ranks on hosts: `host_of_rank[r]` is the host of rank `r`; one (α, β) inside a host, one between."""
+    """Ranks on hosts: rank `r` on `host_of_rank[r]`; one kind of link inside a host, one between."""
     place = tuple((rank, host) for rank, host in enumerate(host_of_rank))
     return Topology(len(place), (inside, between), gamma, place, name)

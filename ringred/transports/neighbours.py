@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -98,6 +98,7 @@ class Neighbours:
         self.windows: dict[int, Window] = {rank: own}
         self.heap = Heap(own)
         self.gone: dict[int, str] = {}
+        self._processes: dict[int, int] = {}
         self._transports: set[_Transport] = set()
         self.forked = False
         self._sockets: dict[int, socket.socket] = {}
@@ -139,13 +140,14 @@ class Neighbours:
         self._sockets[peer] = connection
         connection.settimeout(_left(deadline, f"rank {peer} of this host did not answer"))
         connection.connect(f"\0ringred-{name}")
-        if _user(connection) != os.geteuid():
-            raise OSError(f"rank {peer} listens as user {_user(connection)}, expected {os.geteuid()}")
+        process, user = _credentials(connection)
+        if user != os.geteuid():
+            raise OSError(f"rank {peer} listens as user {user}, expected {os.geteuid()}")
         self._introduce(connection, secret)
         token, rank, window = _hear(connection)
         if not hmac.compare_digest(token, own_secret) or rank != peer:
             raise OSError(f"who listens as rank {peer} does not know this rank's secret")
-        self.windows[peer] = window
+        self.windows[peer], self._processes[peer] = window, process
 
     def _answer(
         self,
@@ -155,7 +157,8 @@ class Neighbours:
         deadline: float,
     ) -> int | None:
         """The rank that is on `connection`, or None where it is a stranger."""
-        if _user(connection) != os.geteuid():
+        process, user = _credentials(connection)
+        if user != os.geteuid():
             return None
         connection.settimeout(min(10.0, _left(deadline, "no time left")))
         try:
@@ -165,11 +168,20 @@ class Neighbours:
             self._introduce(connection, cards[peer][1])
         except OSError:
             return None
-        self._sockets[peer], self.windows[peer] = connection, window
+        self._sockets[peer], self.windows[peer], self._processes[peer] = connection, window, process
         return peer
 
     def _introduce(self, connection: socket.socket, secret: bytes) -> None:
         socket.send_fds(connection, [_HELLO.pack(secret, self.rank)], [self._descriptor])
+
+    def cores(self, members: Sequence[int]) -> int:
+        """The processor cores that `members` may run on between them: each may be bound to some of its own."""
+        found = set(os.sched_getaffinity(0))
+        for peer in members:
+            # A process that cannot be seen from here has the number 0, which asks for this one's again.
+            with contextlib.suppress(OSError):
+                found |= os.sched_getaffinity(self._processes.get(peer, 0))
+        return len(found)
 
     # ------------------------------------------------------------------ watching
 
@@ -303,10 +315,11 @@ def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
             os.close(descriptor)
 
 
-def _user(connection: socket.socket) -> int:
-    """The user at the other end, as the kernel has it."""
-    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(user)
+def _credentials(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end, as the kernel has them; 0 for a process that this one cannot see."""
+    known = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(known)
+    return process, user
 
 
 def _left(deadline: float, otherwise: str) -> float:

@@ -11,7 +11,6 @@ Why this needs no lock, and one fence only, on x86-64: docs/design/shared-memory
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -51,11 +50,8 @@ _EXPOSED_CONTRACT, _EXPOSED_AT = 24, 25
 _CONSUMED = 32  # a line for each peer: what was consumed, and from the peer itself that it will not look here any more
 _LEFT = 1
 _CONTRACT, _LENGTH, _PLACE, _NUMBER = 0, 1, 2, 3  # words of a descriptor
-_AT, _PUT, _PART = (
-    0,
-    1,
-    2,
-)  # kinds of place: in the sender's window, in the receiver's, in the sender's and more to come
+# Kinds of place: in the sender's window, in the receiver's, in the sender's and more to come.
+_AT, _PUT, _PART = 0, 1, 2
 _SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
 _BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
 
@@ -202,7 +198,7 @@ class ShmTransport:
         self.begun = (0, 0)  # contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
-        self._spin_ns = _SPIN_NS if len(members) <= len(os.sched_getaffinity(0)) else 0
+        self._spin_ns = _SPIN_NS if len(members) <= neighbours.cores(members) else 0
         self._closed = False
         neighbours.hold(self)
 

@@ -12,52 +12,58 @@ from ringred.schedule.cost import simulate
 from ringred.select import candidates, choose, machine_model, share_bounds
 from ringred.topology.calibrate import Sample, fit, load, store
 
-ALPHA, BETA, GAMMA = 12e-6, 0.11e-9, 0.07e-9
+ALPHA, BETA, GAMMA, LATENCY = 12e-6, 0.11e-9, 0.07e-9, 40e-6
+UNITS = [(1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0)]
 
 
-def samples(noise: float, size: int = 2) -> list[Sample]:
-    """What `one_shot` and `direct` would take with those costs."""
+def samples(noise: float, size: int, latency: float) -> list[Sample]:
+    """What algorithms of all kinds would take with those costs."""
     generator = random.Random(1)
     found = []
-    for name in ("one_shot", "direct"):
+    for name in ("one_shot", "direct", "halving_doubling"):
         entry = lookup("all_reduce", name)
         group = entry.group(size)
         for nbytes in (64, 1 << 16, 1 << 20, 1 << 22):
             bounds = share_bounds(nbytes, entry.units(group))
             counts = [
-                simulate(size, entry.steps(group), bounds, lambda s, r, a=a, b=b: (a, b), g).seconds
-                for a, b, g in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+                simulate(size, entry.steps(group), bounds, lambda s, r, link=(a, b, d): link, g).seconds
+                for a, b, g, d in UNITS
             ]
-            exact = counts[0] * ALPHA + counts[1] * BETA + counts[2] * GAMMA
-            found.append(Sample(counts[0], counts[1], counts[2], exact * generator.uniform(1 - noise, 1 + noise)))
+            exact = sum(count * cost for count, cost in zip(counts, (ALPHA, BETA, GAMMA, latency), strict=True))
+            found.append(Sample(*counts, exact * generator.uniform(1 - noise, 1 + noise)))
     return found
 
 
 def test_finds_the_costs_that_made_the_times() -> None:
-    assert fit(samples(0.0)) == pytest.approx((ALPHA, BETA, GAMMA))
-    noisy = fit(samples(0.1))
-    assert noisy[0] == pytest.approx(ALPHA, rel=0.1)
+    assert fit(samples(0.0, 4, LATENCY)) == pytest.approx((ALPHA, BETA, GAMMA, LATENCY))
+    noisy = fit(samples(0.1, 4, LATENCY))
+    assert noisy[0] + noisy[3] == pytest.approx(ALPHA + LATENCY, rel=0.1)
     assert noisy[1] + noisy[2] == pytest.approx(BETA + GAMMA, rel=0.2)
 
 
+def test_what_no_sample_tells_apart_is_shared_out() -> None:
+    alpha, beta, gamma, latency = fit(samples(0.0, 2, 0.0))  # two ranks: every message is a round of its own
+    assert (alpha + latency, beta, gamma) == pytest.approx((ALPHA, BETA, GAMMA))
+
+
 def test_no_cost_is_negative_whatever_was_measured() -> None:
-    strange = [Sample(1, 1000, 1000, 1e-5), Sample(1, 10000, 10000, 5e-6), Sample(2, 10, 5, 1e-6)]
+    strange = [Sample(1, 1000, 1000, 1, 1e-5), Sample(1, 10000, 10000, 1, 5e-6), Sample(2, 10, 5, 2, 1e-6)]
     assert all(cost >= 0 for cost in fit(strange))
-    assert fit([]) == (0.0, 0.0, 0.0)
+    assert fit([]) == (0.0, 0.0, 0.0, 0.0)
 
 
-def test_what_no_sample_tells_apart_is_put_on_one() -> None:
-    native = [Sample(1, nbytes, 0, 2e-6 + nbytes * 1e-10) for nbytes in (64, 1 << 16, 1 << 22)]
-    assert fit(native) == pytest.approx((2e-6, 1e-10, 0.0))
+def test_what_no_sample_has_costs_nothing() -> None:
+    native = [Sample(1, nbytes, 0, 0, 2e-6 + nbytes * 1e-10) for nbytes in (64, 1 << 16, 1 << 22)]
+    assert fit(native) == pytest.approx((2e-6, 1e-10, 0.0, 0.0))
 
 
 def test_is_kept_for_the_next_start(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "tuning.json"
     assert load(path, "here") is None
-    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9)}) is None
-    assert store(path, "there", {"window": (4e-6, 0.0, 1e-9)}) is None
-    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9)}
-    assert load(path, "there") == {"window": (4e-6, 0.0, 1e-9)}
+    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}) is None
+    assert store(path, "there", {"window": (4e-6, 0.0, 1e-9, 0.0)}) is None
+    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}
+    assert load(path, "there") == {"window": (4e-6, 0.0, 1e-9, 0.0)}
     assert [found.name for found in path.parent.iterdir()] == ["tuning.json"]
 
 
@@ -66,8 +72,8 @@ def test_a_file_that_makes_no_sense_counts_as_none(tmp_path: Path, text: str) ->
     path = tmp_path / "tuning.json"
     path.write_text(text)
     assert load(path, "here") is None
-    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9)}) is None
-    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9)}
+    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}) is None
+    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}
 
 
 def test_says_why_it_could_not_be_kept(tmp_path: Path) -> None:
@@ -78,11 +84,18 @@ def test_says_why_it_could_not_be_kept(tmp_path: Path) -> None:
 
 
 def test_measured_costs_decide() -> None:
-    slow_to_start = {"tensor": (1e-3, 1e-10, 1e-10)}
-    slow_to_move = {"tensor": (1e-9, 1e-8, 1e-8)}
+    slow_to_start = {"tensor": (1e-3, 1e-10, 1e-10, 0.0)}
+    slow_to_move = {"tensor": (1e-9, 1e-8, 1e-8, 0.0)}
     assert choose("all_reduce", 1 << 20, machine_model("shm", (0, 0, 0), slow_to_start))[1].name == "one_shot"
     assert choose("all_reduce", 1 << 20, machine_model("shm", (0, 0, 0), slow_to_move))[1].name == "direct"
-    model = machine_model("shm", (0, 0), {"tensor": (1e-5, 1e-10, 1e-10)})
-    names = [candidate.name for candidate in candidates("all_reduce", 2, 64, model, native=(2e-6, 1e-9, 0.0))]
+    model = machine_model("shm", (0, 0), {"tensor": (1e-5, 1e-10, 1e-10, 0.0)})
+    names = [candidate.name for candidate in candidates("all_reduce", 2, 64, model, native=(2e-6, 1e-9, 0.0, 0.0))]
     assert names[0] == "native"
-    assert choose("all_reduce", 1 << 24, model, native=(2e-6, 1e-9, 0.0))[1].name != "native"
+    assert choose("all_reduce", 1 << 24, model, native=(2e-6, 1e-9, 0.0, 0.0))[1].name != "native"
+
+
+def test_a_latency_favours_those_who_talk_to_all_at_once() -> None:
+    in_turn = machine_model("shm", (0,) * 4, {"tensor": (8e-5, 1e-10, 1e-10, 0.0)})
+    at_once = machine_model("shm", (0,) * 4, {"tensor": (5e-6, 1e-10, 1e-10, 8e-5)})
+    assert choose("all_reduce", 1 << 20, in_turn)[1].name == "halving_doubling"
+    assert choose("all_reduce", 1 << 20, at_once)[1].name == "direct"

@@ -114,3 +114,15 @@ def test_many_ranks_consider_only_what_sends_few_messages() -> None:
     names = {candidate.name for candidate in candidates("all_reduce", 80, 1 << 20, model)}
     assert names == {"tree", "double_tree", "halving_doubling", "torus", "hierarchical"}
     assert [candidate.name for candidate in candidates("reduce_scatter", 80, 1 << 20, model)] == ["torus"]
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("one_shot", 1), ("direct", 2), ("halving_doubling", 6), ("ring", 14)])
+def test_messages_of_one_step_share_the_latency(name: str, rounds: int) -> None:
+    entry = lookup("all_reduce", name)
+    group = entry.group(8)
+    bounds = [(unit, unit + 1) for unit in range(entry.units(group))]
+    assert simulate(8, entry.steps(group), bounds, lambda a, b: (0.0, 0.0, 1.0), 0.0).seconds == rounds
+    # ... and what a port takes for each of them comes after it.
+    both = simulate(8, entry.steps(group), bounds, lambda a, b: (ALPHA, 0.0, 1.0), 0.0).seconds
+    alone = simulate(8, entry.steps(group), bounds, lambda a, b: (ALPHA, 0.0), 0.0).seconds
+    assert both == pytest.approx(alone + rounds)
