@@ -14,6 +14,7 @@ order that needs no further thought at run time:
 - a chunk that is sent and received in one step is copied to a slot, and sent from there; or, over a transport
   that buffers, sent from its place, and overwritten once the transport has copied it;
 - receives are posted ahead, as far as their destination is free;
+- where a rank only sends, its receivers have little to do: it puts every second segment, and they fetch the others;
 - at the end every send is waited for, so that the caller may write to the buffer again.
 
 Deadlock: a segment depends only on segments of the same part, of steps on which its own step depends. The
@@ -26,6 +27,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple, TypeAlias
 
 from ringred.schedule.ir import Chunk, Send, Step, fold_groups, is_final, last_writes
@@ -231,6 +233,8 @@ class _Lowering:
     def run(self, snapshots: bool) -> Program:
         overwritten = [{u for op in step if not isinstance(op, Send) for u in op.chunk.units} for step in self.steps]
         slots: list[dict[tuple[int, int], int]] = [{} for _ in self.steps]
+        one_way = [all(isinstance(op, Send) for op in step) for step in self.steps]
+        turn = count()
         for index, part in self.order():
             step = self.steps[index]
             for at, op in enumerate(step):
@@ -243,7 +247,7 @@ class _Lowering:
                             slot = self.snapshot(op.chunk, lo, hi, slots[index])
                             self.post_send(index, op.peer, op.chunk, lo, hi, slot=slot)
                         else:
-                            put = self.put_safe(index, at)
+                            put = self.put_safe(index, at) and not (one_way[index] and next(turn) % 2)
                             self.post_send(index, op.peer, op.chunk, lo, hi, put=put, exposed=exposed)
             for receives, lo, hi in self.in_turn(step, part):
                 self.receive(index, receives, lo, hi)

@@ -29,7 +29,8 @@ class Proof:
     `messages`, `units_sent`, `units_received` count one collective. `rank_ordered`: every reduced value is
     one fold of all contributions in rank order, so its bits depend on nothing but the inputs. `put_safe`
     holds the sends (rank, step, operation) of chunks that replace the receiver's, whose sender knows that
-    the receiver will not touch its own copy any more: a transport with windows may write them in place.
+    the receiver, once it has entered, will not touch its own copy any more: a transport with windows may write them in
+    place where it sees that the receiver has entered.
     """
 
     spec: Spec
@@ -363,7 +364,7 @@ def _check_end(
 def _put_safe(
     spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
 ) -> frozenset[tuple[int, int, int]]:
-    """The replacing messages whose receiver has, to the sender's knowledge, done with its own copy.
+    """The replacing messages whose receiver has, to the sender's knowledge, done with its own copy if it has entered.
 
     Knowledge is a vector clock for each unit. `clocks[q][u, p] = s + 1` says that q knows p to have posted its
     sends of u in step s, and so to have finished its receives of u in all steps before s; 0, that p may not even
@@ -390,7 +391,7 @@ def _put_safe(
                 if not op.reduce:
                     message = matched[rank, index, at]
                     needed[message.sender, message.step, message.op] = [
-                        (u, *need) for u in op.chunk.units for need in [*mine[u], (rank, 1)]
+                        (u, *need) for u in op.chunk.units for need in mine[u]
                     ]
             for chunk, _, _ in fold_groups(step):
                 for u in chunk.units:

@@ -92,8 +92,9 @@ class Transport(Protocol):
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Request:
         """Sends `src`; never blocks. Done, to `wait`, means that `src` may be overwritten; None is done already.
 
-        `put` says that the receiver does not touch its destination any more until it has waited for this message:
-        a transport whose peers share windows may write there at once. Others ignore it. `buffered` asks
+        `put` says that the receiver, once it has begun the collective, does not touch its destination until it has
+        waited for this message: a transport whose peers share windows may write there at once if it sees that it has
+        begun. Others ignore it. `buffered` asks
         that the send be done once there is room to copy it; only a transport that `buffers` is asked.
         """
 

@@ -48,6 +48,7 @@ _syscall.argtypes = (
     ctypes.c_void_p,
     ctypes.c_int,
 )
+_sched_yield = _libc.sched_yield
 _long_copy, _short_copy = _libc.memcpy, _libc_holding_gil.memcpy
 for _memcpy in (_long_copy, _short_copy):
     _memcpy.restype = None
@@ -71,6 +72,11 @@ def sleep(address: int, value: int, seconds: float) -> None:
     whole = int(seconds)
     limit = _Timespec(whole, int((seconds - whole) * 1e9))
     _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, value, ctypes.addressof(limit), None, 0)
+
+
+def give_way() -> None:
+    """Lets another thread or process have this core, if one wants it."""
+    _sched_yield()
 
 
 def wake(address: int) -> None:

@@ -84,6 +84,7 @@ class _Link:
         "acked",
         "acked_at",
         "acked_words",
+        "awaited",
         "block",
         "entries_in",
         "entries_out",
@@ -116,6 +117,7 @@ class _Link:
         self.acked_words, self.acked_at = window.words, block // 8 + _CONSUMED + 8 * own
         self.sent = self.acked = 0  # messages, or parts of them: numbers of the last one
         self.queue: deque[_Send] = deque()
+        self.awaited = 0  # the collective for whose beginning there the peer was waited for
         # What it receives: the other way round.
         self.entries_in = (block + layout.entries) // 8 + own * ENTRIES * 4
         self.taken_at = own_block // 8 + _CONSUMED + 8 * index
@@ -198,7 +200,7 @@ class ShmTransport:
         self.begun = (0, 0)  # contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
-        self._spin_ns = _SPIN_NS if len(members) <= neighbours.cores(members) else 0
+        self._crowded = len(members) > neighbours.cores(members)
         self._closed = False
         neighbours.hold(self)
 
@@ -303,10 +305,26 @@ class ShmTransport:
         """Where in the peer's window a put from `address` goes; −1 where one end has no window there."""
         if not self._exposed <= address < self._exposed_end:
             return -1
-        if link.words[link.words_at + _EXPOSED_CONTRACT] != self._contract:
+        if not self._entered(link):
             return -1
         offset = link.words[link.words_at + _EXPOSED_AT] + address - self._exposed
         return offset if offset + nbytes <= link.window.nbytes else -1
+
+    def _entered(self, link: _Link) -> bool:
+        """Whether the peer has begun this collective. Once, it is given a moment to."""
+        words, at = link.words, link.words_at + _EXPOSED_CONTRACT
+        if words[at] == self._contract:
+            return True
+        if link.awaited == self._contract:
+            return False
+        link.awaited = self._contract
+        patience = time.monotonic_ns() + _SPIN_NS
+        while words[at] != self._contract:
+            if time.monotonic_ns() >= patience:
+                return False
+            if self._crowded:
+                futex.give_way()
+        return True
 
     def _put(self, link: _Link, offset: int, address: int, src: Tensor) -> None:
         if src.nbytes > _BY_ADDRESS:
@@ -437,11 +455,12 @@ class ShmTransport:
         """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
         if self.queued:
             self.drain()
-        if self._spin_ns:
-            spin_end = time.monotonic_ns() + self._spin_ns
-            while time.monotonic_ns() < spin_end:
-                if words[at] >= value:
-                    return
+        spin_end = time.monotonic_ns() + _SPIN_NS
+        while time.monotonic_ns() < spin_end:
+            if words[at] >= value:
+                return
+            if self._crowded:
+                futex.give_way()
         own, sleeping = self._words, self._at + _SLEEPING
         address = self._base + self._block + 8 * _SLEEPING
         while True:

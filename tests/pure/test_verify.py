@@ -169,8 +169,16 @@ def test_proves_which_messages_may_be_put_in_place() -> None:
     for name in ("ring", "torus", "direct", "tree", "halving_doubling"):
         safe, replacing = puts("all_reduce", name, 8)
         assert safe == replacing > 0, name
-    assert puts("broadcast", "tree", 8) == (0, 7)
-    assert puts("all_gather", "ring", 8)[0] == 0
+    assert puts("broadcast", "tree", 8) == (7, 7)  # nobody reads what the root is about to replace
+    assert puts("all_gather", "ring", 8) == (56, 56)
+    # Rank 1 still sends its own unit 0 on to rank 2 when rank 0 replaces it: nothing tells rank 0 that it has.
+    steps: list[list[Step]] = [
+        [(Send(1, unit(0)),)],
+        [(Send(2, unit(0)),), (Recv(0, unit(0)),)],
+        [(Recv(1, unit(0), True),)],
+    ]
+    spec = Spec("reduce", 3, 1, (frozenset(range(3)),), (frozenset(), frozenset(), frozenset()))
+    assert (0, 0, 0) not in verify(spec, lambda rank: steps[rank], puts=True).put_safe
 
 
 def test_two_messages_of_one_rank_in_one_fold_are_refused() -> None:

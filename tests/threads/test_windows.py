@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 from ringred.communicator import Communicator
 from ringred.errors import CollectiveMismatch
 from ringred.testing import run_ranks
+from ringred.transports.neighbours import Neighbours
 from ringred.transports.windows import Heap, adopt, create
 
 
@@ -104,7 +108,7 @@ def test_windows_and_ordinary_tensors_meet(algorithm: str, size: int) -> None:
 
 def test_kinds_of_memory_that_decide_otherwise_are_named() -> None:
     def body(comm: Communicator) -> None:
-        comm.tune({"tensor": (1.0, 0.0, 0.0), "window": (0.0, 1.0, 1.0)})
+        comm.tune({"tensor": (1.0, 0.0, 0.0, 0.0), "window": (0.0, 1.0, 1.0, 0.0)})
         comm.all_reduce(comm.empty(1000) if comm.rank else torch.ones(1000))
 
     for failure in run_ranks(body, 3, "shm", return_exceptions=True):
@@ -197,3 +201,60 @@ def test_an_operation_that_is_none_is_refused_by_name() -> None:
     for failure in run_ranks(body, 2, "shm", return_exceptions=True):
         assert isinstance(failure, ValueError)
         assert "all_reduce: unknown reduce operation" in str(failure)
+
+
+def test_a_finalizer_that_runs_while_a_block_is_taken_gives_its_own_back() -> None:
+    """The garbage collector may end a tensor of a cycle inside `take`, on the thread that holds the heap's lock."""
+    descriptor, window = create(2)
+    os.close(descriptor)
+    heap = Heap(window)
+    in_a_cycle: list[object] = [heap.empty(1 << 12, torch.uint8)]
+    in_a_cycle.append(in_a_cycle)
+    del in_a_cycle
+
+    class Collects(list):  # type: ignore[type-arg]
+        """Stands for a collection at the worst moment."""
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            gc.collect()
+            return super().__iter__()
+
+    heap._free = Collects(heap._free)
+    assert heap.take(10) == 1 << 12
+    assert heap.take(10) == 0, "given back by the finalizer"
+
+
+@pytest.mark.parametrize("memory", ["window", "tensor"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_broadcast_arrives_whoever_copies(memory: str, ranks: int) -> None:
+    """The root puts every second segment if the others have begun, and they fetch the rest."""
+
+    def body(comm: Communicator) -> bool:
+        tensor = comm.empty(1_000_003) if memory == "window" else torch.empty(1_000_003)
+        right = True
+        for turn in range(6):
+            tensor.copy_(torch.arange(1_000_003.0) + turn) if comm.rank == 1 else tensor.fill_(-1.0)
+            time.sleep(0.01 * ((turn + comm.rank) % 3))  # now the root is late, now the others
+            comm.broadcast(tensor, 1)
+            right = right and torch.equal(tensor, torch.arange(1_000_003.0) + turn)
+            tensor.fill_(-2.0)  # a put that came too late would show
+        return right
+
+    assert run_ranks(body, ranks, "shm") == [True] * ranks
+
+
+def test_ranks_that_are_bound_to_cores_of_their_own_have_them_all() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as elsewhere:
+        os.sched_setaffinity(elsewhere.pid, {cores[-1]})
+        neighbours = Neighbours(0, [0, 1])
+        try:
+            os.sched_setaffinity(0, {cores[0]})
+            neighbours._processes[1] = elsewhere.pid
+            assert neighbours.cores([0, 1]) == len({cores[0], cores[-1]})
+            neighbours._processes[1] = 0  # in a process namespace that this one does not see
+            assert neighbours.cores([0, 1]) == 1
+        finally:
+            os.sched_setaffinity(0, cores)
+            neighbours.close()
+            elsewhere.communicate(b"\n")
