@@ -3,9 +3,11 @@
     python benchmarks/ddp_step.py --ranks 2 --json out/ddp-step.json
 
 The three take turns, step by step, on the same ranks with the same batches; `local` is the same step on every rank
-at once without communication, so that its overhead is communication's alone. Memory is measured apart, one system to
-a set of processes: `peak` is the greatest resident set of a rank, in which pages that ranks share count for each of
-them; `share` counts a shared page in equal parts (Linux's PSS), after the last step.
+at once without communication, so that its overhead is communication's alone. Both wrappers keep gradients as views of
+their buckets. The C library is told to keep what is freed: else pages come and go between the systems, and their
+faults fall on whichever has its turn. Memory is measured apart, without that, one system to a set of processes: `peak`
+is the greatest resident set of a rank, in which pages that ranks share count for each of them; `share` counts a shared
+page in equal parts (Linux's PSS), after the last step.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from torch import Tensor, nn
 
 import ringred
 
+# glibc's, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 SYSTEMS = ("local", "torch", "ringred")
 Batch = tuple[Tensor, Tensor]
 
@@ -109,7 +113,7 @@ def stepper(system: str, name: str, width: int) -> Callable[[], None]:
     if system == "torch":
         module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     elif system == "ringred":
-        module = ringred.DistributedDataParallel(module)
+        module = ringred.DistributedDataParallel(module, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
 
     def step() -> None:
@@ -157,14 +161,20 @@ def rank_main(order: dict[str, Any]) -> None:
     comm.close()
 
 
-def run(ranks: int, **order: Any) -> dict[str, Any]:
+def run(ranks: int, environment: dict[str, str], **order: Any) -> dict[str, Any]:
     """Starts the ranks of one order, waits for them, and returns what rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         order["result"] = str(Path(folder) / "result.json")
-        common = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = {
+            **os.environ,
+            **environment,
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         common |= {"OMP_NUM_THREADS": "1", "RINGRED_BENCH_ORDER": json.dumps(order)}
         started = [
             subprocess.Popen([sys.executable, __file__], env=common | {"RANK": str(rank)}) for rank in range(ranks)
@@ -190,11 +200,13 @@ def main() -> None:
         width = getattr(arguments, f"{name}_width")
         parameters = sum(p.numel() for p in MODELS[name][0](width)[0].parameters())
         starts = [
-            run(arguments.ranks, model=name, width=width, systems=SYSTEMS, rounds=arguments.rounds)["seconds"]
+            run(arguments.ranks, KEEP_MEMORY, model=name, width=width, systems=SYSTEMS, rounds=arguments.rounds)[
+                "seconds"
+            ]
             for _ in range(arguments.starts)
         ]
         for at, system in enumerate(SYSTEMS):
-            alone = run(arguments.ranks, model=name, width=width, systems=[system], rounds=5)["kib"]
+            alone = run(arguments.ranks, {}, model=name, width=width, systems=[system], rounds=5)["kib"]
             step = Spread.of([second for start in starts for second in start[at]])
             # Of each round what it costs more than the local step beside it: what disturbs one disturbs both.
             over = Spread.of([a / b - 1 for start in starts for a, b in zip(start[at], start[0], strict=True)])

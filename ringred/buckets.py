@@ -72,20 +72,13 @@ class Bucket:
     def nbytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
 
-    def fill(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copies the gradients, one for each parameter, into the bucket; None counts as zeros.
-
-        What lies in the bucket already is left there.
-        """
-        sources, targets = [], []
-        for gradient, view in zip(gradients, self.views, strict=True):
-            if gradient is None:
-                view.zero_()
-            elif gradient.data_ptr() != view.data_ptr() or not view.numel():
-                sources.append(gradient.detach())
-                targets.append(view)
-        if sources:
-            torch._foreach_copy_(targets, sources)
+    def put(self, place: int, gradient: Tensor | None) -> None:
+        """Copies the gradient of the `place`-th parameter in, unless it lies there already; None counts as zeros."""
+        view = self.views[place]
+        if gradient is None:
+            view.zero_()
+        elif gradient.data_ptr() != view.data_ptr():
+            view.copy_(gradient.detach())
 
 
 def _view_like(part: Tensor, like: Tensor) -> Tensor:

@@ -244,21 +244,22 @@ class DistributedDataParallel(nn.Module):
         self._seen.add(at)
         if not self._rebuilt:
             self._ready_order.append(at)
-        number = self._bucket_of[at]
+        number, place = self._place_of[at]
         bucket = self._buckets[number]
+        self._put(at, bucket, place)
         bucket.missing -= 1
         if bucket.missing == 0:
-            self._fill(bucket)
             self._times[number] = time.monotonic_ns()
             self._launch_ready()
 
-    def _fill(self, bucket: Bucket) -> None:
+    def _put(self, at: int, bucket: Bucket, place: int) -> None:
+        """Copies a gradient into its bucket at once: it is still in the cache, and as a view of the bucket its own
+        memory is free for the next one."""
+        parameter = self._parameters_in_order[at]
         # An unused parameter may hold what earlier passes accumulated; else it counts as zeros.
-        gradients = [self._parameters_in_order[i].grad for i in bucket.indices]
-        for index, gradient in zip(bucket.indices, gradients, strict=True):
-            if gradient is None:
-                continue
-            where = f"rank {self.comm.rank}: parameter {self._names[index]!r}"
+        gradient = parameter.grad
+        if gradient is not None:
+            where = f"rank {self.comm.rank}: parameter {self._names[at]!r}"
             if gradient.layout != torch.strided:
                 raise UnsupportedTensor(
                     f"{where}: expected a dense gradient, got layout {gradient.layout}; use sparse=False"
@@ -268,11 +269,9 @@ class DistributedDataParallel(nn.Module):
                     f"{where}: expected a gradient of {bucket.flat.dtype}, got {gradient.dtype}: it changed after "
                     "DistributedDataParallel was constructed. Construct it anew"
                 )
-        bucket.fill(gradients)
-        if self.gradient_as_bucket_view:
-            for index, view, gradient in zip(bucket.indices, bucket.views, gradients, strict=True):
-                if gradient is not None:
-                    self._parameters_in_order[index].grad = view
+        bucket.put(place, gradient)
+        if gradient is not None and self.gradient_as_bucket_view:
+            parameter.grad = bucket.views[place]
 
     def _launch_ready(self) -> None:
         """Starts the reduction of full buckets, in the order in which all ranks do."""
@@ -352,7 +351,9 @@ class DistributedDataParallel(nn.Module):
         entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in parameters]
         assigned = assign(entries, order, self._cap_bytes, self._first_cap_bytes)
         self._buckets = [Bucket(indices, parameters, self.comm.empty) for indices in assigned]
-        self._bucket_of = {index: number for number, indices in enumerate(assigned) for index in indices}
+        self._place_of = {
+            index: (number, place) for number, indices in enumerate(assigned) for place, index in enumerate(indices)
+        }
         self._reductions: list[PersistentAllReduce] = [
             self.comm.all_reduce_init(bucket.flat, ReduceOp.AVG, algorithm=self.algorithm, grid=self.grid)
             for bucket in self._buckets

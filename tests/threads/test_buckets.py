@@ -30,8 +30,11 @@ def test_views_have_the_shape_and_strides_of_their_parameters() -> None:
     assert bucket.views[1].stride() == channels_last.stride()
     assert bucket.views[4].is_contiguous()
     gradients = [torch.randn(p.shape) for p in parameters]
-    bucket.fill(gradients)
+    for place, gradient in enumerate(gradients):
+        bucket.put(place, gradient)
     assert all(torch.equal(view, g) for view, g in zip(bucket.views, gradients, strict=True))
-    bucket.fill([None, *gradients[1:]])
+    bucket.put(0, None)
     assert not bucket.views[0].any()
+    bucket.put(1, bucket.views[1])
+    assert torch.equal(bucket.views[1], gradients[1])
     assert bucket.nbytes == 4 * 61
