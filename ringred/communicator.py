@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import json
 import math
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, overload
@@ -23,9 +21,8 @@ from ringred.ops import ReduceOp, reduce_op
 from ringred.planner import Call, Planner, Prepared, adjacent
 from ringred.runner import Runner
 from ringred.select import candidates, choose, decided_as, machine_model
-from ringred.topology import calibrate
 from ringred.topology.calibrate import Tuning
-from ringred.topology.detect import host_indices, host_name, machine
+from ringred.topology.detect import host_indices, host_name
 from ringred.topology.model import Topology
 from ringred.trace import Tracer
 from ringred.transports import routed
@@ -92,7 +89,7 @@ class Communicator:
         gather = mpi.gatherer(comm)
         names = gather(host_name())
         transport = _connect(gather, comm.Get_rank(), len(names), lambda: mpi.MpiTransport(comm), config, "mpi")
-        return _tuned(cls(transport, hosts=host_indices(names), config=config), gather)
+        return probe.tuned(cls(transport, hosts=host_indices(names), config=config), gather)
 
     @classmethod
     def from_store(cls, store: Any, rank: int, size: int, *, config: Config | None = None) -> Communicator:
@@ -116,7 +113,7 @@ class Communicator:
             config,
             "torch_p2p",
         )
-        comm = _tuned(cls(transport, hosts=host_indices(names), config=config), gather)
+        comm = probe.tuned(cls(transport, hosts=host_indices(names), config=config), gather)
         torch_p2p.leave(store, rank, size, config.timeout)
         return comm
 
@@ -599,30 +596,6 @@ def _connect(
     return routed.join(
         gather, rank, size, far, config.timeout, only_near=only_near, keep_far=name == "mpi" and not only_near
     )
-
-
-def _tuned(comm: Communicator, gather: Gather) -> Communicator:
-    """Gives `comm` the costs of this machine: those that rank 0 has kept, or new ones, which it then keeps."""
-    path = comm.config.tuning
-    here = machine()
-    key = (
-        f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}, {comm.size} ranks on "
-        f"{len(set(comm.hosts))} hosts; torch {torch.__version__}"
-    )
-    known = None if path is None or comm.size == 1 else calibrate.load(path, key)
-    # Every rank may have a file of its own, and settings of its own: what rank 0 has counts.
-    said = gather("off" if path is None or comm.size == 1 else json.dumps(known))[0]
-    if said == "off":
-        return comm
-    if said != "null":
-        comm.tune({name: tuple(costs) for name, costs in json.loads(said).items()})
-        return comm
-    comm.tune(probe.probe(comm))
-    if comm.rank == 0 and path is not None:
-        trouble = calibrate.store(path, key, comm.tuning)
-        if trouble is not None:
-            warnings.warn(f"ringred: measured costs are not kept for the next start: {trouble}", stacklevel=2)
-    return comm
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

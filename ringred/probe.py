@@ -1,12 +1,14 @@
 """Measures a communicator for `select`: a few all-reduces of each kind of memory, in well under a second.
 
-What is measured is what training does: every rank writes its buffer, then all reduce it.
+What is measured is what training does: every rank writes its buffer, then all reduce it. It is kept for the next start.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,18 +17,45 @@ import torch
 from ringred.collectives.registry import lookup
 from ringred.schedule.cost import simulate
 from ringred.select import share_bounds
+from ringred.topology import calibrate
 from ringred.topology.calibrate import Costs, Sample, Tuning, fit
+from ringred.topology.detect import machine
+from ringred.transports.base import Gather
 
 if TYPE_CHECKING:
     from ringred.communicator import Communicator
 
-__all__ = ["measure", "probe", "seconds_of"]
+__all__ = ["measure", "probe", "seconds_of", "tuned"]
 
 _ALGORITHMS = ("one_shot", "direct")
 _IN_TURN = "halving_doubling"  # of more than two ranks: one peer after another, where those above talk to all at once
 _BYTES = (64, 64 << 10, 1 << 20, 4 << 20)
 _SHORT, _LONG = 15, 5  # calls up to 64 KiB, and above
 _MANY_RANKS = 16  # beyond, one call each: every rank talks to all
+
+
+def tuned(comm: Communicator, gather: Gather) -> Communicator:
+    """Gives `comm` the costs of this machine: those that rank 0 has kept, or new ones, which it then keeps."""
+    path = comm.config.tuning
+    here = machine()
+    key = (
+        f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}, {comm.size} ranks on "
+        f"{len(set(comm.hosts))} hosts; torch {torch.__version__}"
+    )
+    known = None if path is None or comm.size == 1 else calibrate.load(path, key)
+    # Every rank may have a file of its own, and settings of its own: what rank 0 has counts.
+    said = gather("off" if path is None or comm.size == 1 else json.dumps(known))[0]
+    if said == "off":
+        return comm
+    if said != "null":
+        comm.tune({name: tuple(costs) for name, costs in json.loads(said).items()})
+        return comm
+    comm.tune(probe(comm))
+    if comm.rank == 0 and path is not None:
+        trouble = calibrate.store(path, key, comm.tuning)
+        if trouble is not None:
+            warnings.warn(f"ringred: measured costs are not kept for the next start: {trouble}", stacklevel=2)
+    return comm
 
 
 def probe(comm: Communicator) -> Tuning:

@@ -12,7 +12,6 @@ Why this needs no lock, and one fence only, on x86-64: docs/design/shared-memory
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -23,128 +22,44 @@ from ringred.errors import TransportUnavailable
 from ringred.transports import futex
 from ringred.transports.base import Counters, Fault, FaultKind
 from ringred.transports.futex import fence
+from ringred.transports.links import (
+    ABORTED,
+    ALARM,
+    AT,
+    CLOSED,
+    CONTRACT,
+    ENTRIES,
+    EXPOSED_AT,
+    EXPOSED_CONTRACT,
+    LEFT,
+    LENGTH,
+    NUMBER,
+    PART,
+    PLACE,
+    PUT,
+    REPORT_BYTES,
+    REPORT_LENGTH,
+    SLEEPING,
+    SLOT_BYTES,
+    SMALL_BYTES,
+    SMALL_SLOTS,
+    SMALL_STRIDE,
+    Layout,
+    Link,
+    Receive,
+    Send,
+)
 from ringred.transports.neighbours import Neighbours
-from ringred.transports.windows import Window
 
 __all__ = ["ShmTransport"]
 
-SLOT_BYTES = 512 << 10
-"""Of a large slot, and so of a segment: long enough to hide what Python takes for it, short enough for a cache."""
-SLOTS = 4
-SMALL_BYTES = 4 << 10
-"""A message up to this goes into a small slot, even if it lies in the window: it is soon copied, and then its sender
-need not wait until it is read."""
-SMALL_SLOTS = 16
-ENTRIES = 256
-"""Descriptors of a pair: messages that may be on their way."""
-
+_BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
 _SPIN_NS = 20_000
 _LONGEST_SLEEP = 1.0  # seconds; only a waker that dies between two instructions makes it matter
 _SHORT_SLEEP = 0.0005  # where something else has to go on meanwhile
-_REPORT_BYTES = 16 << 10
 _VIEWS = 4096  # views of peers' memory that are kept
 
-# Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
-_SLEEPING, _ALARM, _ABORTED, _CLOSED, _REPORT_LENGTH = 0, 8, 16, 17, 18
-_EXPOSED_CONTRACT, _EXPOSED_AT = 24, 25
-_CONSUMED = 32  # a line for each peer: what was consumed, and from the peer itself that it will not look here any more
-_LEFT = 1
-_CONTRACT, _LENGTH, _PLACE, _NUMBER = 0, 1, 2, 3  # words of a descriptor
-# Kinds of place: in the sender's window, in the receiver's, in the sender's and more to come.
-_AT, _PUT, _PART = 0, 1, 2
-_SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
-_BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
-
-
-class _Layout:
-    """Where things lie in the control block of a rank among `size`: offsets in bytes from its start."""
-
-    def __init__(self, size: int) -> None:
-        self.entries = 8 * (_CONSUMED + 8 * size)
-        self.report = self.entries + size * ENTRIES * 32
-        self.small = self.report + _REPORT_BYTES
-        self.large = -(-(self.small + size * SMALL_SLOTS * _SMALL_STRIDE) // 4096) * 4096
-        self.nbytes = self.large + size * SLOTS * SLOT_BYTES
-
-
-class _Slots:
-    """A ring of `count` slots of one size, `stride` apart from offset `start` of this rank's window on."""
-
-    __slots__ = ("nbytes", "next", "start", "stride", "used")
-
-    def __init__(self, start: int, nbytes: int, stride: int, count: int) -> None:
-        self.start, self.nbytes, self.stride = start, nbytes, stride
-        self.next, self.used = 0, [0] * count  # the number of the message that each was last used for
-
-
-class _Link:
-    """Both directions between this rank and one peer."""
-
-    __slots__ = (
-        "acked",
-        "acked_at",
-        "acked_words",
-        "awaited",
-        "block",
-        "entries_in",
-        "entries_out",
-        "large",
-        "pending",
-        "posted",
-        "queue",
-        "rank",
-        "sent",
-        "sleep_address",
-        "small",
-        "taken",
-        "taken_at",
-        "window",
-        "words",
-        "words_at",
-    )
-
-    def __init__(self, rank: int, index: int, window: Window, block: int, own_block: int, own: int, size: int) -> None:
-        layout = _Layout(size)
-        self.rank, self.window, self.block = rank, window, block
-        self.words, self.words_at = window.words, block // 8
-        self.sleep_address = window.address + block + 8 * _SLEEPING
-        # What this rank sends: entries and slots are in its own block, the count of what is consumed in the peer's.
-        self.entries_out = (own_block + layout.entries) // 8 + index * ENTRIES * 4
-        small = own_block + layout.small + index * SMALL_SLOTS * _SMALL_STRIDE
-        large = own_block + layout.large + index * SLOTS * SLOT_BYTES
-        self.small = _Slots(small, SMALL_BYTES, _SMALL_STRIDE, SMALL_SLOTS)
-        self.large = _Slots(large, SLOT_BYTES, SLOT_BYTES, SLOTS)
-        self.acked_words, self.acked_at = window.words, block // 8 + _CONSUMED + 8 * own
-        self.sent = self.acked = 0  # messages, or parts of them: numbers of the last one
-        self.queue: deque[_Send] = deque()
-        self.awaited = 0  # the collective for whose beginning there the peer was waited for
-        # What it receives: the other way round.
-        self.entries_in = (block + layout.entries) // 8 + own * ENTRIES * 4
-        self.taken_at = own_block // 8 + _CONSUMED + 8 * index
-        self.taken = 0
-        self.pending: deque[_Receive] = deque()
-
-
-class _Send:
-    __slots__ = ("contract", "done", "link", "nbytes", "place", "source", "until")
-
-    def __init__(self, link: _Link, source: Tensor, nbytes: int, contract: int) -> None:
-        self.link, self.source, self.nbytes, self.contract = link, source, nbytes, contract
-        self.place = -1  # where the receiver finds it without a slot
-        self.done = 0  # bytes that went into slots
-        self.until = -1  # the message after whose consumption the source is free: −1 unknown, 0 at once
-
-
-class _Receive:
-    __slots__ = ("contract", "dst", "lend", "link", "number", "view")
-
-    def __init__(self, link: _Link, dst: Tensor, lend: bool, contract: int) -> None:
-        self.link, self.dst, self.lend, self.contract = link, dst, lend, contract
-        self.view: Tensor | None = None
-        self.number = 0  # the message that is lent, until it is released; −1 once all is done
-
-
-_Request: TypeAlias = _Send | _Receive
+_Request: TypeAlias = Send | Receive
 
 
 class ShmTransport:
@@ -173,7 +88,7 @@ class ShmTransport:
         self.segment_bytes = SLOT_BYTES
         self._neighbours, self._timeout = neighbours, timeout
         self._heap, self.window = neighbours.heap, neighbours.windows[neighbours.rank]
-        self._layout = _Layout(len(members))
+        self._layout = Layout(len(members))
         self._member = dict(zip(names, members, strict=True))
         neighbours.reap()
         try:
@@ -186,7 +101,7 @@ class ShmTransport:
             self._heap.give_back(self._block, self._layout.nbytes)
             raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
         self._links = {
-            names[index]: _Link(
+            names[index]: Link(
                 names[index], index, neighbours.windows[member], blocks[member], self._block, own, len(members)
             )
             for index, member in enumerate(members)
@@ -221,19 +136,19 @@ class ShmTransport:
             self._exposed = self._exposed_end = 0
             return
         self._exposed, self._exposed_end = address, address + memory.nbytes
-        self._words[self._at + _EXPOSED_AT] = address - self._base
-        self._words[self._at + _EXPOSED_CONTRACT] = self._contract
+        self._words[self._at + EXPOSED_AT] = address - self._base
+        self._words[self._at + EXPOSED_CONTRACT] = self._contract
 
     # ------------------------------------------------------------------ sending
 
     def begin(self, contract: int, turn: int) -> None:
         self._contract, self.begun = contract, (contract, turn)
-        if self._words[self._at + _ALARM]:
+        if self._words[self._at + ALARM]:
             self._check_aborted()
         if self._neighbours.forked:
             raise Fault(FaultKind.PEER, self.rank, "a forked child has no part in what its parent is a rank of")
 
-    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send | None:
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Send | None:
         link = self._links[peer]
         nbytes = src.nbytes
         counters = self.counters
@@ -242,11 +157,11 @@ class ShmTransport:
         address = src.data_ptr()
         if nbytes <= SMALL_BYTES and not put and not link.queue and self._send_small(link, address, nbytes):
             return None
-        request = _Send(link, src, nbytes, self._contract)
+        request = Send(link, src, nbytes, self._contract)
         if put and (target := self._put_offset(link, address, nbytes)) >= 0:
             # Now, while it is hot; the word of it may have to wait for its turn.
             self._put(link, target, address, src)
-            request.place = _PUT
+            request.place = PUT
         elif nbytes > SMALL_BYTES and not buffered and self._base <= address < self._end:
             request.place = (address - self._base) << 2
         if link.queue or not self._start(request):
@@ -254,7 +169,7 @@ class ShmTransport:
             self.queued += 1
         return request
 
-    def _send_small(self, link: _Link, address: int, nbytes: int) -> bool:
+    def _send_small(self, link: Link, address: int, nbytes: int) -> bool:
         """Sends by a small slot, if there is room now."""
         number, slots = link.sent + 1, link.small
         slot = slots.next
@@ -262,12 +177,12 @@ class ShmTransport:
         if needed > link.acked and needed > self._refresh(link):
             return False
         slots.used[slot], slots.next = number, (slot + 1) % SMALL_SLOTS
-        offset = slots.start + slot * _SMALL_STRIDE
+        offset = slots.start + slot * SMALL_STRIDE
         futex.copy_short(self._base + offset, address, nbytes)
         self._post(link, number, self._contract, nbytes, offset << 2)
         return True
 
-    def _start(self, request: _Send) -> bool:
+    def _start(self, request: Send) -> bool:
         """Posts as much of a send as there is room for; whether that is all."""
         link, nbytes = request.link, request.nbytes
         slots = link.small if nbytes <= SMALL_BYTES else link.large
@@ -276,7 +191,7 @@ class ShmTransport:
             if number - ENTRIES > link.acked and number - ENTRIES > self._refresh(link):
                 return False
             if request.place >= 0:
-                request.until = 0 if request.place == _PUT else number
+                request.until = 0 if request.place == PUT else number
                 self._post(link, number, request.contract, nbytes, request.place)
                 return True
             slot = slots.next
@@ -291,28 +206,28 @@ class ShmTransport:
                 futex.copy(self._base + offset, request.source.data_ptr() + request.done, part)
             request.done += part
             last = request.done == nbytes
-            self._post(link, number, request.contract, nbytes, offset << 2 | (_AT if last else _PART))
+            self._post(link, number, request.contract, nbytes, offset << 2 | (AT if last else PART))
             if last:
                 request.until = 0
                 return True
 
-    def _refresh(self, link: _Link) -> int:
+    def _refresh(self, link: Link) -> int:
         """The last message that the peer has finished with."""
         link.acked = link.acked_words[link.acked_at]
         return link.acked
 
-    def _put_offset(self, link: _Link, address: int, nbytes: int) -> int:
+    def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
         """Where in the peer's window a put from `address` goes; −1 where one end has no window there."""
         if not self._exposed <= address < self._exposed_end:
             return -1
         if not self._entered(link):
             return -1
-        offset = link.words[link.words_at + _EXPOSED_AT] + address - self._exposed
+        offset = link.words[link.words_at + EXPOSED_AT] + address - self._exposed
         return offset if offset + nbytes <= link.window.nbytes else -1
 
-    def _entered(self, link: _Link) -> bool:
+    def _entered(self, link: Link) -> bool:
         """Whether the peer has begun this collective. Once, it is given a moment to."""
-        words, at = link.words, link.words_at + _EXPOSED_CONTRACT
+        words, at = link.words, link.words_at + EXPOSED_CONTRACT
         if words[at] == self._contract:
             return True
         if link.awaited == self._contract:
@@ -326,31 +241,31 @@ class ShmTransport:
                 futex.give_way()
         return True
 
-    def _put(self, link: _Link, offset: int, address: int, src: Tensor) -> None:
+    def _put(self, link: Link, offset: int, address: int, src: Tensor) -> None:
         if src.nbytes > _BY_ADDRESS:
             self._view(link, offset, src.nbytes, src.dtype).copy_(src)
         elif src.nbytes:
             futex.copy(link.window.address + offset, address, src.nbytes)
 
-    def _post(self, link: _Link, number: int, contract: int, nbytes: int, place: int) -> None:
+    def _post(self, link: Link, number: int, contract: int, nbytes: int, place: int) -> None:
         words, entry = self._words, link.entries_out + (number % ENTRIES) * 4
         words[entry] = contract
-        words[entry + _LENGTH] = nbytes
-        words[entry + _PLACE] = place
-        words[entry + _NUMBER] = number  # the last: it says that the rest is there
+        words[entry + LENGTH] = nbytes
+        words[entry + PLACE] = place
+        words[entry + NUMBER] = number  # the last: it says that the rest is there
         link.sent = number
         fence()
-        if link.words[link.words_at + _SLEEPING]:  # as `_wake`, which would cost a tenth of a small message
+        if link.words[link.words_at + SLEEPING]:  # as `_wake`, which would cost a tenth of a small message
             self._rouse(link)
 
-    def _wake(self, link: _Link) -> None:
+    def _wake(self, link: Link) -> None:
         """Wakes the peer, if it sleeps, to see what was just written."""
         fence()
-        if link.words[link.words_at + _SLEEPING]:
+        if link.words[link.words_at + SLEEPING]:
             self._rouse(link)
 
-    def _rouse(self, link: _Link) -> None:
-        link.words[link.words_at + _SLEEPING] = 0
+    def _rouse(self, link: Link) -> None:
+        link.words[link.words_at + SLEEPING] = 0
         futex.wake(link.sleep_address)
 
     def drain(self) -> None:
@@ -362,9 +277,9 @@ class ShmTransport:
 
     # ------------------------------------------------------------------ receiving
 
-    def irecv(self, peer: int, dst: Tensor, lend: bool) -> _Receive:
+    def irecv(self, peer: int, dst: Tensor, lend: bool) -> Receive:
         link = self._links[peer]
-        request = _Receive(link, dst, lend, self._contract)
+        request = Receive(link, dst, lend, self._contract)
         link.pending.append(request)
         return request
 
@@ -372,12 +287,12 @@ class ShmTransport:
         if request is None:
             return None
         link = request.link
-        if type(request) is _Receive:
+        if type(request) is Receive:
             while link.pending and request.number == 0 and request.view is None:
                 self._take(link, link.pending[0], deadline, wanted=link.pending[0] is request)
                 link.pending.popleft()
             return request.view
-        assert isinstance(request, _Send)
+        assert isinstance(request, Send)
         if request.until < 0:
             self.drain()
         while request.until < 0:
@@ -389,7 +304,7 @@ class ShmTransport:
             link.acked = link.acked_words[link.acked_at]
         return None
 
-    def _take(self, link: _Link, request: _Receive, deadline: float, wanted: bool) -> None:
+    def _take(self, link: Link, request: Receive, deadline: float, wanted: bool) -> None:
         """Finishes the next receive from a peer, or lends what came for it."""
         dst, got = request.dst, 0
         staging: Tensor | None = None
@@ -397,36 +312,36 @@ class ShmTransport:
             number = link.taken + 1
             entry = link.entries_in + (number % ENTRIES) * 4
             words = link.words
-            if words[entry + _NUMBER] != number:
-                self._until(link, words, entry + _NUMBER, number, deadline)
-            nbytes, place = words[entry + _LENGTH], words[entry + _PLACE]
+            if words[entry + NUMBER] != number:
+                self._until(link, words, entry + NUMBER, number, deadline)
+            nbytes, place = words[entry + LENGTH], words[entry + PLACE]
             expected = dst.nbytes
-            if words[entry + _CONTRACT] != request.contract or nbytes != expected:
+            if words[entry + CONTRACT] != request.contract or nbytes != expected:
                 size = dst.element_size()
                 raise Fault(
                     FaultKind.MISMATCH, link.rank, f"expected {expected // size} elements, got {nbytes // size}"
                 )
             link.taken = number
             offset, kind = place >> 2, place & 3
-            if kind == _AT and request.lend and not got and wanted and nbytes:
+            if kind == AT and request.lend and not got and wanted and nbytes:
                 request.view = self._view(link, offset, nbytes, dst.dtype)
                 request.number = number
                 self._count(nbytes)
                 return
             if request.lend and staging is None:
                 staging = torch.empty_like(dst)
-            if kind != _PUT and nbytes:
-                part = min(nbytes - got, SLOT_BYTES) if kind == _PART or got else nbytes
+            if kind != PUT and nbytes:
+                part = min(nbytes - got, SLOT_BYTES) if kind == PART or got else nbytes
                 target = dst if staging is None else staging
                 futex.copy(target.data_ptr() + got, link.window.address + offset, part)
                 got += part
             self._consume(link, number)
-            if kind != _PART:
+            if kind != PART:
                 request.number, request.view = -1, staging
                 self._count(nbytes)
                 return
 
-    def _view(self, whose: _Link | ShmTransport, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    def _view(self, whose: Link | ShmTransport, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
         key = (whose.rank, offset, nbytes, dtype)
         view = self._views.get(key)
         if view is None:
@@ -440,18 +355,18 @@ class ShmTransport:
         counters.messages_received += 1
         counters.bytes_received += nbytes
 
-    def _consume(self, link: _Link, number: int) -> None:
+    def _consume(self, link: Link, number: int) -> None:
         self._words[link.taken_at] = number
         self._wake(link)
 
-    def release(self, request: _Receive) -> None:
+    def release(self, request: Receive) -> None:
         if request.number > 0:
             self._consume(request.link, request.number)
         request.number, request.view = -1, None
 
     # ------------------------------------------------------------------ waiting
 
-    def _until(self, link: _Link, words: memoryview[int], at: int, value: int, deadline: float) -> None:
+    def _until(self, link: Link, words: memoryview[int], at: int, value: int, deadline: float) -> None:
         """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
         if self.queued:
             self.drain()
@@ -461,8 +376,8 @@ class ShmTransport:
                 return
             if self._crowded:
                 futex.give_way()
-        own, sleeping = self._words, self._at + _SLEEPING
-        address = self._base + self._block + 8 * _SLEEPING
+        own, sleeping = self._words, self._at + SLEEPING
+        address = self._base + self._block + 8 * SLEEPING
         while True:
             own[sleeping] = 1
             fence()  # whoever writes after this sees that it must wake
@@ -471,7 +386,7 @@ class ShmTransport:
             if words[at] >= value:
                 own[sleeping] = 0
                 return
-            if own[self._at + _ALARM]:
+            if own[self._at + ALARM]:
                 self._check_aborted()
             gone = self._left(link)
             if gone is not None and words[at] < value:  # what it wrote before it went still counts
@@ -485,9 +400,9 @@ class ShmTransport:
                 futex.sleep(address, 1, min(left, _SHORT_SLEEP))
                 self.meanwhile()
 
-    def _left(self, link: _Link) -> str | None:
+    def _left(self, link: Link) -> str | None:
         """Why the peer is no longer there, or None."""
-        if link.words[link.words_at + _CLOSED]:
+        if link.words[link.words_at + CLOSED]:
             return "closed its communicator"
         return self._neighbours.gone.get(self._member[link.rank])
 
@@ -495,8 +410,8 @@ class ShmTransport:
         """Lets a sleeping wait look again."""
         if self._closed:
             return
-        self._words[self._at + _SLEEPING] = 0
-        futex.wake(self._base + self._block + 8 * _SLEEPING)
+        self._words[self._at + SLEEPING] = 0
+        futex.wake(self._base + self._block + 8 * SLEEPING)
 
     # ------------------------------------------------------------------ failing
 
@@ -512,25 +427,25 @@ class ShmTransport:
         blocks |= {link.rank: (link.window, link.block) for link in self._links.values()}
         for rank in sorted(blocks):
             window, block = blocks[rank]
-            if window.words[block // 8 + _ABORTED]:
-                length = min(window.words[block // 8 + _REPORT_LENGTH], _REPORT_BYTES)
+            if window.words[block // 8 + ABORTED]:
+                length = min(window.words[block // 8 + REPORT_LENGTH], REPORT_BYTES)
                 start = block + self._layout.report
                 found[rank] = window.memory[start : start + length].decode(errors="replace")
         return found
 
     def abort(self, report: str) -> None:
-        if self._closed or self._neighbours.forked or self._words[self._at + _ABORTED]:
+        if self._closed or self._neighbours.forked or self._words[self._at + ABORTED]:
             return
-        text = report.encode()[:_REPORT_BYTES]
+        text = report.encode()[:REPORT_BYTES]
         start = self._block + self._layout.report
         self.window.memory[start : start + len(text)] = text
-        self._words[self._at + _REPORT_LENGTH] = len(text)
-        self._words[self._at + _ABORTED] = 1
-        self._words[self._at + _ALARM] = 1
+        self._words[self._at + REPORT_LENGTH] = len(text)
+        self._words[self._at + ABORTED] = 1
+        self._words[self._at + ALARM] = 1
         self._heap.freeze()  # a peer that has not heard yet may still write where it was told to
         self.peer_lost()
         for link in self._links.values():
-            link.words[link.words_at + _ALARM] = 1
+            link.words[link.words_at + ALARM] = 1
             self._wake(link)
 
     def reports(self, timeout: float) -> dict[int, str]:
@@ -561,11 +476,11 @@ class ShmTransport:
             return
         self._neighbours.let_forget(self)
         self._closed = True
-        self._words[self._at + _CLOSED] = 1
+        self._words[self._at + CLOSED] = 1
         for link in self._links.values():
             self._wake(link)
         for link in self._links.values():
-            link.words[link.acked_at + _LEFT] = 1  # the last that this rank writes there
+            link.words[link.acked_at + LEFT] = 1  # the last that this rank writes there
         self._neighbours.retire(self._free_block)
         self._neighbours.let_go()
 
@@ -573,7 +488,7 @@ class ShmTransport:
         """Gives the control block back once no peer looks at it any more; whether that is now."""
         for link in self._links.values():
             gone = self._member[link.rank] in self._neighbours.gone
-            if not self._words[link.taken_at + _LEFT] and not gone:
+            if not self._words[link.taken_at + LEFT] and not gone:
                 return False
         self._heap.give_back(self._block, self._layout.nbytes)
         return True

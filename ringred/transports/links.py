@@ -1,0 +1,128 @@
+"""What `shm` keeps of each pair of ranks: the words and slots of a control block, and the state of both directions.
+
+A rank's control block lies in its window. Others write to it only its alarm, that it need not sleep any more, and, on a
+line of their own, that they will not look there any more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from torch import Tensor
+
+from ringred.transports.windows import Window
+
+__all__ = ["Layout", "Link", "Receive", "Send", "Slots"]
+
+SLOT_BYTES = 512 << 10
+"""Of a large slot, and so of a segment: long enough to hide what Python takes for it, short enough for a cache."""
+SLOTS = 4
+SMALL_BYTES = 4 << 10
+"""A message up to this goes into a small slot, even if it lies in the window: it is soon copied, and then its sender
+need not wait until it is read."""
+SMALL_SLOTS = 16
+ENTRIES = 256
+"""Descriptors of a pair: messages that may be on their way."""
+REPORT_BYTES = 16 << 10
+
+# Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
+SLEEPING, ALARM, ABORTED, CLOSED, REPORT_LENGTH = 0, 8, 16, 17, 18
+EXPOSED_CONTRACT, EXPOSED_AT = 24, 25
+CONSUMED = 32  # a line for each peer: what was consumed, and from the peer itself that it will not look here any more
+LEFT = 1
+CONTRACT, LENGTH, PLACE, NUMBER = 0, 1, 2, 3  # words of a descriptor
+# Kinds of place: in the sender's window, in the receiver's, in the sender's and more to come.
+AT, PUT, PART = 0, 1, 2
+SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
+
+
+class Layout:
+    """Where things lie in the control block of a rank among `size`: offsets in bytes from its start."""
+
+    def __init__(self, size: int) -> None:
+        self.entries = 8 * (CONSUMED + 8 * size)
+        self.report = self.entries + size * ENTRIES * 32
+        self.small = self.report + REPORT_BYTES
+        self.large = -(-(self.small + size * SMALL_SLOTS * SMALL_STRIDE) // 4096) * 4096
+        self.nbytes = self.large + size * SLOTS * SLOT_BYTES
+
+
+class Slots:
+    """A ring of `count` slots of one size, `stride` apart from offset `start` of this rank's window on."""
+
+    __slots__ = ("nbytes", "next", "start", "stride", "used")
+
+    def __init__(self, start: int, nbytes: int, stride: int, count: int) -> None:
+        self.start, self.nbytes, self.stride = start, nbytes, stride
+        self.next, self.used = 0, [0] * count  # the number of the message that each was last used for
+
+
+class Link:
+    """Both directions between this rank and one peer."""
+
+    __slots__ = (
+        "acked",
+        "acked_at",
+        "acked_words",
+        "awaited",
+        "block",
+        "entries_in",
+        "entries_out",
+        "large",
+        "pending",
+        "posted",
+        "queue",
+        "rank",
+        "sent",
+        "sleep_address",
+        "small",
+        "taken",
+        "taken_at",
+        "window",
+        "words",
+        "words_at",
+    )
+
+    def __init__(self, rank: int, index: int, window: Window, block: int, own_block: int, own: int, size: int) -> None:
+        layout = Layout(size)
+        self.rank, self.window, self.block = rank, window, block
+        self.words, self.words_at = window.words, block // 8
+        self.sleep_address = window.address + block + 8 * SLEEPING
+        # What this rank sends: entries and slots are in its own block, the count of what is consumed in the peer's.
+        self.entries_out = (own_block + layout.entries) // 8 + index * ENTRIES * 4
+        small = own_block + layout.small + index * SMALL_SLOTS * SMALL_STRIDE
+        large = own_block + layout.large + index * SLOTS * SLOT_BYTES
+        self.small = Slots(small, SMALL_BYTES, SMALL_STRIDE, SMALL_SLOTS)
+        self.large = Slots(large, SLOT_BYTES, SLOT_BYTES, SLOTS)
+        self.acked_words, self.acked_at = window.words, block // 8 + CONSUMED + 8 * own
+        self.sent = self.acked = 0  # messages, or parts of them: numbers of the last one
+        self.queue: deque[Send] = deque()
+        self.awaited = 0  # the collective for whose beginning there the peer was waited for
+        # What it receives: the other way round.
+        self.entries_in = (block + layout.entries) // 8 + own * ENTRIES * 4
+        self.taken_at = own_block // 8 + CONSUMED + 8 * index
+        self.taken = 0
+        self.pending: deque[Receive] = deque()
+
+
+class Send:
+    """A message that is not done yet, to the peer of `link`."""
+
+    __slots__ = ("contract", "done", "link", "nbytes", "place", "source", "until")
+
+    def __init__(self, link: Link, source: Tensor, nbytes: int, contract: int) -> None:
+        self.link, self.source, self.nbytes, self.contract = link, source, nbytes, contract
+        self.place = -1  # where the receiver finds it without a slot
+        self.done = 0  # bytes that went into slots
+        self.until = -1  # the message after whose consumption the source is free: −1 unknown, 0 at once
+
+
+class Receive:
+    """A message that is waited for, or lent, from the peer of `link`."""
+
+    __slots__ = ("contract", "dst", "lend", "link", "number", "view")
+
+    def __init__(self, link: Link, dst: Tensor, lend: bool, contract: int) -> None:
+        self.link, self.dst, self.lend, self.contract = link, dst, lend, contract
+        self.view: Tensor | None = None
+        self.number = 0  # the message that is lent, until it is released; −1 once all is done
