@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -103,8 +104,7 @@ class Communicator:
         store = torch_p2p.corner(store, rank)
         gather = torch_p2p.gatherer(store, rank, size, config.timeout)
         names = gather(host_name())
-        # Ranks of one host need no other address than the loopback, and then nobody else can connect.
-        address = config.interface or ("127.0.0.1" if len(set(names)) == 1 else None)
+        address = torch_p2p.bind_address(names, config.interface)
         transport = _connect(
             gather,
             rank,
@@ -140,12 +140,22 @@ class Communicator:
             return None
         rows = table.view(self.size, 2).tolist()
         members = [rank for _, rank in sorted((rows[r][1], r) for r in range(self.size) if rows[r][0] == color)]
-        label = f"{self.name}/{self._splits}.{color}"
-        transport = self.transport.subset(members, label)
-        child = Communicator(transport, hosts=[self.hosts[rank] for rank in members], config=self.config, name=label)
+        return self.subset(members, f"{self.name}/{self._splits}.{color}")
+
+    def subset(self, members: Sequence[int], name: str, *, timeout: float | None = None) -> Communicator:
+        """A communicator of `members`, ranks of this one, in that order; only they call it. `name` is one that they
+        have given to no other. Its collectives may take `timeout` seconds, or as long as here."""
+        config = self.config if timeout is None else replace(self.config, timeout=timeout)
+        transport = self.transport.subset(members, name)
+        child = Communicator(transport, hosts=[self.hosts[rank] for rank in members], config=config, name=name)
         child.tune(self.tuning)
         self._children.add(child)
         return child
+
+    def set_timeout(self, seconds: float) -> None:
+        """From here on a collective fails after `seconds`."""
+        self.config = replace(self.config, timeout=seconds)
+        self._runner.timeout = seconds
 
     # ------------------------------------------------------------------ collectives
 
@@ -261,6 +271,9 @@ class Communicator:
         )
 
         def plan() -> Prepared:
+            if self._planner.leaves_others(call, kind, flat.dtype):
+                pieces = [*shares[: self.rank], flat, *shares[self.rank + 1 :]]
+                return self._planner.reduced_pieces(call, pieces, kind, lambda: _copy(flat, shares[self.rank]), back)
             work = torch.cat(shares) if len(shares) > 1 else shares[0].clone()
             after = tensors.in_turn(lambda: _copy(flat, work[lo:hi]), back)
             return self._planner.reduced_shares(call, work, bounds, kind, after)

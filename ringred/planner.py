@@ -14,7 +14,7 @@ from ringred.collectives.registry import ROOTED, Algorithm, lookup, prove
 from ringred.errors import GridError, UnknownAlgorithm
 from ringred.executor import Piece, Plan, bind
 from ringred.ops import Folder, ReduceOp
-from ringred.schedule.ir import Group
+from ringred.schedule.ir import Group, Recv
 from ringred.schedule.lower import Program, in_step, lower
 from ringred.select import choose, segments_for, share_bounds
 from ringred.tensors import WriteBack, unowned
@@ -208,6 +208,23 @@ class Planner:
         units = [bounds[owner] for owner in call.algorithm.home(call.group)]
         plan = self._bind(self._program(call, units, tensor), tensor, folder)
         return Prepared(plan, self._scaling(folder, tensor), after)
+
+    def leaves_others(self, call: Call, op: ReduceOp, dtype: torch.dtype) -> bool:
+        """Whether a reduce-scatter on this rank writes to no share but its own, and needs no copy of the rest."""
+        home = call.algorithm.home(call.group)
+        steps = call.algorithm.steps(call.group)(self.rank)
+        written = {unit for step in steps for each in step if isinstance(each, Recv) for unit in each.chunk.units}
+        return all(home[unit] == self.rank for unit in written) and not Folder(op, dtype, self.size).scales_first
+
+    def reduced_pieces(
+        self, call: Call, shares: Sequence[Tensor], op: ReduceOp, before: Callable[[], None], after: WriteBack
+    ) -> Prepared:
+        """The plan of a reduce-scatter that `leaves_others`, of one tensor a rank; its own is where the result goes."""
+        bounds = adjacent([share.numel() for share in shares])
+        units = [bounds[owner] for owner in call.algorithm.home(call.group)]
+        pieces = [Piece(lo, share) for (lo, _), share in zip(bounds, shares, strict=True)]
+        folder = Folder(op, shares[0].dtype, self.size)
+        return Prepared(bind(self._program(call, units, shares[0]), pieces, folder), before, after)
 
     def gathered_shares(
         self, call: Call, shares: Sequence[Tensor], before: Callable[[], None], after: WriteBack

@@ -28,7 +28,16 @@ from ringred.transports.base import Counters, Fault, FaultKind, Gather
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
-__all__ = ["TorchP2PTransport", "corner", "gatherer", "group_store", "leave", "rendezvous"]
+__all__ = [
+    "TorchP2PTransport",
+    "bind_address",
+    "corner",
+    "gatherer",
+    "gloo_group",
+    "group_store",
+    "leave",
+    "rendezvous",
+]
 
 _HEADER_BYTES = 16  # contract and payload length, as int64
 _FRAME_BYTES = 1 << 16
@@ -96,6 +105,30 @@ def leave(store: Any, rank: int, size: int, timeout: float) -> None:
         ) from failure
 
 
+def bind_address(hosts: Sequence[object], interface: str | None) -> str | None:
+    """The local address for Gloo, given the host of each rank; None leaves it to Gloo, which takes the host's own."""
+    # Ranks of one host need no other address than the loopback, and then nobody else can connect.
+    return interface or ("127.0.0.1" if len(set(hosts)) == 1 else None)
+
+
+def gloo_group(store: Any, rank: int, size: int, timeout: float, address: str | None) -> Any:
+    """A process group of Gloo's; waits for all ranks. Raises `TransportUnavailable`."""
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=timeout)
+    options._threads = 2
+    try:
+        if address is None:
+            options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        else:
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        return dist.ProcessGroupGloo(store, rank, size, options)
+    except RuntimeError as failure:
+        raise TransportUnavailable(
+            f"rank {rank}: no Gloo connections among {size} ranks within {timeout:g} s: {failure}; "
+            "are all ranks up? RINGRED_INTERFACE names the address to use"
+        ) from failure
+
+
 class _Send:
     __slots__ = ("frame", "peer", "source", "works")
 
@@ -132,20 +165,7 @@ class TorchP2PTransport:
         self._store, self._timeout, self._address = store, timeout, address
         # A store serves one call at a time: this transport must not wait behind somebody else's.
         self._board = store.clone() if hasattr(store, "clone") else store
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout)
-        options._threads = 2
-        try:
-            if address is None:
-                options._devices = [dist.ProcessGroupGloo.create_default_device()]
-            else:
-                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-            self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
-        except RuntimeError as failure:
-            raise TransportUnavailable(
-                f"rank {rank}: no Gloo connections among {size} ranks within {timeout:g} s: {failure}; "
-                "are all ranks up? RINGRED_INTERFACE names the address to use"
-            ) from failure
+        self._group = gloo_group(dist.PrefixStore("gloo", store), rank, size, timeout, address)
         self._contract = 0
         self._greeted: set[int] = set()
         self._first: dict[int, _Receive] = {}  # peers whose frame of this collective is posted

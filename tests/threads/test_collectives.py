@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from ringred.collectives.registry import lookup
+from ringred.collectives.registry import algorithms, lookup
 from ringred.communicator import Communicator
 from ringred.executor import Piece, bind, run
 from ringred.ops import Folder, ReduceOp
@@ -213,3 +213,38 @@ def test_a_single_element_with_an_odd_stride() -> None:
         return tensor.tolist()
 
     assert run_ranks(body, 2, "torch_p2p") == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("transport", ["local", "shm"])
+def test_a_reduce_scatter_leaves_its_input_as_it_was(transport: str) -> None:
+    """Some algorithms write to no share but the rank's own and go without a copy of the input; none may show it."""
+
+    def body(comm: Communicator) -> None:
+        rank, size = comm.rank, comm.size
+        lengths = [700 * peer + 3 for peer in range(size)]
+        for name in sorted(algorithms("reduce_scatter")):
+            for op, dtype, factor in (
+                ("sum", torch.float32, 1.0),
+                ("avg", torch.float32, 1.0 / size),
+                ("avg", torch.float16, 1.0 / size),
+            ):
+                whole = comm.empty(size * 50_001, dtype).fill_(rank + 1.0)
+                listed = [torch.full((length,), float(rank + peer), dtype=dtype) for peer, length in enumerate(lengths)]
+                for given, expected in (
+                    (whole, sum(range(1, size + 1)) * factor),
+                    (listed, sum(peer + rank for peer in range(size)) * factor),
+                ):
+                    before = given.clone() if isinstance(given, torch.Tensor) else [share.clone() for share in given]
+                    output = torch.empty(50_001 if given is whole else lengths[rank], dtype=dtype)
+                    comm.reduce_scatter(output, given, op, algorithm=name)
+                    assert torch.allclose(output.float(), torch.tensor(expected), rtol=1e-3), (name, op, dtype)
+                    same = zip(
+                        [given] if given is whole else given, [before] if given is whole else before, strict=True
+                    )
+                    assert all(torch.equal(now, then) for now, then in same), (name, op, dtype)
+                own = whole[rank * 50_001 : (rank + 1) * 50_001]  # in place, as torch allows
+                comm.reduce_scatter(own, whole, op, algorithm=name)
+                assert torch.allclose(own.float(), torch.tensor(sum(range(1, size + 1)) * factor), rtol=1e-3)
+
+    for size in (2, 3, 4):
+        run_ranks(body, size, transport)
