@@ -179,6 +179,16 @@ class Communicator:
         grid: Sequence[int] | None = ...,
         async_op: Literal[True],
     ) -> Work[None]: ...
+    @overload
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        op: object = ...,
+        *,
+        algorithm: str = ...,
+        grid: Sequence[int] | None = ...,
+        async_op: bool,
+    ) -> Work[None] | None: ...
     def all_reduce(
         self,
         tensor: Tensor,
@@ -271,7 +281,8 @@ class Communicator:
         )
 
         def plan() -> Prepared:
-            if self._planner.leaves_others(call, kind, flat.dtype):
+            apart = tensors.is_apart(flat, shares, self.rank)
+            if apart and self._planner.leaves_others(call, kind, flat.dtype):
                 pieces = [*shares[: self.rank], flat, *shares[self.rank + 1 :]]
                 return self._planner.reduced_pieces(call, pieces, kind, lambda: _copy(flat, shares[self.rank]), back)
             work = torch.cat(shares) if len(shares) > 1 else shares[0].clone()

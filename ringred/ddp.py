@@ -161,6 +161,9 @@ class DistributedDataParallel(nn.Module):
         if not self._expecting or not self._seen:
             return  # finished, or no backward was made at all: the last outputs were only looked at
         self._expecting = False
+        for work in self._works:  # of a backward that was given up: they still use the buckets
+            if work is not None:
+                work.wait()
         missing = [name for at, name in enumerate(self._names) if at not in self._seen]
         if missing and not self.find_unused_parameters:
             why = (

@@ -88,6 +88,7 @@ class Planner:
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self._steady: OrderedDict[tuple[Any, ...], bool] = OrderedDict()
+        self._own_only: OrderedDict[tuple[Any, ...], bool] = OrderedDict()
         self.native: tuple[Costs, Callable[[torch.dtype], bool]] | None = None
         """Costs of the transport's own all-reduce, and the dtypes that it takes, where "auto" may choose it."""
         self.ready: OrderedDict[tuple[Any, ...], tuple[Call, Callable[[], Prepared | None]]] = OrderedDict()
@@ -211,10 +212,16 @@ class Planner:
 
     def leaves_others(self, call: Call, op: ReduceOp, dtype: torch.dtype) -> bool:
         """Whether a reduce-scatter on this rank writes to no share but its own, and needs no copy of the rest."""
+        key = (call.algorithm.name, call.group)
+        if key not in self._own_only:
+            _keep(self._own_only, key, self._writes_its_own(call))
+        return self._own_only[key] and not Folder(op, dtype, self.size).scales_first
+
+    def _writes_its_own(self, call: Call) -> bool:
         home = call.algorithm.home(call.group)
         steps = call.algorithm.steps(call.group)(self.rank)
         written = {unit for step in steps for each in step if isinstance(each, Recv) for unit in each.chunk.units}
-        return all(home[unit] == self.rank for unit in written) and not Folder(op, dtype, self.size).scales_first
+        return all(home[unit] == self.rank for unit in written)
 
     def reduced_pieces(
         self, call: Call, shares: Sequence[Tensor], op: ReduceOp, before: Callable[[], None], after: WriteBack

@@ -18,7 +18,7 @@ from ringred.collectives.registry import lookup
 from ringred.schedule.cost import simulate
 from ringred.select import share_bounds
 from ringred.topology import calibrate
-from ringred.topology.calibrate import Costs, Sample, Tuning, fit
+from ringred.topology.calibrate import KINDS, Costs, Sample, Tuning, fit, rounded
 from ringred.topology.detect import machine
 from ringred.transports.base import Gather
 
@@ -134,14 +134,8 @@ def measure(comm: Communicator, before: Callable[[], object], call: Callable[[],
 
 
 def _agreed(comm: Communicator, found: dict[str, Costs]) -> Tuning:
-    """The slowest rank's, part by part: every rank must decide by the same numbers."""
-    names = ("tensor", "window", "native", "between")
-    table = torch.tensor([found.get(name, (-1.0,) * 4) for name in names], dtype=torch.float64)
-    comm.all_reduce(table, "max", algorithm="one_shot")
-    rows = zip(names, table.tolist(), strict=True)
-    # Three digits are more than noise leaves, and all ranks have them by heart in a short text.
-    return {name: (_short(a), _short(b), _short(g), _short(d)) for name, (a, b, g, d) in rows if a >= 0}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
+    """The mean over the ranks that have measured a kind: every rank must decide by the same numbers."""
+    table = torch.tensor([(*found[kind], 1.0) if kind in found else (0.0,) * 5 for kind in KINDS], dtype=torch.float64)
+    comm.all_reduce(table, algorithm="one_shot")
+    rows = zip(KINDS, table.tolist(), strict=True)
+    return {kind: rounded([total / count for total in totals]) for kind, (*totals, count) in rows if count}

@@ -86,6 +86,16 @@ def outputs(where: str, tensors: Tensor | Sequence[Tensor], size: int) -> tuple[
     return [part for part, _ in pairs], in_turn(*(back for _, back in pairs))
 
 
+def is_apart(output: Tensor, shares: Sequence[Tensor], own: int) -> bool:
+    """Whether writing to `output` changes none of `shares`, unless it is the share `own` itself and that alone."""
+    lo, hi = output.data_ptr(), output.data_ptr() + output.nbytes
+    for at, share in enumerate(shares):
+        start, end = share.data_ptr(), share.data_ptr() + share.nbytes
+        if start < hi and lo < end and not (at == own and start == lo):
+            return False
+    return True
+
+
 def unowned(tensor: Tensor) -> Tensor:
     """The memory of the flat `tensor` as a tensor that does not hold it, for whoever knows that it is held."""
     if not tensor.numel():

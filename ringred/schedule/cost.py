@@ -89,11 +89,13 @@ def simulate(
                     waiting[rank] = event
                     wanted_by[absent, rank] = rank
                     break
-                # The port takes what was sent first first, in whichever order it is added afterwards.
-                for start, peer in sorted((on_the_way[peer, rank].popleft(), peer) for peer in event.peers):
+                # The port takes what is there first first, in whichever order it is added afterwards.
+                arrivals = []
+                for peer in event.peers:
                     alpha, beta, *latency = link(peer, rank)
-                    arrival = start + sum(latency)
-                    receive_port[rank] = max(arrival, receive_port[rank]) + alpha + beta * event.nbytes
+                    arrivals.append((on_the_way[peer, rank].popleft() + sum(latency), alpha + beta * event.nbytes))
+                for arrival, takes in sorted(arrivals):
+                    receive_port[rank] = max(arrival, receive_port[rank]) + takes
                     received[rank] += event.nbytes
                 clock[rank] = max(clock[rank], receive_port[rank])
                 if event.reduce:

@@ -14,7 +14,8 @@ order that needs no further thought at run time:
 - a chunk that is sent and received in one step is copied to a slot, and sent from there; or, over a transport
   that buffers, sent from its place, and overwritten once the transport has copied it;
 - receives are posted ahead, as far as their destination is free;
-- where a rank only sends, its receivers have little to do: it puts every second segment, and they fetch the others;
+- in a step in which a rank only sends, its receivers have little to do: each gets every second segment put, and fetches
+  the others;
 - at the end every send is waited for, so that the caller may write to the buffer again.
 
 Deadlock: a segment depends only on segments of the same part, of steps on which its own step depends. The
@@ -25,7 +26,7 @@ its steps in theirs, and any such order is a run of these instructions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, TypeAlias
@@ -234,7 +235,7 @@ class _Lowering:
         overwritten = [{u for op in step if not isinstance(op, Send) for u in op.chunk.units} for step in self.steps]
         slots: list[dict[tuple[int, int], int]] = [{} for _ in self.steps]
         one_way = [all(isinstance(op, Send) for op in step) for step in self.steps]
-        turn = count()
+        turns: dict[int, Iterator[int]] = defaultdict(count)
         for index, part in self.order():
             step = self.steps[index]
             for at, op in enumerate(step):
@@ -247,7 +248,7 @@ class _Lowering:
                             slot = self.snapshot(op.chunk, lo, hi, slots[index])
                             self.post_send(index, op.peer, op.chunk, lo, hi, slot=slot)
                         else:
-                            put = self.put_safe(index, at) and not (one_way[index] and next(turn) % 2)
+                            put = self.put_safe(index, at) and not (one_way[index] and next(turns[op.peer]) % 2)
                             self.post_send(index, op.peer, op.chunk, lo, hi, put=put, exposed=exposed)
             for receives, lo, hi in self.in_turn(step, part):
                 self.receive(index, receives, lo, hi)

@@ -7,6 +7,7 @@ counts the messages on its critical path, and so on. So a few measured collectiv
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-__all__ = ["Costs", "Sample", "Tuning", "fit", "load", "store"]
+__all__ = ["KINDS", "Costs", "Sample", "Tuning", "fit", "load", "rounded", "store"]
 
 Costs: TypeAlias = tuple[float, float, float, float]
 """α in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds (see `schedule.cost`)."""
@@ -23,6 +24,7 @@ Tuning: TypeAlias = Mapping[str, Costs]
 """Costs by what they are of: "tensor" and "window" memory within a host, "between" hosts, "native" for a collective
 of the transport's own, whose α is that of the whole call."""
 
+KINDS = ("tensor", "window", "native", "between")
 _KEPT = 64  # machines and jobs in one file
 
 
@@ -59,9 +61,23 @@ def load(path: Path, key: str) -> Tuning | None:
     """What was stored for `key`; None where nothing was, or the file makes no sense."""
     try:
         found = json.loads(path.read_text())[key]
-        return {str(name): (float(a), float(b), float(g), float(d)) for name, (a, b, g, d) in found.items()}
+        return {_known(kind): rounded(costs) for kind, costs in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"costs of {kind!r}: expected one of {', '.join(KINDS)}")
+    return kind
+
+
+def rounded(costs: Sequence[float]) -> Costs:
+    """`costs` to three digits: more than noise leaves, and short to tell all ranks. Raises `ValueError`."""
+    alpha, beta, gamma, latency = (float(f"{float(cost):.3g}") for cost in costs)
+    if not all(0 <= cost < math.inf for cost in (alpha, beta, gamma, latency)):
+        raise ValueError(f"expected four costs of 0 or more, got {costs}")
+    return alpha, beta, gamma, latency
 
 
 def store(path: Path, key: str, tuning: Tuning) -> str | None:

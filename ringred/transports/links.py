@@ -28,6 +28,7 @@ REPORT_BYTES = 16 << 10
 # Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
 SLEEPING, ALARM, ABORTED, CLOSED, REPORT_LENGTH = 0, 8, 16, 17, 18
 EXPOSED_CONTRACT, EXPOSED_AT = 24, 25
+NOWHERE = 1 << 62  # exposed by a rank whose memory is no window
 CONSUMED = 32  # a line for each peer: what was consumed, and from the peer itself that it will not look here any more
 LEFT = 1
 CONTRACT, LENGTH, PLACE, NUMBER = 0, 1, 2, 3  # words of a descriptor

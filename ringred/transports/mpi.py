@@ -86,7 +86,9 @@ def gatherer(comm: Any) -> Gather:
 
     def gather(text: str) -> list[str]:
         own, everyone = bytearray(256), bytearray(256 * comm.Get_size())
-        encoded = text.encode()[:256]
+        encoded = text.encode()
+        if len(encoded) > 256:
+            raise ValueError(f"expected up to 256 bytes, got {len(encoded)}: {text!r}")
         own[: len(encoded)] = encoded
         comm.Allgather([own, MPI.BYTE], [everyone, MPI.BYTE])
         texts = (everyone[start : start + 256] for start in range(0, len(everyone), 256))

@@ -33,6 +33,7 @@ from ringred.transports.links import (
     EXPOSED_CONTRACT,
     LEFT,
     LENGTH,
+    NOWHERE,
     NUMBER,
     PART,
     PLACE,
@@ -134,9 +135,10 @@ class ShmTransport:
         address = 0 if memory is None else memory.data_ptr()
         if memory is None or not self._base <= address < self._end:
             self._exposed = self._exposed_end = 0
-            return
-        self._exposed, self._exposed_end = address, address + memory.nbytes
-        self._words[self._at + EXPOSED_AT] = address - self._base
+            self._words[self._at + EXPOSED_AT] = NOWHERE
+        else:
+            self._exposed, self._exposed_end = address, address + memory.nbytes
+            self._words[self._at + EXPOSED_AT] = address - self._base
         self._words[self._at + EXPOSED_CONTRACT] = self._contract
 
     # ------------------------------------------------------------------ sending
@@ -155,10 +157,10 @@ class ShmTransport:
         counters.messages_sent += 1
         counters.bytes_sent += nbytes
         address = src.data_ptr()
-        if nbytes <= SMALL_BYTES and not put and not link.queue and self._send_small(link, address, nbytes):
+        if nbytes <= SMALL_BYTES and not link.queue and self._send_small(link, address, nbytes):
             return None
         request = Send(link, src, nbytes, self._contract)
-        if put and (target := self._put_offset(link, address, nbytes)) >= 0:
+        if put and nbytes > SMALL_BYTES and (target := self._put_offset(link, address, nbytes)) >= 0:
             # Now, while it is hot; the word of it may have to wait for its turn.
             self._put(link, target, address, src)
             request.place = PUT

@@ -67,7 +67,19 @@ def test_is_kept_for_the_next_start(tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == ["tuning.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"here": 3}', '{"here": {"tensor": [1]}}', '{"here": {"tensor": "abc"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"here": 3}',
+        '{"here": {"tensor": [1]}}',
+        '{"here": {"tensor": "abc"}}',
+        '{"here": {"tensor": [1e-6, NaN, 0, 0]}}',
+        '{"here": {"tensor": [1e-6, -1, 0, 0]}}',
+        '{"here": {"disk": [1, 1, 1, 1]}}',
+    ],
+)
 def test_a_file_that_makes_no_sense_counts_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tuning.json"
     path.write_text(text)

@@ -6,7 +6,7 @@ from math import log2
 
 import pytest
 
-from ringred.collectives.registry import lookup
+from ringred.collectives.registry import algorithms, lookup
 from ringred.schedule import closed_forms
 from ringred.schedule.cost import simulate
 from ringred.select import candidates, predict, segments_for, share_bounds
@@ -126,3 +126,17 @@ def test_messages_of_one_step_share_the_latency(name: str, rounds: int) -> None:
     both = simulate(8, entry.steps(group), bounds, lambda a, b: (ALPHA, 0.0, 1.0), 0.0).seconds
     alone = simulate(8, entry.steps(group), bounds, lambda a, b: (ALPHA, 0.0), 0.0).seconds
     assert both == pytest.approx(alone + rounds)
+
+
+def test_what_is_near_does_not_wait_for_what_comes_from_far() -> None:
+    """Rank 0 hears two others: whichever of them is far, the near one's message is taken while the other travels."""
+    entry = lookup("reduce", "central") if "central" in algorithms("reduce") else lookup("all_reduce", "one_shot")
+    group = entry.group(3)
+    bounds = [(unit, unit + 1) for unit in range(entry.units(group))]
+    times = [
+        simulate(
+            3, entry.steps(group), bounds, lambda a, b, far=far: (10.0, 0.0, 100.0 if far in (a, b) else 0.0), 0.0
+        ).seconds
+        for far in (1, 2)
+    ]
+    assert times[0] == times[1]

@@ -242,6 +242,15 @@ def test_a_reduce_scatter_leaves_its_input_as_it_was(transport: str) -> None:
                         [given] if given is whole else given, [before] if given is whole else before, strict=True
                     )
                     assert all(torch.equal(now, then) for now, then in same), (name, op, dtype)
+                for at in (slice(0, 50_001), slice(-50_001, None)):  # ... or where another share is
+                    overlapped = whole.clone() if rank else comm.empty(whole.numel(), dtype).copy_(whole)
+                    comm.reduce_scatter(overlapped[at], overlapped, op, algorithm=name)
+                    assert torch.allclose(
+                        overlapped[at].float(), torch.tensor(sum(range(1, size + 1)) * factor), rtol=1e-3
+                    )
+                same = comm.empty(1000, dtype).fill_(rank + 1.0)
+                comm.reduce_scatter(same, [same] * size, op, algorithm=name)
+                assert torch.allclose(same.float(), torch.tensor(sum(range(1, size + 1)) * factor), rtol=1e-3)
                 own = whole[rank * 50_001 : (rank + 1) * 50_001]  # in place, as torch allows
                 comm.reduce_scatter(own, whole, op, algorithm=name)
                 assert torch.allclose(own.float(), torch.tensor(sum(range(1, size + 1)) * factor), rtol=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -498,3 +499,53 @@ def test_a_wrapper_that_is_dropped_takes_its_hooks_along() -> None:
         return comm.counters.bytes_sent - before, any(wrapper() is not None for wrapper in wrappers)
 
     assert run_ranks(body, 2) == [(64, False)] * 2
+
+
+@pytest.mark.parametrize("as_views", [False, True])
+@pytest.mark.parametrize("transport", ["local", "shm"])
+def test_reductions_of_a_backward_that_was_given_up_do_not_disturb_the_next(transport: str, as_views: bool) -> None:
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(context: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(context: object, gradient: Tensor) -> Tensor:
+            raise ArithmeticError("in the middle")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 300, bias=False), nn.Linear(300, 2000, bias=False)
+            self.fails = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.last(Raises.apply(hidden) if self.fails else hidden)
+
+    def body(comm: Communicator) -> bool:
+        module = Model()
+        with torch.no_grad():
+            module.first.weight.fill_(1.0)
+        model = ringred.DistributedDataParallel(
+            module, process_group=comm, bucket_cap_mb=1e-6, gradient_as_bucket_view=as_views
+        )
+        for turn in range(6):
+            module.zero_grad()
+            module.fails = turn % 3 == 2
+            if turn == 3:
+                with pytest.raises(RuntimeError, match="expected to have finished reduction"):
+                    model(torch.zeros(1, 4))
+            loss = model(torch.full((1, 4), float(turn + comm.rank))).sum()
+            if module.fails:
+                if comm.rank == 1:
+                    time.sleep(0.05)  # the others have given up before this rank has begun
+                with pytest.raises(ArithmeticError):
+                    loss.backward()
+                continue
+            loss.backward()
+            mean = sum(turn + rank for rank in range(comm.size)) / comm.size
+            assert torch.equal(module.last.weight.grad, torch.full((2000, 300), 4 * mean)), turn
+        return True
+
+    assert all(run_ranks(body, 2, transport))
