@@ -22,11 +22,11 @@ __all__ = [
 ]
 
 
-class RingredError(Exception):
-    """Root of every exception that ringred raises on purpose."""
+class RingredError(RuntimeError):
+    """Root of every exception that ringred raises on purpose; a RuntimeError, as torch's own of collectives are."""
 
 
-class CollectiveMismatch(RingredError, RuntimeError):
+class CollectiveMismatch(RingredError):
     """The ranks of one communicator did not call the same collective with the same arguments."""
 
 
@@ -38,7 +38,7 @@ class PeerFailed(RingredError, ConnectionError):
     """A peer died, raised, or gave the collective up; this communicator can no longer be used."""
 
 
-class ModelMismatch(RingredError, RuntimeError):
+class ModelMismatch(RingredError):
     """The ranks built different models."""
 
 
@@ -54,7 +54,7 @@ class UnsupportedTensor(RingredError, TypeError):
     """The tensor's layout, device or dtype cannot take part in this collective."""
 
 
-class TransportUnavailable(RingredError, RuntimeError):
+class TransportUnavailable(RingredError):
     """A transport cannot be set up here; the message holds the remedy."""
 
 

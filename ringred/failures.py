@@ -82,7 +82,7 @@ def diagnose(mine: Report, reports: Mapping[int, Report], size: int) -> RingredE
     if timed_out:
         first = max(timed_out, key=lambda report: report.waited)
         return CollectiveTimeout(
-            f"{who}: {_ranks(missing or [first.peer])} did not take part within {first.waited:.3g} s "
+            f"{who}: {_ranks(missing or [first.peer])} did not take part within the timeout of {first.waited:.3g} s "
             f"(rank {first.rank} waited for rank {first.peer})"
         )
     gone = next((report for report in speaking if report.kind == FaultKind.PEER), mine)

@@ -44,7 +44,7 @@ def test_who_is_missing() -> None:
     error = diagnose(report(0, "timeout", 3), {1: report(1, "aborted", 0), 3: report(3, "timeout", 2)}, 4)
     assert isinstance(error, CollectiveTimeout)
     assert isinstance(error, TimeoutError)
-    assert "rank 2 did not take part within 30 s" in str(error)
+    assert "rank 2 did not take part within the timeout of 30 s" in str(error)
 
 
 def test_a_mismatch_whose_other_side_is_silent_still_names_it() -> None:

@@ -1,0 +1,85 @@
+"""torch.distributed on the backend "ringred": what people build on it comes to what it does on Gloo."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.procs.launching import launch
+from tests.procs.programs.torch_features import FEATURES
+
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
+
+
+def said(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+@cache
+def found_on(backend: str) -> list[dict[str, Any]]:
+    """What each rank found, by feature."""
+    ended = launch("torchrun", 2, "torch_features.py", backend, limit=200)
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.left_behind == []
+    return [line["found"] for line in sorted(said(ended.output), key=lambda line: int(line["rank"]))]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_equals_gloo_to_the_bit_on_two_ranks(feature: str) -> None:
+    ours, theirs = ([rank[feature] for rank in found_on(backend)] for backend in ("ringred", "gloo"))
+    assert not any(isinstance(result, str) for result in theirs), theirs
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ringred"])
+def test_our_hook_makes_of_torchs_ddp_what_gloo_does(backend: str) -> None:
+    assert [rank["ddp_with_our_hook"] for rank in found_on(backend)] == [rank["ddp"] for rank in found_on("gloo")]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_form_of_every_collective(ranks: int) -> None:
+    ended = launch("torchrun", ranks, "torch_collectives.py")
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.output.count("every check passed") == ranks
+    assert ended.left_behind == []
+
+
+def test_a_killed_rank_is_named_and_training_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    def final(folder: str, dies_at: int) -> tuple[float, list[dict[str, Any]]]:
+        (tmp_path / folder).mkdir()
+        ended = launch(
+            "torchrun",
+            2,
+            "torch_restarts.py",
+            str(tmp_path / folder),
+            str(dies_at),
+            TORCHRUN_ARGS="--standalone --max-restarts=1",
+        )
+        assert ended.status == 0, ended.output[-3000:]
+        assert "egmentation" not in ended.output
+        assert ended.left_behind == []
+        lines = said(ended.output)
+        results = {line["done"] for line in lines if "done" in line}
+        assert len(results) == 1
+        return results.pop(), lines
+
+    undisturbed, _ = final("undisturbed", -1)
+    resumed, lines = final("killed", 4)
+    assert resumed == undisturbed
+    assert sorted(line["begins"] for line in lines if line["life"] == 1 and "begins" in line) == [4, 4]
+    died = next(line["dies"] for line in lines if "dies" in line)
+    for line in lines:
+        if "error" in line:  # torchrun may have ended it before it could speak
+            assert "rank 1" in line["error"]
+            assert line["raised"] - died < 1.0
+
+
+def test_ranks_that_disagree_raise_and_the_process_lives_on() -> None:
+    ended = launch("torchrun", 2, "torch_faults.py", RINGRED_TIMEOUT="20")
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.output.count("every fault was told") == 2, ended.output[-3000:]
+    assert ended.left_behind == []
