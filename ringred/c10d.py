@@ -175,6 +175,11 @@ class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
     def get_group_store(self) -> Any:
         return self._store
 
+    supports_coalescing = supports_splitting = False  # what torch asks of the backend of a device
+
+    def _get_backend(self, device: torch.device) -> RingredGroup:
+        return self
+
     def set_timeout(self, timeout: timedelta) -> None:
         """From here on a collective fails after `timeout`."""
         self._timeout = timeout.total_seconds()
