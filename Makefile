@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check install clean
+.PHONY: demo test check torch-suite install clean
 
 install: $(STAMP)
 
@@ -30,6 +30,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+torch-suite: $(STAMP)
+	$(BIN)/python tests/torch_suite/compare.py --ranks 2 3 4
 
 clean:
 	rm -rf $(VENV) out

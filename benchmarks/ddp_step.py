@@ -1,9 +1,9 @@
-"""One training step of four models: alone, under torch's DDP on Gloo, and under ringred's, in the same processes.
+"""One training step of four models: alone, under torch's DDP on Gloo and on ringred, and under ringred's own.
 
     python benchmarks/ddp_step.py --ranks 2 --json out/ddp-step.json
 
-The three take turns, step by step, on the same ranks with the same batches; `local` is the same step on every rank
-at once without communication, so that its overhead is communication's alone. Both wrappers keep gradients as views of
+They take turns, step by step, on the same ranks with the same batches; `local` is the same step on every rank
+at once without communication, so that its overhead is communication's alone. All wrappers keep gradients as views of
 their buckets. The C library is told to keep what is freed: else pages come and go between the systems, and their
 faults fall on whichever has its turn. Memory is measured apart, without that, one system to a set of processes: `peak`
 is the greatest resident set of a rank, in which pages that ranks share count for each of them; `share` counts a shared
@@ -35,7 +35,8 @@ import ringred
 
 # glibc's, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-SYSTEMS = ("local", "torch", "ringred")
+SYSTEMS = ("local", "torch", "torch_on_ringred", "ringred")
+BACKENDS = {"torch": "gloo", "torch_on_ringred": "ringred"}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -107,11 +108,12 @@ MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Batch]], int]] = {
 
 
 def stepper(system: str, name: str, width: int) -> Callable[[], None]:
-    """One training step of a fresh model, wrapped as `system` does."""
+    """One training step of a fresh model, wrapped as `system` does. Collective."""
     torch.manual_seed(0)
     module, (inputs, targets) = MODELS[name][0](width)
-    if system == "torch":
-        module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    if system in BACKENDS:
+        group = dist.new_group(backend=BACKENDS[system])
+        module = nn.parallel.DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True)
     elif system == "ringred":
         module = ringred.DistributedDataParallel(module, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
@@ -131,8 +133,9 @@ def rank_main(order: dict[str, Any]) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     comm = ringred.init()
-    if "torch" in order["systems"]:
-        dist.init_process_group("gloo")
+    backends = [BACKENDS[system] for system in order["systems"] if system in BACKENDS]
+    if backends:
+        dist.init_process_group(backends[0])
     steps = {system: stepper(system, order["model"], order["width"]) for system in order["systems"]}
     for _ in range(3):
         for step in steps.values():
@@ -156,7 +159,7 @@ def rank_main(order: dict[str, Any]) -> None:
     comm.all_reduce(memory, "max", algorithm="one_shot")
     if rank == 0:
         Path(order["result"]).write_text(json.dumps({"seconds": table.tolist(), "kib": memory.tolist()}))
-    if "torch" in order["systems"]:
+    if backends:
         dist.destroy_process_group()
     comm.close()
 

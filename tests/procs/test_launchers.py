@@ -154,7 +154,7 @@ def test_a_step_is_compared_with_torchs_ddp(tmp_path: Path) -> None:
     ended = launch_plain(ROOT / "benchmarks" / "ddp_step.py", *small)
     assert ended.status == 0, ended.output[-3000:]
     rows = {row["system"]: row for row in json.loads(found.read_text())["rows"]}
-    assert list(rows) == ["local", "torch", "ringred"]
+    assert list(rows) == ["local", "torch", "torch_on_ringred", "ringred"]
     assert all(row["step_ms"] > 0 and row["peak_MiB"] > row["share_MiB"] > 0 for row in rows.values())
     assert rows["local"]["overhead"] == 0
     assert ended.left_behind == []

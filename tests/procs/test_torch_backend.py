@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.procs.launching import launch
+from tests.procs.launching import ROOT, launch, launch_plain
 from tests.procs.programs.torch_features import FEATURES
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
@@ -76,6 +76,36 @@ def test_a_killed_rank_is_named_and_training_goes_on_from_the_checkpoint(tmp_pat
         if "error" in line:  # torchrun may have ended it before it could speak
             assert "rank 1" in line["error"]
             assert line["raised"] - died < 1.0
+
+
+@pytest.mark.parametrize("framework", ["fsdp2", "lightning_ddp", "accelerate_ddp"])
+def test_the_examples_train_alike(framework: str) -> None:
+    """FSDP2, Lightning and Accelerate come to the losses of torch's own DDP on Gloo."""
+
+    def losses(example: str, backend: str) -> list[str]:
+        path = ROOT / "examples" / "gpt" / f"{example}.py"
+        ended = launch("torchrun", 2, path, "--steps", "20", "--backend", backend)
+        assert ended.status == 0, ended.output[-3000:]
+        assert ended.left_behind == []
+        return [line for line in ended.output.splitlines() if line.startswith("step ")]
+
+    found = losses(framework, "ringred")
+    assert [line.split(":")[0] for line in found] == ["step 1", "step 20"]
+    assert found == losses("torch_ddp", "gloo")
+
+
+def test_a_part_of_torchs_own_suite() -> None:
+    """All of it, and more ranks, by `make torch-suite`."""
+    tests = [
+        "test_all_reduce_sum_async",
+        "test_send_recv_any_source",
+        "test_ddp_uneven_inputs",
+        "test_Backend_enum_class",
+    ]
+    ended = launch_plain(ROOT / "tests" / "torch_suite" / "compare.py", "--ranks", "2", "--tests", *tests)
+    assert ended.status == 0, ended.output[-3000:]
+    assert "2 ranks, ringred: 4 passed" in ended.output or "every test that passes on Gloo passes" in ended.output
+    assert ended.left_behind == []
 
 
 def test_ranks_that_disagree_raise_and_the_process_lives_on() -> None:
