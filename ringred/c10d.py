@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ringred.communicator import Communicator
 from ringred.config import Config
-from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, UnsupportedTensor
+from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable, UnsupportedTensor
 from ringred.futures import future_of
 from ringred.ops import ReduceOp
-from ringred.torch_versions import never_compiled
+from ringred.torch_versions import Backend, among_others, group_of, never_compiled
 from ringred.transports.torch_p2p import bind_address, gloo_group
 from ringred.work import Work
 
@@ -36,6 +36,7 @@ __all__ = ["RingredGroup", "create", "monitored_barrier"]
 _LOOK_SECONDS = 0.002  # between two looks into the store
 _VERDICT_SECONDS = 1.0  # how much longer than rank 0 the others wait, to hear of it who is missing
 
+_open: set[_Collectives] = set()
 _T = TypeVar("_T")
 _TYPES = dist.ReduceOp.RedOpType
 _KINDS = {
@@ -99,7 +100,7 @@ class RingredWork(dist.Work):  # type: ignore[misc]
 class _MailWork(dist.Work):  # type: ignore[misc]
     """A message in flight: Gloo's work, whose failures become ours."""
 
-    def __init__(self, group: RingredGroup, work: Any, what: str, tensors: list[Tensor]) -> None:
+    def __init__(self, group: _Collectives, work: Any, what: str, tensors: list[Tensor]) -> None:
         super().__init__()
         self._group, self._work, self._what, self._tensors = group, work, what, tensors
         self._done = False
@@ -138,11 +139,11 @@ class _MailWork(dist.Work):  # type: ignore[misc]
 
 
 @never_compiled
-class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
-    """A process group of torch on the communicator `comm`. `store` is the group's own."""
+class _Collectives:
+    """What torch asks of a group, on the communicator `comm`. `store` is the group's own."""
 
     def __init__(self, comm: Communicator, store: Any, timeout: float) -> None:
-        super().__init__(comm.rank, comm.size)
+        super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
         self.comm = comm
         self._store, self._timeout = store, timeout
         self._name, self._description = "", ""
@@ -150,6 +151,7 @@ class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
         self._mail = gloo_group(dist.PrefixStore("mail", store), comm.rank, comm.size, timeout, address)
         self._coalescing: list[Work[None]] | None = None
         self._barriers = 0
+        _open.add(self)  # torch's C++ holds only its own half of it
 
     # ------------------------------------------------------------------ who it is
 
@@ -177,7 +179,7 @@ class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
 
     supports_coalescing = supports_splitting = False  # what torch asks of the backend of a device
 
-    def _get_backend(self, device: torch.device) -> RingredGroup:
+    def _get_backend(self, device: torch.device) -> _Collectives:
         return self
 
     def set_timeout(self, timeout: timedelta) -> None:
@@ -386,10 +388,10 @@ class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ several as one
 
-    def _start_coalescing(self, device: torch.device) -> None:
+    def start_coalescing(self, device: torch.device | None = None) -> None:
         self._coalescing = []
 
-    def _end_coalescing(self, device: torch.device) -> RingredWork:
+    def end_coalescing(self, device: torch.device | None = None) -> RingredWork:
         works, self._coalescing = self._coalescing or [], None
         return RingredWork(works, [])
 
@@ -414,6 +416,8 @@ class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
         part._set_group_desc(group_desc or "")
         return part
 
+    _start_coalescing, _end_coalescing = start_coalescing, end_coalescing
+
     # ------------------------------------------------------------------ ending
 
     def abort(self) -> None:
@@ -423,6 +427,7 @@ class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Finishes what is in flight and gives everything back."""
+        _open.discard(self)
         self.comm.close()
         self._mail.shutdown()
 
@@ -442,17 +447,36 @@ class RingredGroup(dist.ProcessGroup):  # type: ignore[misc]
         return RingredWork(works, list(outputs))
 
 
-def create(options: Any, backend_options: Any = None) -> RingredGroup:
+class RingredGroup(_Collectives, dist.ProcessGroup):  # type: ignore[misc]
+    """The whole process group: Python calls come straight here."""
+
+
+if Backend is not None:
+
+    class RingredBackend(_Collectives, Backend):  # type: ignore[misc]
+        """The backend of CPU tensors in a process group that has another for other devices."""
+
+
+def create(options: Any, backend_options: Any = None) -> _Collectives:
     """What torch calls for `init_process_group("ringred")` and `new_group`: a group of the ranks in `options`."""
+    kind: Any = RingredGroup
+    if among_others():
+        if Backend is None:
+            raise TransportUnavailable(
+                f"backend 'ringred' for the CPU beside another for other devices needs torch 2.14 or newer, this is "
+                f"{torch.__version__}; use 'ringred' alone, or ringred.hooks.all_reduce_hook with the other backend"
+            )
+        kind = RingredBackend
     timeout = options.timeout.total_seconds()
     config = dataclasses.replace(Config.from_environment(), timeout=timeout)
     rank, size, ranks = options.group_rank, options.group_size, list(options.global_ranks_in_group)
-    world = dist.group.WORLD if dist.is_initialized() else None
-    if isinstance(world, RingredGroup) and not world.comm.closed and len(ranks) == size:
+    world = group_of(dist.group.WORLD) if dist.is_initialized() else None
+    if isinstance(world, _Collectives) and not world.comm.closed and len(ranks) == size:
         comm = world.comm.subset(ranks, options.group_id, timeout=timeout)
     else:
         comm = Communicator.from_store(dist.PrefixStore("ringred", options.store), rank, size, config=config)
-    return RingredGroup(comm, options.store, timeout)
+    made: _Collectives = kind(comm, options.store, timeout)
+    return made
 
 
 def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:
@@ -462,8 +486,8 @@ def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bo
     seconds. Raises `CollectiveTimeout` on every rank that came, which names the first missing one, and all of them
     after it. `wait_all_ranks` is torch's: it names all in one.
     """
-    found = dist.group.WORLD if group is None else group
-    if isinstance(found, RingredGroup):  # else this rank is no member
+    found = group_of(dist.group.WORLD if group is None else group)
+    if isinstance(found, _Collectives):  # else this rank is no member
         found.monitored_barrier(timeout, wait_all_ranks)
 
 

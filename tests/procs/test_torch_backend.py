@@ -94,17 +94,25 @@ def test_the_examples_train_alike(framework: str) -> None:
     assert found == losses("torch_ddp", "gloo")
 
 
+def test_beside_another_backend() -> None:
+    ended = launch("torchrun", 2, "torch_mixed.py")
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.output.count("as this version of torch lets us") == 2
+    assert ended.left_behind == []
+
+
 def test_a_part_of_torchs_own_suite() -> None:
     """All of it, and more ranks, by `make torch-suite`."""
-    tests = [
-        "test_all_reduce_sum_async",
-        "test_send_recv_any_source",
-        "test_ddp_uneven_inputs",
-        "test_Backend_enum_class",
-    ]
+    tests = ["test_send_recv_any_source", "test_Backend_enum_class", "test_all_gather_object_subgroup"]
+    tests += ["test_monitored_barrier_gloo_subgroup", "test_all_reduce_coalesced_sum", "test_DistributedDataParallel"]
     ended = launch_plain(ROOT / "tests" / "torch_suite" / "compare.py", "--ranks", "2", "--tests", *tests)
     assert ended.status == 0, ended.output[-3000:]
-    assert "2 ranks, ringred: 4 passed" in ended.output or "every test that passes on Gloo passes" in ended.output
+    theirs, ours = (
+        next(line.split(": ")[1] for line in ended.output.splitlines() if line.startswith(f"2 ranks, {backend}"))
+        for backend in ("gloo", "ringred")
+    )
+    assert ours == theirs
+    assert int(ours.split()[0]) >= 4
     assert ended.left_behind == []
 
 
