@@ -114,13 +114,15 @@ class Ringred(System):
 
 
 class Gloo(System):
-    label = "gloo"
+    """torch.distributed on its own backend for CPU tensors."""
+
+    label = backend = "gloo"
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)
         import torch.distributed as dist
 
-        dist.init_process_group("gloo")
+        dist.init_process_group(self.backend)
 
     def prepare(self, collective: str, algorithm: str, memory: str, buffer: Any, spare: Any) -> Call:
         import torch.distributed as dist
@@ -142,6 +144,18 @@ class Gloo(System):
         import torch.distributed as dist
 
         dist.destroy_process_group()
+
+
+class TorchOnRingred(Gloo):
+    """torch.distributed on ringred."""
+
+    label, backend = "torch on ringred", "ringred"
+
+    def describe(self, buffer: Any, collective: str, algorithm: str) -> tuple[str, str]:
+        import torch.distributed as dist
+
+        comm: Any = dist.group.WORLD.comm
+        return comm.choice(buffer.nbytes, collective, comm.memory_of(buffer)), comm.transport.name
 
 
 class Mpi(System):
@@ -218,6 +232,7 @@ SYSTEMS: dict[str, type[System]] = {
     "limit": Limit,
     "ringred": Ringred,
     "gloo": Gloo,
+    "torch": TorchOnRingred,
     "mpi": Mpi,
     "deepspeed": DeepSpeed,
 }

@@ -257,3 +257,20 @@ def test_a_reduce_scatter_leaves_its_input_as_it_was(transport: str) -> None:
 
     for size in (2, 3, 4):
         run_ranks(body, size, transport)
+
+
+@pytest.mark.parametrize("transport", ["local", "shm"])
+def test_some_ranks_form_a_communicator_without_the_others(transport: str) -> None:
+    def body(comm: Communicator) -> list[int] | None:
+        if comm.rank == 1:
+            return None  # it need not even know
+        part = comm.subset([2, 0], "the two", timeout=7.0)
+        assert (part.rank, part.size, part.config.timeout) == ([2, 0].index(comm.rank), 2, 7.0)
+        gathered = torch.empty(2, dtype=torch.int64)
+        part.all_gather(gathered, torch.tensor([comm.rank]))
+        part.set_timeout(9.0)
+        assert part.config.timeout == 9.0
+        part.close()
+        return gathered.tolist()
+
+    assert run_ranks(body, 3, transport) == [[2, 0], None, [2, 0]]
