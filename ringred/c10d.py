@@ -21,12 +21,12 @@ import torch.distributed as _distributed
 from torch import Tensor
 
 from ringred.communicator import Communicator
-from ringred.config import Config
+from ringred.config import Config, restart_count
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable, UnsupportedTensor
 from ringred.futures import future_of
 from ringred.ops import ReduceOp
 from ringred.torch_versions import Backend, among_others, group_of, never_compiled
-from ringred.transports.torch_p2p import bind_address, gloo_group
+from ringred.transports.torch_p2p import bind_address, corner, gloo_group
 from ringred.work import Work
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
@@ -145,10 +145,12 @@ class _Collectives:
     def __init__(self, comm: Communicator, store: Any, timeout: float) -> None:
         super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
         self.comm = comm
-        self._store, self._timeout = store, timeout
+        # A store may outlive a group and be given to its successor, which must not read what the first wrote.
+        self._store, self._own = store, corner(_of_this_life(store), comm.rank)
+        self._timeout = timeout
         self._name, self._description = "", ""
         address = bind_address(comm.hosts, comm.config.interface)
-        self._mail = gloo_group(dist.PrefixStore("mail", store), comm.rank, comm.size, timeout, address)
+        self._mail = gloo_group(dist.PrefixStore("mail", self._own), comm.rank, comm.size, timeout, address)
         self._coalescing: list[Work[None]] | None = None
         self._barriers = 0
         _open.add(self)  # torch's C++ holds only its own half of it
@@ -333,7 +335,7 @@ class _Collectives:
         """See the function of this name. Ranks meet in the store: it needs no collective that may be stuck."""
         seconds = self._timeout if timeout is None else getattr(timeout, "total_seconds", lambda: float(timeout))()
         rank, size = self.comm.rank, self.comm.size
-        store = dist.PrefixStore(f"monitored-{self._barriers}", self._store)
+        store = dist.PrefixStore(f"monitored-{self._barriers}", self._own)
         self._barriers += 1
         where, took = f"rank {rank}: monitored_barrier", f"in {seconds * 1000:.0f} ms"
         began = time.monotonic()
@@ -474,9 +476,14 @@ def create(options: Any, backend_options: Any = None) -> _Collectives:
     if isinstance(world, _Collectives) and not world.comm.closed and len(ranks) == size:
         comm = world.comm.subset(ranks, options.group_id, timeout=timeout)
     else:
-        comm = Communicator.from_store(dist.PrefixStore("ringred", options.store), rank, size, config=config)
+        comm = Communicator.from_store(_of_this_life(options.store), rank, size, config=config)
     made: _Collectives = kind(comm, options.store, timeout)
     return made
+
+
+def _of_this_life(store: Any) -> Any:
+    """A part of `store` of its own for each time that torchrun has started the ranks anew."""
+    return dist.PrefixStore(f"ringred/{restart_count()}", store)
 
 
 def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:

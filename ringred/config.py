@@ -18,7 +18,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Config", "Launch", "detect_launch", "mpi_environment", "mpirun_environment"]
+__all__ = ["Config", "Launch", "detect_launch", "mpi_environment", "mpirun_environment", "restart_count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,18 @@ _MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RA
 _MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+def restart_count(environment: Mapping[str, str] | None = None) -> str:
+    """How often torchrun has started the ranks anew."""
+    env = os.environ if environment is None else environment
+    return env.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """Which launcher started this process, from what it left in the environment. Raises `ValueError` where that
     names several ranks and no way between them."""
     env = os.environ if environment is None else environment
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return Launch("store", int(env["RANK"]), int(env["WORLD_SIZE"]), restart)
+        return Launch("store", int(env["RANK"]), int(env["WORLD_SIZE"]), restart_count(env))
     rank = next((env[name] for name in _MPI_RANK if name in env), None)
     size = next((env[name] for name in _MPI_SIZE if name in env), None)
     if rank is not None:
