@@ -365,9 +365,13 @@ class _Collectives:
     # ------------------------------------------------------------------ messages
 
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> _MailWork:
+        if dst == self.comm.rank:
+            raise ValueError(f"rank {dst}: send: to itself")
         return self._mailed(f"send to rank {dst}, tag {tag}", tensors, lambda ready: self._mail.send(ready, dst, tag))
 
     def recv(self, tensors: Sequence[Tensor], src: int, tag: int = 0) -> _MailWork:
+        if src == self.comm.rank:
+            raise ValueError(f"rank {src}: recv: from itself")
         return self._mailed(f"recv from rank {src}, tag {tag}", tensors, lambda ready: self._mail.recv(ready, src, tag))
 
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> _MailWork:

@@ -59,6 +59,7 @@ def main():
     if rank == 0:
         raises(ringred.CollectiveTimeout, ["recv from rank 1, tag 5"], lambda: dist.recv(torch.ones(1), 1, five, tag=5))
     raises(ringred.UnsupportedTensor, ["rank", "CPU"], lambda: dist.all_reduce(torch.ones(3, device="meta")))
+    raises(ValueError, ["itself"], lambda: dist.group.WORLD.send([torch.ones(1)], rank, 0))
     if rank == 0:
         raises(
             RuntimeError,
