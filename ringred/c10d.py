@@ -11,6 +11,7 @@ collectives) by way of the trampoline of `ProcessGroup`.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -103,27 +104,38 @@ class _MailWork(dist.Work):  # type: ignore[misc]
     def __init__(self, group: _Collectives, work: Any, what: str, tensors: list[Tensor]) -> None:
         super().__init__()
         self._group, self._work, self._what, self._tensors = group, work, what, tensors
+        self._waiting = threading.Lock()  # Gloo's work can be waited for once
         self._done = False
+        self._failure: RingredError | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        if self._done:
-            return True
         began = time.monotonic()
+        limited = timeout is not None and timeout.total_seconds() > 0
+        if not self._waiting.acquire(timeout=timeout.total_seconds() if timeout is not None and limited else -1):
+            raise CollectiveTimeout(f"rank {self._group.comm.rank}: {self._what}: not done after {timeout}")
         try:
-            self._work.wait(*([] if timeout is None or timeout.total_seconds() <= 0 else [timeout]))
+            if not self._done:
+                self._work.wait(*([timeout] if limited else []))
         except RuntimeError as failure:
-            raise self._group._mail_failure(self._what, failure, time.monotonic() - began) from failure
-        self._done = True
+            self._failure = self._group._mail_failure(self._what, failure, time.monotonic() - began)
+        finally:
+            self._done = True
+            self._waiting.release()
+        if self._failure is not None:
+            raise self._failure
         return True
 
     def get_future(self) -> Any:
-        return future_of(None, self.result)
+        raise NotImplementedError("a message has no future, as on Gloo: wait() for it")
 
     def is_completed(self) -> bool:
         return self._done or bool(self._work.is_completed())
 
     def is_success(self) -> bool:
-        return self.is_completed()
+        return self.is_completed() and self._failure is None
+
+    def exception(self) -> BaseException | None:
+        return self._failure
 
     def synchronize(self) -> None:
         self.wait()
@@ -188,6 +200,7 @@ class _Collectives:
         """From here on a collective fails after `timeout`."""
         self._timeout = timeout.total_seconds()
         self.comm.set_timeout(self._timeout)
+        self._mail._set_default_timeout(timeout)
 
     # ------------------------------------------------------------------ reducing
 
@@ -199,7 +212,7 @@ class _Collectives:
 
         def start(tensor: Tensor, async_op: bool) -> Started:
             if factor is not None:
-                tensor.mul_(factor)
+                tensor.detach().mul_(factor)
             return self.comm.all_reduce(tensor, kind, async_op=async_op)
 
         return self._each(opts, tensors, start, tensors)
@@ -211,7 +224,7 @@ class _Collectives:
 
         def start(tensor: Tensor, async_op: bool) -> Started:
             if factor is not None:
-                tensor.mul_(factor)
+                tensor.detach().mul_(factor)
             return self.comm.reduce(tensor, opts.rootRank, kind, async_op=async_op)
 
         return self._each(opts, tensors, start, tensors)
@@ -320,6 +333,7 @@ class _Collectives:
 
     def _rows(self, tensor: Tensor, sizes: Sequence[int], what: str) -> list[Tensor]:
         """`tensor` by rank: so many rows each, or equally many where no sizes are given."""
+        tensor = tensor.reshape(1) if not tensor.dim() else tensor
         size, rows = self.comm.size, tensor.shape[0]
         sizes = list(sizes) or [rows // size] * size
         if len(sizes) != size or sum(sizes) != rows:
@@ -387,10 +401,12 @@ class _Collectives:
             raise self._mail_failure(what, failure, time.monotonic() - began) from failure
 
     def _mail_failure(self, what: str, failure: RuntimeError, waited: float) -> RingredError:
-        where = f"rank {self.comm.rank}: {what}"
-        if "Timed out" in str(failure):
+        where, text = f"rank {self.comm.rank}: {what}", str(failure)
+        if "Timed out" in text:
             return CollectiveTimeout(f"{where}: not done after {waited:.1f} s")
-        return PeerFailed(f"{where}: {failure}")
+        if any(word in text for word in ("closed", "closure", "onnection", "reset")):
+            return PeerFailed(f"{where}: {text}")
+        return UnsupportedTensor(f"{where}: {text}")
 
     # ------------------------------------------------------------------ several as one
 

@@ -322,7 +322,7 @@ class Communicator:
     ) -> Work[None] | None:
         """Copies `tensor` of rank `src` into that of every rank."""
         self._check_peer("broadcast", "src", src)
-        flat, back = tensors.flat(self._where("broadcast"), tensor, None)
+        flat, back = tensors.flat(self._where("broadcast"), tensor, None, written=self.rank != src)
         call = self._planner.call("broadcast", flat, flat.numel(), None, algorithm=algorithm, root=src)
         after = back if self.rank != src else None
         return self._runner.launch(call, lambda: self._planner.whole(call, flat, None, after), async_op)
@@ -339,7 +339,7 @@ class Communicator:
         """Combines `tensor` over all ranks into that of rank `dst`; the others keep theirs."""
         self._check_peer("reduce", "dst", dst)
         kind = reduce_op(op, self._where("reduce"))
-        flat, back = tensors.flat(self._where("reduce"), tensor, kind)
+        flat, back = tensors.flat(self._where("reduce"), tensor, kind, written=self.rank == dst)
         call = self._planner.call("reduce", flat, flat.numel(), kind, algorithm=algorithm, root=dst)
 
         def plan() -> Prepared:

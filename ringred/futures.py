@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -14,31 +16,72 @@ from ringred.work import Work
 __all__ = ["future_of"]
 
 _T = TypeVar("_T")
-_THREADS = 64  # at the most; one is started where all others wait
+_IDLE_SECONDS = 10.0  # after which a thread without work ends
+_LAST_SECONDS = 2.0  # for callbacks that still run when the process ends
 
-_pool: tuple[int, ThreadPoolExecutor] | None = None
 
-
-def future_of(works: Sequence[Work[Any]] | None, outcome: Callable[[], _T]) -> Any:
-    """A `torch.futures.Future[T]` of what `outcome()` returns, or raises, once `works` are done; with None, `outcome`
-    waits itself.
+def future_of(works: Sequence[Work[Any]], outcome: Callable[[], _T]) -> Any:
+    """A `torch.futures.Future[T]` of what `outcome()` returns, or raises, once `works` are done.
 
     Callbacks run on threads that may wait: one may start a collective and wait for it, as PowerSGD's does. The future
     is a `then` of another, since torch's C++ takes one whose exception was set by hand for a success.
     """
     done: Any = torch.futures.Future()
     future = done.then(lambda _: outcome())
-    if works is None:
-        _hand_over(done)
-    elif works:
-        works[-1].on_done(lambda: _hand_over(done))
+    if works:
+        works[-1].on_done(lambda: _callbacks.complete(done))
     else:
         done.set_result(None)
     return future
 
 
-def _hand_over(done: Any) -> None:
-    global _pool
-    if _pool is None or _pool[0] != os.getpid():  # the threads of a parent process are not here
-        _pool = os.getpid(), ThreadPoolExecutor(_THREADS, "ringred-callbacks")
-    _pool[1].submit(done.set_result, None)
+class _Callbacks:
+    """Threads that complete futures, and run what hangs on them: a new one wherever all others wait."""
+
+    def __init__(self) -> None:
+        self._news = threading.Condition()
+        self._ready: deque[Any] = deque()
+        self._idle = self._busy = 0
+
+    def complete(self, done: Any) -> None:
+        with self._news:
+            self._ready.append(done)
+            if len(self._ready) <= self._idle:
+                self._news.notify_all()
+                return
+        threading.Thread(target=self._run, name="ringred-callbacks", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._idle += 1
+                found = self._news.wait_for(lambda: self._ready, _IDLE_SECONDS)
+                self._idle -= 1
+                if not found:
+                    return
+                done = self._ready.popleft()
+                self._busy += 1
+            done.set_result(None)
+            del done  # it holds tensors
+            with self._news:
+                self._busy -= 1
+                self._news.notify_all()
+
+    def settle(self) -> None:
+        """Before the process ends: what has begun is given a moment, for a thread must not be ended within torch."""
+        with self._news:
+            self._news.wait_for(lambda: not self._busy and not self._ready, _LAST_SECONDS)
+
+
+def _begin_anew() -> None:
+    global _callbacks
+    _callbacks = _Callbacks()
+
+
+@atexit.register
+def _settle() -> None:
+    _callbacks.settle()
+
+
+_callbacks = _Callbacks()
+os.register_at_fork(after_in_child=_begin_anew)  # the threads of a parent are not in its child

@@ -55,10 +55,32 @@ def main():
     else:
         raises(RuntimeError, ["did not make the same call"], lambda: dist.broadcast(torch.ones(2), 0, group=four))
 
+    one_more = group()
     five = group(seconds=1)
     if rank == 0:
         raises(ringred.CollectiveTimeout, ["recv from rank 1, tag 5"], lambda: dist.recv(torch.ones(1), 1, five, tag=5))
     raises(ringred.UnsupportedTensor, ["rank", "CPU"], lambda: dist.all_reduce(torch.ones(3, device="meta")))
+    if rank == 1:
+        work = dist.irecv(torch.empty(1), 0)
+        raises(NotImplementedError, ["wait() for it"], work.get_future)
+        assert work.wait()
+        assert work.wait()
+        assert work.is_success()
+    else:
+        dist.send(torch.ones(1), 1)
+    # As many callbacks as may wait for a collective keep its future from nothing.
+    futures = [dist.all_reduce(torch.ones(1), async_op=True).get_future() for _ in range(80)]
+    waiting = [
+        future.then(lambda _: dist.all_reduce(torch.ones(1), group=one_more, async_op=True).get_future().wait())
+        for future in futures
+        if future.wait() is not None
+    ]
+    for future in waiting:
+        future.wait()
+    raises(ringred.UnsupportedTensor, ["send to rank", "contiguous"], lambda: dist.send(torch.ones(2, 3).t(), 1 - rank))
+    one_value = torch.ones(1).expand(4) if rank == 0 else torch.zeros(4)
+    dist.broadcast(one_value, 0)  # it is only read on rank 0
+    assert one_value.tolist() == [1.0] * 4
     raises(ValueError, ["itself"], lambda: dist.group.WORLD.send([torch.ones(1)], rank, 0))
     if rank == 0:
         raises(
