@@ -35,6 +35,7 @@ _BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0)  # TCP on 1 Gbit/s
 
 # Many ranks make many messages to replay; beyond this only what grows slowly with P is considered.
 _MANY_RANKS = 64
+_FEW_RANKS = 4  # up to which the replay of every segment takes a tenth of a second at most
 _SCALABLE = frozenset({"tree", "double_tree", "halving_doubling", "torus", "hierarchical", "chain"})
 
 
@@ -92,6 +93,8 @@ def candidates(
     `native` are the measured costs of the transport's own all-reduce, where it is one of them.
     """
     host_grid = local_grid([place[-1] for place in topology.place]) if len(topology.distance) > 1 else None
+    # A tree that cuts its data into units of its own must not look better for it: the executor cuts everybody's.
+    cut = segment_bytes if size <= _FEW_RANKS and nbytes > segment_bytes else None
     found = []
     for entry in algorithms(collective).values():
         if entry.native:
@@ -102,7 +105,7 @@ def candidates(
             continue
         grid = host_grid if entry.grids else None
         group = entry.group(size, root, grid, segments_for(nbytes, segment_bytes))
-        found.append(Candidate(entry.name, group.grid, predict(entry, group, nbytes, topology).seconds))
+        found.append(Candidate(entry.name, group.grid, predict(entry, group, nbytes, topology, cut).seconds))
     # Ties go by name, so that every rank takes the same.
     return sorted(found, key=lambda candidate: (candidate.seconds, candidate.name))
 
