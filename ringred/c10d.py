@@ -110,12 +110,12 @@ class _MailWork(dist.Work):  # type: ignore[misc]
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         began = time.monotonic()
-        limited = timeout is not None and timeout.total_seconds() > 0
-        if not self._waiting.acquire(timeout=timeout.total_seconds() if timeout is not None and limited else -1):
+        seconds = timeout.total_seconds() if timeout is not None and timeout.total_seconds() > 0 else -1.0
+        if not self._waiting.acquire(timeout=seconds):
             raise CollectiveTimeout(f"rank {self._group.comm.rank}: {self._what}: not done after {timeout}")
         try:
             if not self._done:
-                self._work.wait(*([timeout] if limited else []))
+                self._work.wait(*([timeout] if seconds > 0 else []))
         except RuntimeError as failure:
             self._failure = self._group._mail_failure(self._what, failure, time.monotonic() - began)
         finally:

@@ -33,7 +33,7 @@ _PLAN_BYTES = 1 << 20  # what such a plan may hold of its own
 _PROVED_RANKS = 32  # above, the proof that puts are safe takes longer than they save
 _GIB = 1 << 30
 _WHOLE = frozenset({"all_reduce", "broadcast"})
-_PUTS = frozenset({"all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce"})
+_PUTS = frozenset({"all_reduce", "broadcast", "reduce"})  # the others lie in several tensors, which nobody exposes
 _ONE_TENSOR = frozenset({"all_reduce", "broadcast", "reduce", "barrier"})
 
 

@@ -71,7 +71,6 @@ class Link:
         "entries_out",
         "large",
         "pending",
-        "posted",
         "queue",
         "rank",
         "sent",
