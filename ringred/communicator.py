@@ -198,7 +198,11 @@ class Communicator:
         grid: Sequence[int] | None = None,
         async_op: bool = False,
     ) -> Work[None] | None:
-        """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits."""
+        """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits.
+
+        `algorithm` is a name of `ringred.algorithms("all_reduce")`, "auto", or "rank_order": the fastest of those that
+        add every element in rank order, so that a sum has the same bits on any transport and however it is cut.
+        """
         plain = not async_op and grid is None and tensors.is_plain(tensor)
         if plain:
             try:

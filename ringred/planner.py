@@ -16,7 +16,7 @@ from ringred.executor import Piece, Plan, bind
 from ringred.ops import Folder, ReduceOp
 from ringred.schedule.ir import Group, Recv
 from ringred.schedule.lower import Program, in_step, lower
-from ringred.select import choose, segments_for, share_bounds
+from ringred.select import AUTOMATIC, RANK_ORDER, choose, segments_for, share_bounds
 from ringred.tensors import WriteBack, unowned
 from ringred.topology.calibrate import Costs
 from ringred.topology.detect import local_grid
@@ -150,15 +150,20 @@ class Planner:
         dtype: torch.dtype,
         memory: str,
     ) -> tuple[Algorithm, tuple[int, ...] | None]:
-        if algorithm != "auto":
+        if algorithm not in AUTOMATIC:
             entry = lookup(collective, algorithm)
             if shape is None and entry.grids is not None:
                 shape = local_grid(self.hosts)
             return entry, shape
+        rank_order = algorithm == RANK_ORDER
         if shape is not None:
+            if rank_order:
+                raise GridError(
+                    f"{RANK_ORDER!r} takes no grid, got {shape}: a torus adds row by row, not in rank order"
+                )
             return lookup(collective, "torus"), shape
         native = self.native[0] if self.native is not None and self.native[1](dtype) else None
-        entry, best = choose(collective, nbytes, self.models[memory], root, native)
+        entry, best = choose(collective, nbytes, self.models[memory], root, native, rank_order)
         return entry, best.grid
 
     def memory_of(self, tensor: Tensor) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ringred.collectives.registry import Algorithm, algorithms, lookup
+from ringred.errors import UnknownAlgorithm
 from ringred.schedule.cost import Cost, simulate
 from ringred.schedule.ir import Group
 from ringred.topology.calibrate import Costs, Tuning
@@ -13,6 +14,8 @@ from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology, hosts
 
 __all__ = [
+    "AUTOMATIC",
+    "RANK_ORDER",
     "Candidate",
     "candidates",
     "choose",
@@ -32,6 +35,10 @@ _BUILT_IN: dict[str, Tuning] = {
     "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9, 0.0)},
 }
 _BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0)  # TCP on 1 Gbit/s
+
+RANK_ORDER = "rank_order"
+"""As "auto", among those algorithms that add every element in rank order."""
+AUTOMATIC = frozenset({"auto", RANK_ORDER})
 
 # Many ranks make many messages to replay; beyond this only what grows slowly with P is considered.
 _MANY_RANKS = 64
@@ -87,21 +94,25 @@ def candidates(
     root: int = 0,
     segment_bytes: int = 1 << 20,
     native: Costs | None = None,
+    rank_order: bool = False,
 ) -> list[Candidate]:
     """Every algorithm that can do `collective`, the fastest first.
 
-    `native` are the measured costs of the transport's own all-reduce, where it is one of them.
+    `native` are the measured costs of the transport's own all-reduce, where it is one of them. With `rank_order` only
+    those that add so.
     """
     host_grid = local_grid([place[-1] for place in topology.place]) if len(topology.distance) > 1 else None
     # A tree that cuts its data into units of its own must not look better for it: the executor cuts everybody's.
     cut = segment_bytes if size <= _FEW_RANKS and nbytes > segment_bytes else None
     found = []
     for entry in algorithms(collective).values():
+        if rank_order and not entry.rank_order:
+            continue
         if entry.native:
             if native is not None:
                 found.append(Candidate(entry.name, None, native[0] + nbytes * native[1]))
             continue
-        if size > _MANY_RANKS and entry.name not in _SCALABLE and len(algorithms(collective)) > 1:
+        if size > _MANY_RANKS and entry.name not in _SCALABLE and not rank_order and len(algorithms(collective)) > 1:
             continue
         grid = host_grid if entry.grids else None
         group = entry.group(size, root, grid, segments_for(nbytes, segment_bytes))
@@ -116,17 +127,26 @@ def decided_as(nbytes: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _fastest(collective: str, size: int, nbytes: int, topology: Topology, root: int, native: Costs | None) -> Candidate:
-    return candidates(collective, size, nbytes, topology, root=root, native=native)[0]
+def _fastest(
+    collective: str, size: int, nbytes: int, topology: Topology, root: int, native: Costs | None, rank_order: bool
+) -> Candidate:
+    return candidates(collective, size, nbytes, topology, root=root, native=native, rank_order=rank_order)[0]
 
 
 def choose(
-    collective: str, nbytes: int, topology: Topology, root: int = 0, native: Costs | None = None
+    collective: str,
+    nbytes: int,
+    topology: Topology,
+    root: int = 0,
+    native: Costs | None = None,
+    rank_order: bool = False,
 ) -> tuple[Algorithm, Candidate]:
-    """The algorithm for `nbytes` bytes, and its predicted cost."""
+    """The algorithm for `nbytes` bytes, and its predicted cost; with `rank_order` one that adds in rank order."""
     table = algorithms(collective)
+    if rank_order and not any(entry.rank_order for entry in table.values()):
+        raise UnknownAlgorithm(f"{collective} has no algorithm that adds in rank order")
     if len(table) == 1:
         (entry,) = table.values()
         return entry, Candidate(entry.name, None, 0.0)
-    best = _fastest(collective, topology.size, decided_as(nbytes), topology, root, native)
+    best = _fastest(collective, topology.size, decided_as(nbytes), topology, root, native, rank_order)
     return lookup(collective, best.name), best

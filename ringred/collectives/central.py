@@ -8,7 +8,7 @@ from ringred.schedule.ir import Group, Recv, Send, Steps, unit
 __all__: list[str] = []
 
 
-@algorithm("all_reduce", "central", units=lambda group: 1)
+@algorithm("all_reduce", "central", units=lambda group: 1, rank_order=True)
 def all_reduce(rank: int, group: Group) -> Steps:
     """Rank 0 receives and sends (P−1)N bytes; the pattern that rings were made to replace."""
     if rank:

@@ -44,7 +44,7 @@ def _shares(group: Group) -> tuple[range, list[Chunk]]:
     return range(group.size), [unit(rank) for rank in range(group.size)]
 
 
-@algorithm("reduce_scatter", "direct")
+@algorithm("reduce_scatter", "direct", rank_order=True)
 def reduce_scatter(rank: int, group: Group) -> Steps:
     """Every rank gets its share from all others in one round and adds it in rank order."""
     members, chunks = _shares(group)
@@ -58,7 +58,7 @@ def all_gather(rank: int, group: Group) -> Steps:
     yield from all_gather_among(members, rank, chunks)
 
 
-@algorithm("all_reduce", "direct")
+@algorithm("all_reduce", "direct", rank_order=True)
 def all_reduce(rank: int, group: Group) -> Steps:
     """Each rank reduces 1/P in rank order and hands it round: 2(P−1) messages, 2(P−1)/P·N bytes."""
     yield from reduce_scatter(rank, group)

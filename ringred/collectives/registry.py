@@ -53,7 +53,8 @@ class Algorithm:
     `units(group)` is the number of units the buffer is divided into. `home(group)` gives the rank whose share
     each unit is, where units belong to ranks (reduce-scatter, all-gather). `grids(size)` lists the grids that
     the algorithm takes, the default first; None if it takes none. `segmented`: it pipelines by itself, and
-    `Group.segments` says in how many parts.
+    `Group.segments` says in how many parts. `rank_order`: each unit is added up by one rank, in one fold in rank
+    order, so that the bits of a sum depend neither on its size nor on how it is cut.
     """
 
     collective: str
@@ -64,6 +65,7 @@ class Algorithm:
     home: Callable[[Group], tuple[int, ...]]
     grids: Callable[[int], tuple[tuple[int, ...], ...]] | None
     segmented: bool
+    rank_order: bool
 
     @property
     def native(self) -> bool:
@@ -111,13 +113,14 @@ def algorithm(
     home: Callable[[Group], tuple[int, ...]] = _identity,
     grid: bool = False,
     segmented: bool = False,
+    rank_order: bool = False,
 ) -> Callable[[Schedule], Schedule]:
     """Registers the decorated schedule as the algorithm `name` of `collective`."""
 
     def register(schedule: Schedule) -> Schedule:
         summary = next(iter((schedule.__doc__ or "").strip().splitlines()), "")
         grids = _all_grids if grid else None
-        _add(Algorithm(collective, name, summary, schedule, units, home, grids, segmented))
+        _add(Algorithm(collective, name, summary, schedule, units, home, grids, segmented, rank_order))
         return schedule
 
     return register
@@ -125,7 +128,7 @@ def algorithm(
 
 def register_native(collective: str, name: str, summary: str) -> None:
     """Registers an algorithm that a transport does by itself: selectable and benchmarked, not verified."""
-    _add(Algorithm(collective, name, summary, None, lambda group: 1, _identity, None, False))
+    _add(Algorithm(collective, name, summary, None, lambda group: 1, _identity, None, False, False))
 
 
 def _add(entry: Algorithm) -> None:
