@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FIRST_BUCKET_BYTES", "Bucket", "Entry", "assign"]
+__all__ = ["FIRST_BUCKET_BYTES", "Bucket", "Entry", "SparseBucket", "assign"]
 
 # torch's: a first bucket that is soon full starts the reduction early.
 FIRST_BUCKET_BYTES = 1 << 20
@@ -21,26 +21,27 @@ class Entry(NamedTuple):
     key: Hashable
 
 
-def assign(entries: Sequence[Entry], order: Sequence[int], cap_bytes: int, first_cap_bytes: int) -> list[list[int]]:
+def assign(entries: Sequence[Entry], order: Sequence[int], caps: Sequence[int]) -> list[list[int]]:
     """Fills buckets with the parameters `order` (indices of `entries`), one open bucket for each key.
 
-    A bucket is closed once it holds ≥ its cap, which is `first_cap_bytes` for the first of each key, as in
-    torch's DistributedDataParallel. Buckets come in the order in which their last parameter does: the order in
-    which they will be full.
+    A bucket is closed once it holds ≥ its cap in bytes: `caps[i]` is that of the i-th bucket of each key, the last one
+    also of all that follow, as in torch's DistributedDataParallel. Buckets come in the order in which their last
+    parameter does: the order in which they will be full.
     """
     closed: list[list[int]] = []
     open_buckets: dict[Hashable, list[int]] = {}
     filled: dict[Hashable, int] = {}
-    caps: dict[Hashable, int] = {}
+    made: dict[Hashable, int] = {}
     for index in order:
         entry = entries[index]
         bucket = open_buckets.setdefault(entry.key, [])
         bucket.append(index)
         filled[entry.key] = filled.get(entry.key, 0) + entry.nbytes
-        if filled[entry.key] >= caps.get(entry.key, first_cap_bytes):
+        number = made.get(entry.key, 0)
+        if filled[entry.key] >= caps[min(number, len(caps) - 1)]:
             closed.append(open_buckets.pop(entry.key))
             filled[entry.key] = 0
-            caps[entry.key] = cap_bytes
+            made[entry.key] = number + 1
     position = {index: at for at, index in enumerate(order)}
     return sorted([*closed, *open_buckets.values()], key=lambda bucket: position[bucket[-1]])
 
@@ -69,16 +70,63 @@ class Bucket:
         self.missing = len(self.indices)
 
     @property
+    def values(self) -> Tensor:
+        """All gradients, flat."""
+        return self.flat
+
+    @property
     def nbytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
 
-    def put(self, place: int, gradient: Tensor | None) -> None:
-        """Copies the gradient of the `place`-th parameter in, unless it lies there already; None counts as zeros."""
+    def put(self, place: int, gradient: Tensor | None, scale: float | None = None) -> None:
+        """Copies the gradient of the `place`-th parameter in, unless it lies there already; None counts as zeros.
+        With `scale` it is multiplied by that."""
         view = self.views[place]
         if gradient is None:
             view.zero_()
+        elif scale is not None:
+            torch.mul(gradient.detach(), scale, out=view)
         elif gradient.data_ptr() != view.data_ptr():
             view.copy_(gradient.detach())
+
+
+class SparseBucket:
+    """The place of one parameter whose gradient is sparse (COO), as `Bucket` is of those of dense ones."""
+
+    def __init__(self, index: int, parameter: Tensor) -> None:
+        self.indices = [index]
+        self._like = parameter
+        self.missing = 1
+        self.gradient: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the last gradient: its values and their indices."""
+        if self.gradient is None:
+            return 0
+        return sum(part.numel() * part.element_size() for part in (self.gradient._values(), self.gradient._indices()))
+
+    @property
+    def values(self) -> Tensor:
+        """The values of the gradient's rows."""
+        assert self.gradient is not None, "a gradient was put"
+        return self.gradient.values()
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The values, as those of the only parameter."""
+        return [self.values]
+
+    def put(self, place: int, gradient: Tensor | None, scale: float | None = None) -> None:
+        """Keeps the gradient, coalesced; None counts as no rows."""
+        if gradient is None:
+            gradient = torch.sparse_coo_tensor(
+                torch.empty((1, 0), dtype=torch.int64),
+                self._like.new_empty((0, *self._like.shape[1:])),
+                self._like.shape,
+            )
+        gradient = gradient.detach().coalesce()
+        self.gradient = gradient if scale is None else gradient * scale
 
 
 def _view_like(part: Tensor, like: Tensor) -> Tensor:

@@ -152,6 +152,12 @@ class Communicator:
         self._children.add(child)
         return child
 
+    def duplicate(self) -> Communicator:
+        """A communicator of the same ranks, whose collectives stand in no order with those of this one. Collective,
+        as `MPI_Comm_dup`. It has counters of its own."""
+        self._splits += 1
+        return self.subset(range(self.size), f"{self.name}/{self._splits}")
+
     def set_timeout(self, seconds: float) -> None:
         """From here on a collective fails after `seconds`."""
         self.config = replace(self.config, timeout=seconds)
@@ -491,6 +497,12 @@ class Communicator:
         """The algorithm that "auto" takes for `nbytes` bytes in such `memory`."""
         known = self.tuning.get("native") if collective == "all_reduce" else None
         return choose(collective, nbytes, self._planner.models[memory], native=known)[0].name
+
+    def predicted_seconds(self, nbytes: int) -> float:
+        """What the cost model says of an all-reduce of `nbytes` bytes in memory of `empty`, by the algorithm that
+        "auto" takes."""
+        known = self.tuning.get("native")
+        return choose("all_reduce", nbytes, self._planner.models["window"], native=known)[1].seconds
 
     def memory_of(self, tensor: Tensor) -> str:
         """The kind of memory that `tensor` lies in: "window" if it came from `empty` and peers share it."""

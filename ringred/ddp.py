@@ -1,41 +1,47 @@
-"""DistributedDataParallel: autograd hooks fill buckets, and full buckets are reduced while backward goes on."""
+"""DistributedDataParallel: a module whose gradients are reduced over the ranks while backward goes on."""
 
 from __future__ import annotations
 
+import json
 import time
-import weakref
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ringred.arguments import (
+    BucketPlan,
+    algorithm_of,
+    bucket_caps,
+    check_hook,
+    check_parameters,
+    group_of,
+    members_of,
+    op_of,
+    read_plan,
+)
 from ringred.bootstrap import default_communicator
-from ringred.buckets import FIRST_BUCKET_BYTES, Bucket, Entry, assign
-from ringred.communicator import Communicator, PersistentAllReduce
-from ringred.errors import RingredError, UnsupportedTensor
-from ringred.graph import leaves_behind, tensors_in
+from ringred.buckets import FIRST_BUCKET_BYTES, Entry
+from ringred.communicator import Communicator
+from ringred.errors import RingredError
+from ringred.join import UnevenInputs
+from ringred.layout import Settings
 from ringred.ops import ReduceOp
-from ringred.overlap import BucketTimes, OverlapReport
-from ringred.replicas import broadcast_tensors, check_same_model
-from ringred.work import Work
+from ringred.overlap import OverlapReport, forecast, report
+from ringred.reducer import Reducer
+from ringred.reductions import CommHook
+from ringred.replicas import broadcast_tensors, check_same_model, check_same_values
+from ringred.select import RANK_ORDER
+from ringred.stragglers import StragglerReport, straggler_report
+from ringred.torch_versions import compiled_in_buckets, not_compiled
 
 __all__ = ["DistributedDataParallel"]
 
 _MIB = 1 << 20
-
-# torch's arguments that this version does not carry out: the value that asks for nothing, and why not.
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "device_ids": (None, "modules on CPUs have no device ids"),
-    "output_device": (None, "modules on CPUs have no output device"),
-    "static_graph": (False, "graphs are not recorded; find_unused_parameters=True covers unused ones"),
-    "delay_all_reduce_named_params": (None, "delayed reduction is not supported"),
-    "param_to_hook_all_reduce": (None, "delayed reduction is not supported"),
-    "mixed_precision": (None, "use torch.autocast around the forward pass"),
-    "device_mesh": (None, "pass the mesh's process group as process_group"),
-    "skip_all_reduce_unused_params": (False, "unused parameters are reduced as zeros"),
-}
 
 
 class DistributedDataParallel(nn.Module):
@@ -47,10 +53,20 @@ class DistributedDataParallel(nn.Module):
     None), in reverse order of the parameters, and, from the second iteration, in the order in which rank 0's
     gradients were ready. A full bucket is averaged over the ranks while backward goes on.
 
-    `process_group` is a `Communicator` or a torch process group; by default `ringred.init()`'s communicator.
-    `algorithm` and `grid` are as in `Communicator.all_reduce`. `find_unused_parameters` as in torch: without
-    it, a parameter without gradient is an error at the next forward, which names it. With
-    `gradient_as_bucket_view` each `.grad` is its place in the bucket, and nothing is copied back.
+    The arguments up to `forward_sync_buffers` are torch's by name, place and default; docs/ddp.md says of each what it
+    does and where it differs. `process_group` is a `Communicator` or a torch process group; by default
+    `ringred.init()`'s communicator. ringred's own:
+
+    - `reduce_op`: "avg" or "sum". Batches of different sizes are averaged exactly by `weigh`.
+    - `algorithm`, `grid`: as in `Communicator.all_reduce`.
+    - `deterministic`: every element is added in rank order, so that gradients have the same bits with any bucket
+      cap, transport and algorithm that does so.
+    - `bucket_plan`: what `bucket_plan()` returned, or a file that `save_bucket_plan` wrote: buckets as they were, so
+      that the first iteration overlaps as the others do.
+    - `check_finite`: NaN and infinity in a gradient are found before they are reduced; every rank raises
+      `NonFiniteGradient`, which names the parameter and the rank that they come from.
+    - `desync_check_every`: at every so-many-th synchronised forward ranks compare checksums of their parameters;
+      where they differ every rank raises `ReplicasDiverged`. 0: never.
 
     Li et al., PyTorch distributed: experiences on accelerating data parallel training (VLDB 2020).
     """
@@ -61,7 +77,7 @@ class DistributedDataParallel(nn.Module):
         device_ids: Any = None,
         output_device: Any = None,
         dim: int = 0,
-        broadcast_buffers: bool = True,
+        broadcast_buffers: bool | None = None,
         init_sync: bool = True,
         process_group: Any = None,
         bucket_cap_mb: float | None = None,
@@ -69,78 +85,125 @@ class DistributedDataParallel(nn.Module):
         check_reduction: bool = False,
         gradient_as_bucket_view: bool = False,
         static_graph: bool = False,
+        delay_all_reduce_named_params: Sequence[tuple[str, Tensor]] | None = None,
+        param_to_hook_all_reduce: Tensor | None = None,
+        mixed_precision: Any = None,
+        device_mesh: Any = None,
+        skip_all_reduce_unused_params: bool = False,
+        bucket_cap_mb_list: Sequence[float] | None = None,
+        batched_grad_copy: bool = False,
+        forward_sync_buffers: bool | None = None,
         *,
+        reduce_op: str | ReduceOp = "avg",
         algorithm: str = "auto",
         grid: Sequence[int] | None = None,
-        **others: Any,
+        deterministic: bool = False,
+        bucket_plan: BucketPlan | str | Path | None = None,
+        check_finite: bool = False,
+        desync_check_every: int = 0,
     ) -> None:
         super().__init__()
-        asked = {**others, "device_ids": device_ids, "output_device": output_device, "static_graph": static_graph}
-        for name, value in asked.items():
-            if name not in _REFUSED:
-                raise TypeError(f"DistributedDataParallel got an unexpected argument {name!r}")
-            neutral, reason = _REFUSED[name]
-            if value != neutral:
-                raise ValueError(f"DistributedDataParallel: {name}={value!r} is not supported: {reason}")
+        if mixed_precision is not None:
+            raise ValueError(
+                "mixed_precision is not supported: torch's own needs an accelerator. torch.autocast computes in 16 "
+                "bits, ringred.hooks.Half reduces in 16 bits"
+            )
+        if check_reduction:
+            warnings.warn("check_reduction has no effect; it is deprecated in torch too", FutureWarning, stacklevel=2)
+        if forward_sync_buffers is not None and broadcast_buffers is not None:
+            warnings.warn("broadcast_buffers is ignored beside forward_sync_buffers", FutureWarning, stacklevel=2)
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [(name, p) for name, p in module.named_parameters() if name not in ignored]
-        self._names = [name for name, parameter in named if parameter.requires_grad]
-        self._parameters_in_order = [parameter for _, parameter in named if parameter.requires_grad]
-        if bucket_cap_mb is not None and bucket_cap_mb <= 0:
-            raise ValueError(f"DistributedDataParallel: expected bucket_cap_mb > 0, got {bucket_cap_mb}")
-        self.module = module
-        self.dim, self.check_reduction = dim, check_reduction
-        self.broadcast_buffers = broadcast_buffers
-        self.find_unused_parameters = find_unused_parameters
+        check_parameters(named, device_ids, output_device)
+        self.module, self.dim, self.device_ids, self.output_device = module, dim, None, None
+        self.find_unused_parameters, self.static_graph = find_unused_parameters, static_graph
         self.gradient_as_bucket_view = gradient_as_bucket_view
+        # broadcast_buffers=False leaves buffers alone at the start as well, as in torch.
+        init_buffers = forward_sync_buffers is not None or broadcast_buffers is not False
+        self.forward_sync_buffers = init_buffers if forward_sync_buffers is None else forward_sync_buffers
         self.require_backward_grad_sync = True
-        self.algorithm, self.grid = algorithm, grid
-        self.comm: Communicator = default_communicator(process_group)
         self._ignored = ignored
-        check_same_model(self.comm, module, ignored)
-        if not self._parameters_in_order:
-            raise RuntimeError(
-                "DistributedDataParallel is not needed when a module has no parameter that requires a gradient"
-            )
+        self.comm: Communicator = default_communicator(group_of(process_group, device_mesh))
+        self._settings = Settings(
+            caps=bucket_caps(bucket_cap_mb, bucket_cap_mb_list),
+            op=op_of(reduce_op),
+            algorithm=algorithm_of(algorithm, grid, deterministic),
+            grid=None if grid is None else tuple(grid),
+            as_views=gradient_as_bucket_view,
+            find_unused=find_unused_parameters,
+            static_graph=static_graph,
+            skip_unused=skip_all_reduce_unused_params,
+            batched_copy=batched_grad_copy,
+            check_finite=check_finite,
+        )
+        if desync_check_every < 0:
+            raise ValueError(f"DistributedDataParallel: expected desync_check_every ≥ 0, got {desync_check_every}")
+        self._desync_check_every = desync_check_every
+        alike = [str(self._settings), f"desync_check_every={desync_check_every}", f"bucket plan {_text(bucket_plan)}"]
+        check_same_model(self.comm, module, ignored, alike)
+        members = members_of(module, named, delay_all_reduce_named_params, param_to_hook_all_reduce)
+        plan = None if bucket_plan is None else read_plan(bucket_plan, members)
+        self._given = list(zip(members.names, members.parameters, strict=True))
         if init_sync:
-            broadcast_tensors(self.comm, [*(p for _, p in named), *self._current_buffers()])
-        cap = 25 if bucket_cap_mb is None else bucket_cap_mb
-        self._cap_bytes = int(cap * _MIB)
-        self._first_cap_bytes = FIRST_BUCKET_BYTES if bucket_cap_mb is None else self._cap_bytes
-        self._index = {id(parameter): at for at, parameter in enumerate(self._parameters_in_order)}
-        self._build_buckets(list(reversed(range(len(self._parameters_in_order)))))
-        self._ready_order: list[int] = []
-        self._rebuilt = find_unused_parameters
-        self._expecting = False  # a synchronised forward was made and its reduction is not finished
+            buffers = self._current_buffers() if init_buffers else []
+            broadcast_tensors(self.comm, [*(p for _, p in named), *buffers])
+        self._reducer = Reducer(self.comm, members, self._settings, plan)
+        self._hooked = False
+        self._as_given = [(id(p), p.requires_grad) for p in module.parameters()]
+        self._forwards = 0  # that were synchronised
         self._sync_buffers_next = True
-        self._unused: list[int] = []
-        self._used_here: set[int] = set()  # since the last reduction, in unsynchronised passes too
-        self._used_somewhere: tuple[Tensor, Work[None]] | None = None
-        self._began_ns = self._forward_ended_ns = 0
-        self._report: OverlapReport | None = None
-        # The hooks live as long as the parameters; a wrapper that is dropped must not go on reducing.
-        on_gradient = weakref.WeakMethod(self._on_gradient)
-        handles = [p.register_post_accumulate_grad_hook(_calling(on_gradient)) for p in self._parameters_in_order]
-        weakref.finalize(self, _remove, handles)
+        self._weight: float | None = None
+        self._uneven: UnevenInputs | None = None
 
     # ------------------------------------------------------------------ forward
 
+    @not_compiled(callees=False)
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         tracer = self.comm.tracer
         with tracer.record("ddp", "forward") if tracer is not None else nullcontext():
-            syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
-            if syncing:
-                self._check_finished()
-                self._check_parameters()
-                self._rebuild_buckets()
-            if self.broadcast_buffers and self._sync_buffers_next:
-                broadcast_tensors(self.comm, self._current_buffers())
-            outputs = self.module(*inputs, **kwargs)
-            # As in torch: the pass after one that was not synchronised leaves the buffers alone.
-            self._sync_buffers_next = syncing
-            if syncing:
-                self._prepare(outputs)
+            syncing, scale = self._before_forward()
+            with compiled_in_buckets(self._settings.caps[-1]):
+                outputs = self.module(*inputs, **kwargs)
+            self._after_forward(outputs, syncing, scale)
         return outputs
+
+    @not_compiled(callees=True)
+    def _before_forward(self) -> tuple[bool, Callable[[], float] | None]:
+        """Returns whether the backward of this forward is reduced, and what scales its gradients."""
+        reducer = self._reducer
+        syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
+        copying = self.forward_sync_buffers and self._sync_buffers_next
+        root, scale = 0, None
+        if torch.is_grad_enabled() and self._settings.op is ReduceOp.SUM:
+            reducer.check_summed()
+        if syncing:
+            reducer.check_finished()
+            self._check_unchanged()
+        began = time.monotonic_ns()
+        if self._uneven is not None:
+            turn = self._uneven.next((syncing, copying))
+            root = turn.root
+            if not self._uneven.divides_by_all and not self._hooked:
+                active = len(turn.active)
+                scale = lambda: 1 / active  # noqa: E731
+        if syncing:
+            reducer.rebuild()
+            if self._weight is not None:
+                scale = self._weighing()
+            self._forwards += 1
+            if self._desync_check_every and self._forwards % self._desync_check_every == 0 and self._uneven is None:
+                self.check_desync()
+        if copying:
+            broadcast_tensors(self.comm, self._current_buffers(), root)
+        reducer.note_wait(time.monotonic_ns() - began)
+        return syncing, scale
+
+    @not_compiled(callees=True)
+    def _after_forward(self, outputs: Any, syncing: bool, scale: Callable[[], float] | None) -> None:
+        # As in torch: the pass after one that was not synchronised leaves the buffers alone.
+        self._sync_buffers_next = syncing
+        if syncing:
+            self._reducer.prepare(outputs, scale)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -153,246 +216,164 @@ class DistributedDataParallel(nn.Module):
         finally:
             self.require_backward_grad_sync = before
 
+    def weigh(self, samples: float) -> None:
+        """The next synchronised backward takes this rank's gradient as the mean over `samples` samples: the reduced
+        one is then the mean over the samples of all ranks, however many each of them has. All ranks call it.
+
+        Raises `ValueError` where weights have no meaning: beside a hook, reduce_op="sum", or within `join`.
+        """
+        if self._hooked or self._settings.op is ReduceOp.SUM or self._uneven is not None:
+            raise ValueError("weigh goes with reduce_op='avg', without a communication hook, outside of join()")
+        if not 0 <= samples < float("inf"):
+            raise ValueError(f"weigh: expected a number of samples ≥ 0, got {samples}")
+        self._weight = float(samples)
+
+    def _weighing(self) -> Callable[[], float]:
+        assert self._weight is not None, "weights were given"
+        mine, self._weight = self._weight, None
+        total = torch.tensor([mine], dtype=torch.float64)
+        work = self.comm.all_reduce(total, async_op=True)
+        known: list[float] = []
+
+        def scale() -> float:
+            if not known:
+                work.wait()
+                if not total.item():
+                    raise ValueError(f"rank {self.comm.rank}: weigh: all ranks together have no samples")
+                known.append(mine / total.item())
+            return known[0]
+
+        return scale
+
     def _current_buffers(self) -> list[Tensor]:
         """The buffers as they are now: a module may put new tensors in their places."""
         return [buffer for name, buffer in self.module.named_buffers() if name not in self._ignored]
 
-    def _check_finished(self) -> None:
-        if not self._expecting or not self._seen:
-            return  # finished, or no backward was made at all: the last outputs were only looked at
-        self._expecting = False
-        for work in self._works:  # of a backward that was given up: they still use the buckets
-            if work is not None:
-                work.wait()
-        missing = [name for at, name in enumerate(self._names) if at not in self._seen]
-        if missing and not self.find_unused_parameters:
-            why = (
-                f"no gradient came for {', '.join(missing)}. Parameters that take no part in the loss need "
-                "find_unused_parameters=True; all outputs of forward must take part in it"
-            )
-        else:
-            why = "backward did not come to its end, for an exception in it perhaps"
-        raise RuntimeError(
-            f"rank {self.comm.rank}: expected to have finished reduction in the prior iteration before starting a "
-            f"new one: {why}"
-        )
-
-    def _check_parameters(self) -> None:
+    def _check_unchanged(self) -> None:
         """A parameter that was replaced, frozen or unfrozen since the construction would go unsynchronised."""
-        frozen = [n for n, p in self.module.named_parameters() if id(p) in self._index and not p.requires_grad]
-        if frozen and len(frozen) < len(self._names) and not self.find_unused_parameters:
-            raise RuntimeError(
-                f"rank {self.comm.rank}: parameter {frozen[0]!r} was frozen after DistributedDataParallel was "
-                "constructed, and its bucket would wait for it: construct it anew, or use find_unused_parameters=True"
-            )
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad and id(parameter) not in self._index and name not in self._ignored:
+        if [(id(p), p.requires_grad) for p in self.module.parameters()] == self._as_given:
+            return
+        known = {id(parameter): name for name, parameter in self._given}
+        now = [(name, p) for name, p in self.module.named_parameters() if name not in self._ignored]
+        for name, parameter in now:
+            if parameter.requires_grad and id(parameter) not in known:
                 raise RuntimeError(
                     f"rank {self.comm.rank}: parameter {name!r} was added, replaced or unfrozen after "
                     "DistributedDataParallel was constructed; its gradient would not be reduced. Construct it anew"
                 )
-
-    def _prepare(self, outputs: Any) -> None:
-        """Gets ready for the backward of this forward."""
-        self._expecting = True
-        self._seen: set[int] = set()
-        self._launched = 0
-        if not self._rebuilt:
-            self._ready_order = []
-        self._times: list[int] = [0] * len(self._buckets)
-        self._works: list[Work[None] | None] = [None] * len(self._buckets)
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.indices)
-        self._unused, self._used_somewhere = [], None
-        tensors = list(tensors_in(outputs))
-        if self.find_unused_parameters and tensors:
-            used = leaves_behind(tensors)
-            self._unused = [at for at, p in enumerate(self._parameters_in_order) if id(p) not in used]
-        self._forward_ended_ns = time.monotonic_ns()
-        self._began_ns = 0
-        for tensor in tensors:
-            if tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(self._on_backward)
-
-    # ------------------------------------------------------------------ backward
-
-    def _on_backward(self, gradient: Tensor) -> None:
-        if not self._began_ns:
-            self._began_ns = time.monotonic_ns()
-
-    def _on_gradient(self, parameter: Tensor) -> None:
-        """Runs in backward, after the gradient of `parameter` is accumulated."""
-        at = self._index[id(parameter)]
-        self._used_here.add(at)
-        if not self._expecting:
-            return
-        if not self._seen and self.find_unused_parameters:
-            _at_the_end_of_backward(self._mark_the_rest)
-            for unused in self._unused:
-                self._mark_ready(unused)
-        self._mark_ready(at)
-
-    def _mark_the_rest(self) -> None:
-        """Parameters behind outputs that the loss does not use: the graph alone did not tell."""
-        for at in range(len(self._parameters_in_order)):
-            if at not in self._seen:
-                self._mark_ready(at)
-
-    def _mark_ready(self, at: int) -> None:
-        if at in self._seen:
+        frozen = [name for name, p in now if id(p) in known and not p.requires_grad]
+        if frozen and len(frozen) < len(known) and not self.find_unused_parameters:
             raise RuntimeError(
-                f"rank {self.comm.rank}: parameter {self._names[at]!r} was marked ready twice in one iteration: it "
-                "took part in a second backward, or in a reentrant checkpoint (use_reentrant=False helps)"
+                f"rank {self.comm.rank}: parameter {frozen[0]!r} was frozen after DistributedDataParallel was "
+                "constructed, and its bucket would wait for it: construct it anew, or use find_unused_parameters=True"
             )
-        self._seen.add(at)
-        if not self._rebuilt:
-            self._ready_order.append(at)
-        number, place = self._place_of[at]
-        bucket = self._buckets[number]
-        self._put(at, bucket, place)
-        bucket.missing -= 1
-        if bucket.missing == 0:
-            self._times[number] = time.monotonic_ns()
-            self._launch_ready()
 
-    def _put(self, at: int, bucket: Bucket, place: int) -> None:
-        """Copies a gradient into its bucket at once: it is still in the cache, and as a view of the bucket its own
-        memory is free for the next one."""
-        parameter = self._parameters_in_order[at]
-        # An unused parameter may hold what earlier passes accumulated; else it counts as zeros.
-        gradient = parameter.grad
-        if gradient is not None:
-            where = f"rank {self.comm.rank}: parameter {self._names[at]!r}"
-            if gradient.layout != torch.strided:
-                raise UnsupportedTensor(
-                    f"{where}: expected a dense gradient, got layout {gradient.layout}; use sparse=False"
-                )
-            if gradient.dtype != bucket.flat.dtype:
-                raise UnsupportedTensor(
-                    f"{where}: expected a gradient of {bucket.flat.dtype}, got {gradient.dtype}: it changed after "
-                    "DistributedDataParallel was constructed. Construct it anew"
-                )
-        bucket.put(place, gradient)
-        if gradient is not None and self.gradient_as_bucket_view:
-            parameter.grad = bucket.views[place]
+    # ------------------------------------------------------------------ uneven inputs
 
-    def _launch_ready(self) -> None:
-        """Starts the reduction of full buckets, in the order in which all ranks do."""
-        while self._launched < len(self._buckets) and self._buckets[self._launched].missing == 0:
-            self._works[self._launched] = self._reductions[self._launched].start()
-            self._launched += 1
-            if self._launched == len(self._buckets):
-                if self.find_unused_parameters:
-                    used = torch.zeros(len(self._parameters_in_order), dtype=torch.uint8)
-                    used[list(self._used_here)] = 1
-                    self._used_somewhere = used, self.comm.all_reduce(used, ReduceOp.MAX, async_op=True)
-                _at_the_end_of_backward(self._finish)
+    @contextmanager
+    def join(
+        self,
+        divide_by_initial_world_size: bool = True,
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> Iterator[None]:
+        """Ranks may have different numbers of inputs within it: one that has none left takes part in the others'
+        reductions with zeros, and gets the model of the last rank at the end. As in torch.
 
-    def _finish(self) -> None:
-        """Runs at the end of the backward in which the last bucket was full."""
-        ended_ns = time.monotonic_ns()
-        self._expecting = False
-        for work in self._works:
-            assert work is not None, "every bucket was launched"
-            work.wait()
-        self._hand_out()
-        self._used_here.clear()
-        self._note_times(ended_ns)
+        Gradients are divided by the number of all ranks, or, without `divide_by_initial_world_size`, of those that
+        still have inputs. With `throw_on_early_termination` all ranks raise `RuntimeError` instead, as soon as one has
+        none left.
+        """
+        if not enable:
+            yield
+            return
+        self._uneven = UnevenInputs(self.comm, divide_by_initial_world_size, throw_on_early_termination)
+        try:
+            yield
+            self._shadow(self._uneven)
+        finally:
+            self._uneven = None
 
-    def _hand_out(self) -> None:
-        """Gives every parameter its reduced gradient; one that no rank used keeps what it has."""
-        used: Tensor | None = None
-        if self._used_somewhere is not None:
-            used, work = self._used_somewhere
-            work.wait()
-        targets, sources = [], []
-        for bucket in self._buckets:
-            for index, view in zip(bucket.indices, bucket.views, strict=True):
-                if used is not None and not used[index]:
-                    continue
-                parameter = self._parameters_in_order[index]
-                if parameter.grad is None:
-                    parameter.grad = view if self.gradient_as_bucket_view else view.clone()
-                elif not self.gradient_as_bucket_view:
-                    targets.append(parameter.grad.detach())
-                    sources.append(view)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+    def _shadow(self, uneven: UnevenInputs) -> None:
+        while (turn := uneven.next(None)).active:
+            if turn.syncs:
+                self._reducer.rebuild()
+                self._forwards += 1
+            if turn.copies:
+                broadcast_tensors(self.comm, self._current_buffers(), turn.root)
+            if turn.syncs:
+                self._reducer.shadow(scaled=not uneven.divides_by_all and not self._hooked)
+            self._sync_buffers_next = turn.syncs
+        state = [p for name, p in self.module.named_parameters() if name not in self._ignored]
+        buffers = self._current_buffers() if self.forward_sync_buffers else []
+        broadcast_tensors(self.comm, [*state, *buffers], uneven.last_root)
 
-    def _note_times(self, ended_ns: int) -> None:
-        began = self._began_ns or self._forward_ended_ns
+    # ------------------------------------------------------------------ how gradients are reduced
 
-        def since(at_ns: int) -> float:
-            return (at_ns - began) / 1e6
+    def register_comm_hook(self, state: Any, hook: CommHook) -> None:
+        """From here on `hook(state, bucket)` reduces buckets, in the place of the all-reduce: torch's interface.
 
-        rows = []
-        for number, (bucket, work) in enumerate(zip(self._buckets, self._works, strict=True)):
-            assert work is not None, "every bucket was launched"
-            exposed = max(0, work.ended_ns - max(ended_ns, work.started_ns)) / 1e6
-            ready = self._times[number]
-            times = (since(ready), since(work.started_ns), since(work.ended_ns))
-            rows.append(BucketTimes(number, bucket.nbytes, len(bucket.indices), *times, exposed))
-            if self.comm.tracer is not None:
-                tracer = self.comm.tracer
-                tracer.instant("ddp", f"bucket {number} ready", ready, "buckets", bytes=bucket.nbytes)
-                name = f"bucket {number} ({self._reductions[number].algorithm})"
-                tracer.span("ddp", name, work.started_ns, work.ended_ns, "buckets", bytes=bucket.nbytes)
-        if self.comm.tracer is not None:
-            self.comm.tracer.span("ddp", "backward", began, ended_ns)
-        self._report = OverlapReport(since(ended_ns), tuple(rows))
+        It is called on the thread that runs backward, in one order on all ranks, with a `GradBucket` of gradients that
+        are not divided, and returns a `torch.futures.Future` of them reduced, flat. torch's own hooks run as they are,
+        on a process group of torch; `ringred.hooks` has others. Once, and before the first backward.
+
+        Raises `TypeError` and `ValueError` for what is no such hook, `RuntimeError` if there is one, or too late.
+        """
+        check_hook(hook)
+        if self._hooked:
+            raise RuntimeError("register_comm_hook can only be called once")
+        if self._settings.op is ReduceOp.SUM or self._settings.algorithm == RANK_ORDER:
+            raise ValueError("a communication hook reduces by itself: reduce_op and deterministic say nothing to it")
+        self._reducer.set_hook(state, hook)
+        self._hooked = True
+
+    def bucket_plan(self) -> list[list[str]]:
+        """The parameters' names bucket by bucket, for the `bucket_plan` of another run. After two iterations buckets
+        stay as they are."""
+        return [[self._reducer.members.names[at] for at in indices] for indices in self._reducer.layout.plan]
+
+    def save_bucket_plan(self, path: str | Path) -> None:
+        """Writes `bucket_plan()` to a file (JSON), whole or not at all."""
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.rank{self.comm.rank}")
+        unfinished.write_text(json.dumps({"buckets": self.bucket_plan()}, indent=1) + "\n")
+        unfinished.replace(path)
+
+    def check_desync(self) -> None:
+        """Raises `ReplicasDiverged` on every rank if parameters differ between ranks. Collective."""
+        names, tensors = zip(*self._given, strict=True)
+        check_same_values(self.comm, names, tensors)
+
+    # ------------------------------------------------------------------ reports
+
+    @property
+    def broadcast_buffers(self) -> bool:
+        """torch's older name of `forward_sync_buffers`."""
+        return self.forward_sync_buffers
 
     def overlap_report(self) -> OverlapReport:
-        """Per bucket of the last synchronised backward: ready, start, end, and what backward did not hide."""
-        if self._report is None:
-            raise RingredError("overlap_report: no synchronised backward has ended yet")
-        return self._report
+        """Per bucket of the last synchronised backward: ready, start, end, what backward did not hide; and which
+        `bucket_cap_mb` would hide more. Raises `RingredError` before the first one."""
+        times = self._reducer.last
+        if times is None:
+            raise RingredError(f"rank {self.comm.rank}: overlap_report: no synchronised backward was made yet")
+        entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in self._reducer.members.parameters]
+        first = FIRST_BUCKET_BYTES / _MIB if len(self._settings.caps) == 2 else None
+        return report(times, forecast(times, entries, self.comm.predicted_seconds, first))
 
-    # ------------------------------------------------------------------ buckets
+    def straggler_report(self) -> StragglerReport:
+        """Which rank the others wait for, over the last iterations, alike on all ranks. Collective."""
+        return straggler_report(self.comm, self._reducer.arrivals)
 
-    def _build_buckets(self, order: Sequence[int]) -> None:
-        parameters = self._parameters_in_order
-        entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in parameters]
-        assigned = assign(entries, order, self._cap_bytes, self._first_cap_bytes)
-        self._buckets = [Bucket(indices, parameters, self.comm.empty) for indices in assigned]
-        self._place_of = {
-            index: (number, place) for number, indices in enumerate(assigned) for place, index in enumerate(indices)
-        }
-        self._reductions: list[PersistentAllReduce] = [
-            self.comm.all_reduce_init(bucket.flat, ReduceOp.AVG, algorithm=self.algorithm, grid=self.grid)
-            for bucket in self._buckets
-        ]
-
-    def _rebuild_buckets(self) -> None:
-        """Once, after the first synchronised backward: buckets in the order in which rank 0's were ready."""
-        if self._rebuilt or len(self._ready_order) < len(self._parameters_in_order):
-            return
-        self._rebuilt = True
-        order = torch.tensor(self._ready_order, dtype=torch.int64)
-        self.comm.broadcast(order, 0)
-        gradients = [parameter.grad for parameter in self._parameters_in_order]
-        self._build_buckets(order.tolist())
-        if self.gradient_as_bucket_view:
-            for bucket in self._buckets:
-                for index, view in zip(bucket.indices, bucket.views, strict=True):
-                    gradient = gradients[index]
-                    if gradient is not None:
-                        view.copy_(gradient)
-                        self._parameters_in_order[index].grad = view
+    @staticmethod
+    def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, params_and_buffers_to_ignore: Any) -> None:
+        """As torch's: the names of parameters and buffers of `module` that are left alone."""
+        module._ddp_params_and_buffers_to_ignore = params_and_buffers_to_ignore
 
 
-def _at_the_end_of_backward(callback: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def _calling(method: weakref.WeakMethod[Any]) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        alive = method()
-        if alive is not None:
-            alive(parameter)
-
-    return hook
-
-
-def _remove(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+def _text(plan: BucketPlan | str | Path | None) -> str:
+    """A bucket plan for the comparison between ranks: files by what is in them, where they can be read."""
+    if isinstance(plan, (str, Path)):
+        path = Path(plan)
+        return path.read_text() if path.exists() else "in a file that is not there"
+    return str(plan)

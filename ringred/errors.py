@@ -12,8 +12,10 @@ __all__ = [
     "DeadlockError",
     "GridError",
     "ModelMismatch",
+    "NonFiniteGradient",
     "OverwriteError",
     "PeerFailed",
+    "ReplicasDiverged",
     "RingredError",
     "ScheduleError",
     "TransportUnavailable",
@@ -40,6 +42,14 @@ class PeerFailed(RingredError, ConnectionError):
 
 class ModelMismatch(RingredError):
     """The ranks built different models."""
+
+
+class ReplicasDiverged(RingredError):
+    """Ranks that must hold the same parameters hold different ones."""
+
+
+class NonFiniteGradient(RingredError, ArithmeticError):
+    """A gradient of some rank holds NaN or infinity; it was not reduced."""
 
 
 class UnknownAlgorithm(RingredError, ValueError):

@@ -1,13 +1,35 @@
-"""What of the communication backward has hidden: bucket by bucket, from the clock of one iteration."""
+"""What of the communication backward has hidden: bucket by bucket, from the clock of one iteration, and what another
+cap would hide."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tabulate import tabulate
 
-__all__ = ["BucketTimes", "OverlapReport"]
+from ringred.buckets import Bucket, Entry, SparseBucket, assign
+from ringred.reductions import InFlight
+from ringred.trace import Tracer
+
+__all__ = ["BackwardTimes", "BucketTimes", "CapForecast", "OverlapReport", "forecast", "report", "trace"]
+
+_CAPS_MB = (1, 2, 5, 10, 25, 50, 100)  # that are tried
+
+
+@dataclass(slots=True)
+class BackwardTimes:
+    """The times of one backward, in ns of `time.monotonic_ns`: `ready_ns` of parameters by their places, 0 where no
+    gradient came; `full_ns`, `works`, `algorithms` of buckets in their order."""
+
+    began_ns: int
+    ended_ns: int
+    ready_ns: Sequence[int]
+    full_ns: Sequence[int]
+    works: Sequence[InFlight]
+    buckets: Sequence[Bucket | SparseBucket]
+    algorithms: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +42,7 @@ class BucketTimes:
     bucket: int
     nbytes: int
     parameters: int
+    algorithm: str
     ready_ms: float
     start_ms: float
     end_ms: float
@@ -27,11 +50,25 @@ class BucketTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class CapForecast:
+    """What `bucket_cap_mb=cap_mb` would give: the number of buckets, and the exposed time that is expected."""
+
+    cap_mb: float
+    buckets: int
+    exposed_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class OverlapReport:
-    """The last synchronised backward of this rank. `print` it, or take `as_dict()` for JSON."""
+    """The last synchronised backward of this rank. `print` it, or take `as_dict()` for JSON, `scalars()` for a log.
+
+    `caps` holds a forecast for other bucket caps: gradients come when they came this time, and a reduction takes what
+    the cost model says of its size, times what the model was off by in this backward.
+    """
 
     backward_ms: float
     buckets: tuple[BucketTimes, ...]
+    caps: tuple[CapForecast, ...] = ()
 
     @property
     def communication_ms(self) -> float:
@@ -40,6 +77,7 @@ class OverlapReport:
 
     @property
     def exposed_ms(self) -> float:
+        """The time that the step waited for reductions after backward."""
         return sum(bucket.exposed_ms for bucket in self.buckets)
 
     @property
@@ -50,22 +88,101 @@ class OverlapReport:
         # Sums of differences: rounding must not make it a hair less than nothing.
         return max(0.0, 1.0 - self.exposed_ms / self.communication_ms)
 
+    @property
+    def best_cap(self) -> CapForecast | None:
+        """The forecast with the least exposed time, of the largest cap where several have it."""
+        return min(self.caps, key=lambda cap: (round(cap.exposed_ms, 2), -cap.cap_mb), default=None)
+
+    def scalars(self) -> dict[str, float]:
+        """What a log keeps of it, by name."""
+        return {
+            "overlap/backward_ms": self.backward_ms,
+            "overlap/communication_ms": self.communication_ms,
+            "overlap/exposed_ms": self.exposed_ms,
+            "overlap/hidden": self.hidden,
+        }
+
     def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
         return {
             "backward_ms": self.backward_ms,
             "communication_ms": self.communication_ms,
             "exposed_ms": self.exposed_ms,
             "hidden": self.hidden,
             "buckets": [asdict(bucket) for bucket in self.buckets],
+            "caps": [asdict(cap) for cap in self.caps],
         }
 
     def __str__(self) -> str:
         rows = [
-            (b.bucket, b.nbytes, b.parameters, b.ready_ms, b.start_ms, b.end_ms, b.exposed_ms) for b in self.buckets
+            (b.bucket, b.nbytes, b.parameters, b.algorithm, b.ready_ms, b.start_ms, b.end_ms, b.exposed_ms)
+            for b in self.buckets
         ]
-        headers = ["bucket", "bytes", "parameters", "ready ms", "start ms", "end ms", "exposed ms"]
-        table = tabulate(rows, headers=headers, floatfmt=".2f")
-        return (
-            f"{table}\nbackward {self.backward_ms:.2f} ms, reductions {self.communication_ms:.2f} ms, "
-            f"of which {self.exposed_ms:.2f} ms after backward: {self.hidden:.0%} hidden"
+        headers = ["bucket", "bytes", "parameters", "by", "ready ms", "start ms", "end ms", "exposed ms"]
+        text = (
+            f"{tabulate(rows, headers=headers, floatfmt='.2f')}\nbackward {self.backward_ms:.2f} ms, reductions "
+            f"{self.communication_ms:.2f} ms, of which {self.exposed_ms:.2f} ms after backward: "
+            f"{self.hidden:.0%} hidden"
         )
+        best = self.best_cap
+        if best is None:
+            return text
+        if best.exposed_ms >= 0.9 * self.exposed_ms:
+            return f"{text}\nno other bucket_cap_mb is expected to hide more"
+        return (
+            f"{text}\nbucket_cap_mb={best.cap_mb:g} ({best.buckets} buckets) is expected to leave "
+            f"{best.exposed_ms:.2f} ms after backward"
+        )
+
+
+def report(times: BackwardTimes, caps: Sequence[CapForecast] = ()) -> OverlapReport:
+    """What `times` say."""
+
+    def since(at_ns: int) -> float:
+        return (at_ns - times.began_ns) / 1e6
+
+    rows = []
+    for number, (bucket, work) in enumerate(zip(times.buckets, times.works, strict=True)):
+        exposed = max(0, work.ended_ns - max(times.ended_ns, work.started_ns)) / 1e6
+        at = since(times.full_ns[number]), since(work.started_ns), since(work.ended_ns)
+        rows.append(BucketTimes(number, bucket.nbytes, len(bucket.indices), times.algorithms[number], *at, exposed))
+    return OverlapReport(since(times.ended_ns), tuple(rows), tuple(caps))
+
+
+def forecast(
+    times: BackwardTimes,
+    entries: Sequence[Entry],
+    seconds_of: Callable[[int], float],
+    first_cap_mb: float | None = None,
+) -> list[CapForecast]:
+    """What other caps would give; `seconds_of(nbytes)` is what the cost model says of one reduction.
+
+    `entries` are the parameters by their places, as `assign` takes them; those without a gradient are left out.
+    `first_cap_mb` is the cap of the first bucket, where that is another.
+    """
+    order = sorted((at for at, ready in enumerate(times.ready_ns) if ready), key=lambda at: times.ready_ns[at])
+    modelled = sum(seconds_of(bucket.nbytes) for bucket in times.buckets)
+    measured = sum(work.ended_ns - work.started_ns for work in times.works) / 1e9
+    if not order or not modelled:
+        return []
+    found = []
+    for cap_mb in _CAPS_MB:
+        first = cap_mb if first_cap_mb is None else min(first_cap_mb, cap_mb)
+        buckets = assign(entries, order, [int(first * (1 << 20)), cap_mb << 20])
+        free = 0.0  # when the last reduction is over, in seconds since backward began
+        for indices in buckets:
+            full = (max(times.ready_ns[at] for at in indices) - times.began_ns) / 1e9
+            nbytes = sum(entries[at].nbytes for at in indices)
+            free = max(free, full) + seconds_of(nbytes) * measured / modelled
+        exposed = max(0.0, free - (times.ended_ns - times.began_ns) / 1e9)
+        found.append(CapForecast(cap_mb, len(buckets), exposed * 1e3))
+    return found
+
+
+def trace(times: BackwardTimes, tracer: Tracer) -> None:
+    """Draws one backward: itself, and each bucket's becoming full and its reduction on a line of their own."""
+    for number, (bucket, work) in enumerate(zip(times.buckets, times.works, strict=True)):
+        tracer.instant("ddp", f"bucket {number} ready", times.full_ns[number], "buckets", bytes=bucket.nbytes)
+        name = f"bucket {number} ({times.algorithms[number]})"
+        tracer.span("ddp", name, work.started_ns, work.ended_ns, "buckets", bytes=bucket.nbytes)
+    tracer.span("ddp", "backward", times.began_ns, times.ended_ns)

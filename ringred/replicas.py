@@ -1,4 +1,4 @@
-"""The same model on every rank: checked, and copied from rank 0."""
+"""The same model on every rank: checked at the start, copied from one rank, and checked on the way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ringred.communicator import Communicator
-from ringred.errors import ModelMismatch
+from ringred.errors import ModelMismatch, ReplicasDiverged
 
-__all__ = ["broadcast_tensors", "check_same_model"]
+__all__ = ["broadcast_tensors", "check_same_model", "check_same_values"]
 
 _COALESCED_BYTES = 250 << 20  # copied in parts of this size, as torch does
+_LANES = 1024  # sums of every so-many-th word, so that a checksum sees words that changed places
 
 
 def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
@@ -27,9 +28,10 @@ def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
     ]
 
 
-def check_same_model(comm: Communicator, module: nn.Module, ignored: set[str]) -> None:
-    """Raises `ModelMismatch` on every rank if one of them built another model than rank 0."""
-    text = "\n".join(_describe(module, ignored)).encode()
+def check_same_model(comm: Communicator, module: nn.Module, ignored: set[str], settings: Sequence[str] = ()) -> None:
+    """Raises `ModelMismatch` on every rank if one of them built another model than rank 0, or asks for other
+    `settings`, which are given as text."""
+    text = "\n".join([*_describe(module, ignored), *settings]).encode()
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
     table = torch.empty(2 * comm.size, dtype=torch.int64)
     comm.all_gather(table, torch.tensor([digest, len(text)], dtype=torch.int64))
@@ -51,8 +53,45 @@ def check_same_model(comm: Communicator, module: nn.Module, ignored: set[str]) -
     )
 
 
-def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor]) -> None:
-    """Copies rank 0's tensors to all ranks, those of one dtype together."""
+def check_same_values(comm: Communicator, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raises `ReplicasDiverged` on every rank if `tensors` differ between ranks in a single bit, naming the first one
+    that does and the ranks. Collective."""
+    table = torch.empty(comm.size * 2 * len(tensors), dtype=torch.int64)
+    comm.all_gather(table, torch.stack([_checksum(tensor) for tensor in tensors]).view(-1))
+    rows = table.view(comm.size, len(tensors), 2)
+    differs = (rows != rows[0]).flatten(2).any(2).any(0)
+    if not differs.any():
+        return
+    at = int(differs.nonzero()[0])
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(comm.size):
+        groups.setdefault(tuple(rows[rank, at].tolist()), []).append(rank)
+    most, *others = sorted(groups.values(), key=len, reverse=True)
+    away = sorted(rank for group in others for rank in group)
+    raise ReplicasDiverged(
+        f"rank {comm.rank}: expected the same parameters on all ranks; {names[at]!r} is the first of "
+        f"{int(differs.sum())} that differ: {_ranks(away)} from {_ranks(most)}. Something changes them besides the "
+        "optimizer, or the optimizers differ"
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Two int64 of a tensor's bits."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = flat.view(torch.int32) if flat.numel() % 4 == 0 and flat.data_ptr() % 4 == 0 else flat
+    whole = words.numel() // _LANES * _LANES
+    lanes = torch.zeros(_LANES, dtype=torch.int64)
+    lanes += words[:whole].view(-1, _LANES).sum(0, dtype=torch.int64)
+    lanes[: words.numel() - whole] += words[whole:]
+    return torch.stack([lanes.sum(), (lanes * torch.arange(1, _LANES + 1)).sum()])
+
+
+def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 0) -> None:
+    """Copies the tensors of rank `src` to all ranks, those of one dtype together."""
     if comm.size == 1:
         return
     groups: dict[torch.dtype, list[Tensor]] = {}
@@ -62,8 +101,8 @@ def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor]) -> None:
     for together in groups.values():
         for part in _parts(together, _COALESCED_BYTES):
             flat = torch.cat([tensor.reshape(-1) for tensor in part])
-            comm.broadcast(flat, 0)
-            if comm.rank != 0:
+            comm.broadcast(flat, src)
+            if comm.rank != src:
                 pieces = flat.split([tensor.numel() for tensor in part])
                 views = [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)]
                 torch._foreach_copy_(part, views)

@@ -102,12 +102,16 @@ class Progress:
                 self._thread.start()
             self._wake.notify()
 
-    def close(self) -> None:
-        """Runs what is queued and ends the thread."""
+    def let_end(self) -> None:
+        """Lets the thread end once it has run what is queued."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-            thread = self._thread
+
+    def close(self) -> None:
+        """Runs what is queued and ends the thread."""
+        self.let_end()
+        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 

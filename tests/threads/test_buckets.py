@@ -10,14 +10,14 @@ from ringred.buckets import Bucket, Entry, assign
 def test_a_bucket_is_closed_at_its_cap_and_the_first_cap_is_its_own() -> None:
     entries = [Entry(4, "f")] * 10
     order = list(reversed(range(10)))
-    assert assign(entries, order, 12, 4) == [[9], [8, 7, 6], [5, 4, 3], [2, 1, 0]]
-    assert assign(entries, order, 1000, 1000) == [order]
-    assert assign(entries, order, 1, 1) == [[index] for index in order]
+    assert assign(entries, order, [4, 12]) == [[9], [8, 7, 6], [5, 4, 3], [2, 1, 0]]
+    assert assign(entries, order, [1000]) == [order]
+    assert assign(entries, order, [1]) == [[index] for index in order]
 
 
 def test_what_differs_in_kind_does_not_share_and_buckets_come_as_they_fill() -> None:
     entries = [Entry(4, "f" if index % 2 else "h") for index in range(6)]
-    assert assign(entries, [5, 4, 3, 2, 1, 0], 8, 8) == [[5, 3], [4, 2], [1], [0]]
+    assert assign(entries, [5, 4, 3, 2, 1, 0], [8]) == [[5, 3], [4, 2], [1], [0]]
 
 
 def test_views_have_the_shape_and_strides_of_their_parameters() -> None:

@@ -100,7 +100,7 @@ def test_gradients_equal_one_process_on_the_joined_batch(kind: str, as_view: boo
         model = ringred.DistributedDataParallel(
             models[comm.rank], process_group=comm, bucket_cap_mb=0.005, gradient_as_bucket_view=as_view
         )
-        assert len(model._buckets) >= 2
+        assert len(model.bucket_plan()) >= 2
         return train(model, *share(comm))
 
     results = run_ranks(body, size)
@@ -135,17 +135,17 @@ def test_buckets_are_rebuilt_in_the_order_in_which_gradients_come() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.middle(self.first(x)))
 
-    def body(comm: Communicator) -> tuple[list[list[int]], list[list[int]]]:
+    def body(comm: Communicator) -> tuple[list[list[str]], list[list[str]]]:
         model = ringred.DistributedDataParallel(Backwards(), process_group=comm, bucket_cap_mb=1e-4)
-        before = [bucket.indices for bucket in model._buckets]
+        before = model.bucket_plan()
         for _ in range(2):
             model(torch.ones(1, 8)).sum().backward()
-        return before, [bucket.indices for bucket in model._buckets]
+        return before, model.bucket_plan()
 
     (before, after), other = run_ranks(body, 2)
     assert other == (before, after)
-    assert before == [[5, 4], [3, 2], [1, 0]]
-    assert [sorted(bucket) for bucket in after] == [[0, 1], [2, 3], [4, 5]]
+    assert before == [["first.bias", "first.weight"], ["middle.bias", "middle.weight"], ["last.bias", "last.weight"]]
+    assert [sorted(bucket) for bucket in after] == [sorted(bucket) for bucket in reversed(before)]
 
 
 def test_no_sync_accumulates_and_the_next_backward_reduces_the_sum() -> None:
@@ -277,22 +277,45 @@ def test_what_would_go_unsynchronised_is_an_error() -> None:
 
 
 def test_arguments_are_torchs_and_what_is_not_done_is_refused_with_the_reason() -> None:
-    with pytest.raises(RuntimeError, match="no parameter that requires a gradient"):
+    with pytest.raises(RuntimeError, match="doesn't have any parameter that requires a gradient"):
         ringred.DistributedDataParallel(nn.ReLU())
-    for name, value in (("device_ids", [0]), ("static_graph", True), ("mixed_precision", object())):
-        with pytest.raises(ValueError, match=f"{name}=.* is not supported: "):
-            ringred.DistributedDataParallel(nn.Linear(1, 1), **{name: value})
-    with pytest.raises(TypeError, match="unexpected argument 'bucket_cap'"):
-        ringred.DistributedDataParallel(nn.Linear(1, 1), bucket_cap=25)
-    with pytest.raises(ValueError, match="expected bucket_cap_mb > 0, got 0"):
-        ringred.DistributedDataParallel(nn.Linear(1, 1), bucket_cap_mb=0)
+    with pytest.raises(RuntimeError, match="'weight' is uninitialized"):
+        ringred.DistributedDataParallel(nn.LazyLinear(3))
+    with pytest.raises(UnsupportedTensor, match="'weight': expected it on the CPU, got meta"):
+        ringred.DistributedDataParallel(nn.Linear(1, 1, device="meta"))
+    refused: list[tuple[dict[str, object], type[Exception], str]] = [
+        ({"device_ids": [0]}, ValueError, r"only work with GPU modules, but got device_ids \[0\]"),
+        ({"device_ids": [0, 1]}, ValueError, "single element"),
+        ({"output_device": 0}, ValueError, "output_device 0"),
+        ({"mixed_precision": object()}, ValueError, "torch's own needs an accelerator"),
+        ({"bucket_cap_mb": 0}, ValueError, "expected bucket_cap_mb > 0, got 0"),
+        ({"bucket_cap_mb_list": [1, -1]}, ValueError, "expected bucket_cap_mb_list > 0, got -1"),
+        ({"reduce_op": "max"}, ValueError, "expected reduce_op 'avg' or 'sum', got 'max'"),
+        ({"desync_check_every": -1}, ValueError, "expected desync_check_every ≥ 0, got -1"),
+        ({"deterministic": True, "algorithm": "ring"}, ringred.UnknownAlgorithm, "central, direct, one_shot"),
+        ({"deterministic": True, "grid": (1, 1)}, ringred.UnknownAlgorithm, "does not go with grid"),
+        ({"param_to_hook_all_reduce": nn.Parameter(torch.ones(1))}, ValueError, "set at the same time"),
+        ({"bucket_plan": [["weight"]]}, ValueError, "every parameter of the model once, but not so 'bias'"),
+        ({"bucket_plan": [["weight"], ["bias", "bias"]]}, ValueError, "not so 'bias'"),
+        ({"bucket_plan": "/nowhere/plan.json"}, FileNotFoundError, "plan.json"),
+        ({"bucket_cap": 25}, TypeError, "unexpected keyword argument 'bucket_cap'"),
+    ]
+    for arguments, kind, text in refused:
+        with pytest.raises(kind, match=text):
+            ringred.DistributedDataParallel(nn.Linear(1, 1), **arguments)
+    with pytest.warns(FutureWarning, match="broadcast_buffers is ignored beside forward_sync_buffers"):
+        ringred.DistributedDataParallel(nn.Linear(1, 1), broadcast_buffers=True, forward_sync_buffers=False)
 
 
-def test_sparse_gradients_are_refused_by_name() -> None:
+def test_gradients_of_another_layout_than_at_construction_are_refused_by_name() -> None:
     def body(comm: Communicator) -> bool:
-        model = ringred.DistributedDataParallel(nn.Embedding(5, 3, sparse=True), process_group=comm)
-        with pytest.raises(UnsupportedTensor, match="parameter 'weight': expected a dense gradient"):
-            model(torch.tensor([1, 2])).sum().backward()
+        for sparse in (False, True):
+            embedding = nn.Embedding(5, 3, sparse=sparse)
+            model = ringred.DistributedDataParallel(embedding, process_group=comm)
+            embedding.sparse = not sparse
+            wanted = "a gradient of sparse rows" if sparse else "a dense gradient"
+            with pytest.raises(UnsupportedTensor, match=f"parameter 'weight': expected {wanted}"):
+                model(torch.tensor([1, 2])).sum().backward()
         return True
 
     assert all(run_ranks(body, 2))

@@ -1,0 +1,165 @@
+"""What the arguments of DistributedDataParallel come to, and which values are refused, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ringred.buckets import FIRST_BUCKET_BYTES
+from ringred.collectives.registry import algorithms, lookup
+from ringred.errors import UnknownAlgorithm, UnsupportedTensor
+from ringred.layout import Members
+from ringred.ops import ReduceOp, reduce_op
+from ringred.select import AUTOMATIC, RANK_ORDER
+
+__all__ = [
+    "BucketPlan",
+    "algorithm_of",
+    "bucket_caps",
+    "check_hook",
+    "check_parameters",
+    "group_of",
+    "members_of",
+    "op_of",
+    "read_plan",
+]
+
+_DEFAULT_CAP_MB = 25
+_MIB = 1 << 20
+
+BucketPlan = Sequence[Sequence[str]]
+"""The names of the parameters, bucket by bucket, in the order in which buckets are reduced."""
+
+
+def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, output_device: Any) -> None:
+    """Raises for parameters that cannot be reduced, and for devices that are not theirs, as torch does."""
+    if device_ids is not None and len(device_ids) > 1:
+        raise ValueError("device_ids can only be None or contain a single element.")
+    for name, parameter in named:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise RuntimeError(
+                f"parameter {name!r} is uninitialized: run a dummy forward pass before wrapping the module"
+            )
+        if parameter.device.type != "cpu":
+            raise UnsupportedTensor(f"parameter {name!r}: expected it on the CPU, got {parameter.device}")
+    if device_ids or output_device is not None:
+        raise ValueError(
+            f"device_ids and output_device only work with GPU modules, but got device_ids {device_ids}, output_device "
+            f"{output_device}, and parameters on the CPU"
+        )
+
+
+def group_of(process_group: Any, device_mesh: Any) -> Any:
+    """The process group or communicator that is meant, None for the default."""
+    if device_mesh is None:
+        return process_group
+    if process_group is not None:
+        raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
+    if device_mesh.ndim != 1:
+        raise RuntimeError(f"Only 1D device mesh is supported, but got {device_mesh}.")
+    if device_mesh._get_root_mesh() != device_mesh:
+        raise ValueError(
+            "a device_mesh that is part of another is not supported: its parameters are DTensors. torch's DDP on "
+            'backend="ringred" takes it'
+        )
+    return device_mesh.get_group(mesh_dim=0)
+
+
+def members_of(
+    module: nn.Module,
+    named: Sequence[tuple[str, Tensor]],
+    delayed: Sequence[tuple[str, Tensor]] | None,
+    trigger: Tensor | None,
+) -> Members:
+    """The parameters to reduce: those of `named` that require a gradient, and the delayed ones."""
+    if (delayed is None) != (trigger is None):
+        raise ValueError("delay_all_reduce_named_params and param_to_hook_all_reduce need to be set at the same time.")
+    later = {id(parameter): name for name, parameter in delayed or ()}
+    parameters = [(name, p) for name, p in named if p.requires_grad]
+    known = {id(parameter) for _, parameter in parameters}
+    unknown = [name for name, parameter in delayed or () if id(parameter) not in known]
+    if unknown:
+        raise ValueError(f"delay_all_reduce_named_params: {unknown[0]!r} is no parameter of the module with a gradient")
+    if trigger is not None and not trigger.requires_grad:
+        raise ValueError("param_to_hook_all_reduce: expected a parameter that requires a gradient")
+    if not parameters:
+        raise RuntimeError(
+            "DistributedDataParallel is not needed when a module doesn't have any parameter that requires a gradient."
+        )
+    embeddings = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    rows = {id(embedding.weight) for embedding in embeddings}
+    return Members(
+        tuple(name for name, _ in parameters),
+        tuple(parameter for _, parameter in parameters),
+        frozenset(at for at, (_, p) in enumerate(parameters) if id(p) in rows),
+        tuple(at for at, (_, p) in enumerate(parameters) if id(p) in later),
+        trigger,
+    )
+
+
+def bucket_caps(cap_mb: float | None, caps_mb: Sequence[float] | None) -> tuple[int, ...]:
+    """The caps of the buckets in bytes: torch's 1 and 25 MiB where none is given."""
+    given = list(caps_mb) if caps_mb else [cap_mb] if cap_mb is not None else []
+    for cap in given:
+        if not cap > 0:
+            what = "bucket_cap_mb_list" if caps_mb else "bucket_cap_mb"
+            raise ValueError(f"DistributedDataParallel: expected {what} > 0, got {cap}")
+    return tuple(int(cap * _MIB) for cap in given) or (FIRST_BUCKET_BYTES, _DEFAULT_CAP_MB * _MIB)
+
+
+def op_of(given: str | ReduceOp) -> ReduceOp:
+    """avg or sum."""
+    op = reduce_op(given, "DistributedDataParallel")
+    if op not in (ReduceOp.AVG, ReduceOp.SUM):
+        raise ValueError(f"DistributedDataParallel: expected reduce_op 'avg' or 'sum', got {op.value!r}")
+    return op
+
+
+def algorithm_of(algorithm: str, grid: Sequence[int] | None, deterministic: bool) -> str:
+    """The algorithm to ask for. With `deterministic` one that adds in rank order; raises `UnknownAlgorithm` for others,
+    whose sums depend on where an element lies in its bucket."""
+    if not deterministic:
+        return algorithm
+    names = sorted(name for name, entry in algorithms("all_reduce").items() if entry.rank_order)
+    if grid is not None or (algorithm not in AUTOMATIC and not lookup("all_reduce", algorithm).rank_order):
+        asked = f"grid={tuple(grid)}" if grid is not None else f"algorithm={algorithm!r}"
+        raise UnknownAlgorithm(
+            f"deterministic=True does not go with {asked}: it adds an element in an order that depends on where the "
+            "element lies, so that the bits change with the buckets. Those that add in rank order are "
+            f"{', '.join(names)}"
+        )
+    return RANK_ORDER if algorithm == "auto" else algorithm
+
+
+def read_plan(plan: BucketPlan | str | Path, members: Members) -> list[list[int]]:
+    """The places of the parameters that `plan`, or the file of one, names. Raises `ValueError` for another model's."""
+    buckets: BucketPlan = json.loads(Path(plan).read_text())["buckets"] if isinstance(plan, (str, Path)) else plan
+    place = {name: at for at, name in enumerate(members.names)}
+    named = [name for bucket in buckets for name in bucket]
+    odd = sorted(set(named) ^ set(members.names)) or sorted({name for name in named if named.count(name) > 1})
+    if odd:
+        raise ValueError(f"bucket_plan: expected every parameter of the model once, but not so {odd[0]!r}")
+    found = [[place[name] for name in bucket] for bucket in buckets if bucket]
+    for places in found:
+        kinds = {(members.parameters[at].dtype, at in members.delayed) for at in places}
+        if len(kinds) > 1 or (len(places) > 1 and not members.sparse.isdisjoint(places)):
+            raise ValueError(f"bucket_plan: {members.names[places[0]]!r} shares a bucket with others of another kind")
+    return found
+
+
+def check_hook(hook: Callable[..., Any]) -> None:
+    """Raises `TypeError` or `ValueError` for what is no communication hook, as torch does."""
+    if not callable(hook):
+        raise TypeError("Communication hook must be callable.")
+    signature = inspect.signature(hook)
+    bucket, theirs = signature.parameters.get("bucket"), getattr(torch.distributed, "GradBucket", None)
+    if bucket is not None and bucket.annotation not in (inspect.Parameter.empty, theirs):
+        raise ValueError("Communication hook: bucket annotation should be dist.GradBucket.")
+    if signature.return_annotation not in (inspect.Signature.empty, torch.futures.Future[torch.Tensor]):
+        raise ValueError("Communication hook: return annotation should be torch.futures.Future[torch.Tensor].")

@@ -1,0 +1,50 @@
+"""Ranks with uneven inputs: who still has some, and what those do that have none left."""
+
+from __future__ import annotations
+
+import torch
+
+from ringred.communicator import Communicator
+
+__all__ = ["Turn", "UnevenInputs"]
+
+
+class Turn:
+    """One forward of the ranks that still have inputs: `active` are they, and `root` is the one whose buffers count.
+    `syncs`: its backward is reduced. `copies`: buffers are copied before it."""
+
+    def __init__(self, active: list[int], syncs: bool, copies: bool) -> None:
+        self.active, self.syncs, self.copies = active, syncs, copies
+        self.root = max(active, default=-1)
+
+
+class UnevenInputs:
+    """Counts the ranks of `comm` that still have inputs, at every forward of theirs.
+
+    A rank without inputs calls `next(None)` until nobody is active. With `throws`, all ranks raise `RuntimeError` as
+    soon as one has no inputs left and another has.
+    """
+
+    def __init__(self, comm: Communicator, divides_by_all: bool, throws: bool) -> None:
+        self.comm, self.divides_by_all, self.throws = comm, divides_by_all, throws
+        self.last_root = 0
+
+    def next(self, doing: tuple[bool, bool] | None) -> Turn:
+        """The next forward of the active ranks: this one is `doing` (syncs, copies), or has no inputs. Collective."""
+        size = self.comm.size
+        table = torch.zeros(size + 2, dtype=torch.int64)
+        if doing is not None:
+            table[self.comm.rank] = 1
+            table[size], table[size + 1] = doing
+        self.comm.all_reduce(table, "max")
+        active = table[:size].nonzero().view(-1).tolist()
+        if self.throws and 0 < len(active) < size:
+            done = sorted(set(range(size)) - set(active))
+            raise RuntimeError(
+                f"rank {self.comm.rank}: detected at least one rank that exhausted inputs "
+                f"({', '.join(map(str, done))}). Throwing across all ranks."
+            )
+        turn = Turn(active, bool(table[size]), bool(table[size + 1]))
+        if active:
+            self.last_root = turn.root
+        return turn

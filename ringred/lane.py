@@ -1,0 +1,48 @@
+"""A lane: jobs of several collectives each, done one after the other beside a communicator's own collectives."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+from ringred.communicator import Communicator
+from ringred.work import Progress, Work
+
+__all__ = ["Lane"]
+
+T = TypeVar("T")
+
+
+class Lane:
+    """A thread and a duplicate of `comm`, on which jobs run in the order in which they were submitted.
+
+    All ranks submit alike jobs in one order. A job may start as many collectives on `self.comm` as it likes, wait for
+    them and compute in between, while the program goes on with `comm`. Making a lane is collective.
+    """
+
+    def __init__(self, comm: Communicator, name: str) -> None:
+        self.comm = comm.duplicate()
+        self._name = f"rank {comm.rank}: {name}"
+        self._progress = Progress(f"ringred-{name}-{comm.rank}")
+        weakref.finalize(self, _end, self._progress, self.comm)
+
+    def submit(self, job: Callable[[Communicator], T]) -> Work[T]:
+        """Runs `job` on the lane's communicator behind all others. Where it raises, the other ranks do too."""
+        comm = self.comm
+        work: Work[T] = Work(self._name)
+
+        def done() -> T:
+            try:
+                return job(comm)
+            except BaseException as failure:
+                comm.abort(failure)  # peers may be within the collectives that this rank does not come to
+                raise
+
+        self._progress.submit(lambda: work.finish(done))
+        return work
+
+
+def _end(progress: Progress, comm: Communicator) -> None:
+    progress.submit(comm.close)
+    progress.let_end()

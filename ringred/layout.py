@@ -1,0 +1,119 @@
+"""The buckets of a model: which parameters share one, and what reduces each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ringred.buckets import Bucket, Entry, SparseBucket, assign
+from ringred.communicator import Communicator
+from ringred.lane import Lane
+from ringred.ops import ReduceOp
+from ringred.reductions import CommHook, HookReduction, Reduction, SparseReduction
+
+__all__ = ["Layout", "Members", "Settings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What DistributedDataParallel was asked for. `caps` are those of the buckets in bytes, as in `assign`."""
+
+    caps: tuple[int, ...]
+    op: ReduceOp = ReduceOp.AVG
+    algorithm: str = "auto"
+    grid: tuple[int, ...] | None = None
+    as_views: bool = False
+    find_unused: bool = False
+    static_graph: bool = False
+    skip_unused: bool = False
+    batched_copy: bool = False
+    check_finite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The parameters that are reduced, with their names. `sparse` are the places of those with sparse gradients;
+    those at `delayed` are reduced when the gradient of `trigger` is there, whatever they have by then."""
+
+    names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    sparse: frozenset[int] = frozenset()
+    delayed: tuple[int, ...] = ()
+    trigger: Tensor | None = None
+
+
+class Layout:
+    """Buckets in the order in which they are reduced, with the reduction of each.
+
+    They are laid out in reverse order of the parameters, or as `plan` says, a list of places for each bucket.
+    """
+
+    def __init__(
+        self, comm: Communicator, members: Members, settings: Settings, plan: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self.comm, self.members, self.settings = comm, members, settings
+        self._lane = Lane(comm, "sparse") if members.sparse else None
+        self._hook: tuple[Any, CommHook] | None = None
+        if plan is None:
+            self.lay_out([at for at in reversed(range(len(members.parameters))) if at not in members.delayed])
+        else:
+            self._build(plan)
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """New buckets, filled in `order`; those of delayed parameters come behind the one of their trigger."""
+        members, caps = self.members, self.settings.caps
+        entries = [
+            Entry(p.numel() * p.element_size(), (p.dtype, p.device, at if at in members.sparse else None))
+            for at, p in enumerate(members.parameters)
+        ]
+        assigned = assign(entries, order, caps)
+        trigger = next((at for at, parameter in enumerate(members.parameters) if parameter is members.trigger), -1)
+        behind = next((n + 1 for n, indices in enumerate(assigned) if trigger in indices), len(assigned))
+        self._build([*assigned[:behind], *assign(entries, members.delayed, caps), *assigned[behind:]])
+
+    def set_hook(self, state: Any, hook: CommHook) -> None:
+        """From here on `hook` reduces dense buckets."""
+        self._hook = state, hook
+        self._reductions.clear()
+
+    @property
+    def plan(self) -> list[list[int]]:
+        """The places of the parameters, bucket by bucket."""
+        return [list(bucket.indices) for bucket in self.buckets]
+
+    def reduction(self, number: int, op: ReduceOp) -> Reduction:
+        """What reduces the `number`-th bucket by `op`, or as the hook does."""
+        known = self._reductions.get((number, op))
+        if known is None:
+            known = self._reductions[number, op] = self._make(number, op)
+        return known
+
+    def _build(self, plan: Sequence[Sequence[int]]) -> None:
+        sparse, parameters = self.members.sparse, self.members.parameters
+        self.buckets: list[Bucket | SparseBucket] = [
+            SparseBucket(indices[0], parameters[indices[0]])
+            if indices[0] in sparse
+            else Bucket(indices, parameters, self.comm.empty)
+            for indices in plan
+        ]
+        self.place_of = {
+            index: (number, place) for number, indices in enumerate(plan) for place, index in enumerate(indices)
+        }
+        self.delayed = [number for number, indices in enumerate(plan) if indices[0] in self.members.delayed]
+        self._reductions: dict[tuple[int, ReduceOp], Reduction] = {}
+        for number in range(len(self.buckets)):
+            self.reduction(number, self.settings.op)  # plans are made now, not in the first backward
+
+    def _make(self, number: int, op: ReduceOp) -> Reduction:
+        bucket = self.buckets[number]
+        if isinstance(bucket, SparseBucket):
+            assert self._lane is not None, "there is a lane where there is a sparse bucket"
+            return SparseReduction(self._lane, bucket, op)
+        if self._hook is not None:
+            parameters = [self.members.parameters[at] for at in bucket.indices]
+            return HookReduction(*self._hook, bucket, number, number == len(self.buckets) - 1, parameters)
+        settings = self.settings
+        return self.comm.all_reduce_init(bucket.flat, op, algorithm=settings.algorithm, grid=settings.grid)

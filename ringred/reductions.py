@@ -1,0 +1,168 @@
+"""How one bucket is reduced over the ranks: by an all-reduce, by a communication hook, or as sparse rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ringred.buckets import Bucket, SparseBucket
+from ringred.communicator import Communicator
+from ringred.lane import Lane
+from ringred.ops import ReduceOp
+
+__all__ = ["CommHook", "GradBucket", "HookReduction", "InFlight", "Nothing", "Reduction", "SparseReduction"]
+
+CommHook = Callable[[Any, Any], Any]
+"""`hook(state, bucket)`, which returns a `torch.futures.Future` of the bucket's reduced gradients, flat."""
+
+
+class InFlight(Protocol):
+    """A reduction that was started; times are of `time.monotonic_ns`."""
+
+    started_ns: int
+    ended_ns: int
+
+    def wait(self) -> Any:
+        """Returns once the bucket holds the result; raises what the reduction failed with."""
+
+
+class Reduction(Protocol):
+    """What reduces one bucket, time and again: `PersistentAllReduce`, or one of those below."""
+
+    @property
+    def algorithm(self) -> str:
+        """How, in a word."""
+
+    def start(self) -> InFlight:
+        """Starts to reduce what the bucket holds."""
+
+
+class Nothing:
+    """A reduction that is left out: it is done when it begins."""
+
+    def __init__(self) -> None:
+        self.started_ns = self.ended_ns = time.monotonic_ns()
+
+    def wait(self) -> None:
+        pass
+
+
+class GradBucket:
+    """A bucket as communication hooks see it: `torch.distributed.GradBucket`, method by method."""
+
+    def __init__(self, bucket: Bucket, index: int, is_last: bool, parameters: Sequence[Tensor]) -> None:
+        self._bucket, self._index, self._is_last = bucket, index, is_last
+        self._parameters = list(parameters)
+        self._buffer = bucket.flat
+
+    def index(self) -> int:
+        """Its number, in the order in which buckets are reduced."""
+        return self._index
+
+    def is_last(self) -> bool:
+        """Whether no bucket follows in this backward."""
+        return self._is_last
+
+    def buffer(self) -> Tensor:
+        """The gradients in one 1-D tensor, of this rank and not divided."""
+        return self._buffer
+
+    def set_buffer(self, buffer: Tensor) -> None:
+        """Puts another tensor in the place of the buffer."""
+        self._buffer = buffer
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients as views of the buffer, in the shapes of the parameters."""
+        if self._buffer is self._bucket.flat:
+            return list(self._bucket.views)
+        parts = self._buffer.split([parameter.numel() for parameter in self._parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters, in the order of `gradients`."""
+        return list(self._parameters)
+
+
+class HookReduction:
+    """Reduces `bucket`, the `index`-th, by calling `hook(state, GradBucket)`, on the thread that runs backward."""
+
+    def __init__(
+        self, state: Any, hook: CommHook, bucket: Bucket, index: int, is_last: bool, parameters: Sequence[Tensor]
+    ) -> None:
+        self._state, self._hook, self._bucket = state, hook, bucket
+        self._place = index, is_last, parameters
+        self.algorithm = getattr(hook, "__qualname__", type(hook).__name__)
+
+    def start(self) -> InFlight:
+        future = self._hook(self._state, GradBucket(self._bucket, *self._place))
+        return _Hooked(future, self._bucket.flat, self.algorithm)
+
+
+class _Hooked:
+    """The future that a hook returned."""
+
+    def __init__(self, future: Any, flat: Tensor, hook: str) -> None:
+        self.started_ns, self.ended_ns = time.monotonic_ns(), 0
+        self._flat, self._hook = flat, hook
+        if not isinstance(future, torch._C.Future):
+            raise TypeError(f"communication hook {hook}: expected a torch.futures.Future, got {type(future).__name__}")
+        self._future: Any = future
+        future.add_done_callback(self._note_end)
+
+    def _note_end(self, future: Any) -> None:
+        self.ended_ns = time.monotonic_ns()
+
+    def wait(self) -> None:
+        result = self._future.wait()
+        self.ended_ns = self.ended_ns or time.monotonic_ns()
+        if isinstance(result, (list, tuple)) and len(result) == 1:
+            result = result[0]  # as the futures of torch.distributed's works have it
+        if not isinstance(result, Tensor) or result.numel() != self._flat.numel():
+            got = f"{result.numel()} elements" if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(
+                f"communication hook {self._hook}: expected its future to hold a tensor of {self._flat.numel()} "
+                f"elements, got {got}"
+            )
+        if result.data_ptr() != self._flat.data_ptr():
+            self._flat.copy_(result.detach().reshape(-1))
+
+
+class SparseReduction:
+    """Adds sparse gradients row by row, on `lane`: all ranks gather the rows that any of them has."""
+
+    algorithm = "gathered rows"
+
+    def __init__(self, lane: Lane, bucket: SparseBucket, op: ReduceOp) -> None:
+        self._lane, self._bucket, self._op = lane, bucket, op
+
+    def start(self) -> InFlight:
+        bucket, op = self._bucket, self._op
+
+        def job(comm: Communicator) -> None:
+            assert bucket.gradient is not None, "a bucket is full when its reduction starts"
+            bucket.gradient = _sum_rows(comm, bucket.gradient, op)
+
+        return self._lane.submit(job)
+
+
+def _sum_rows(comm: Communicator, gradient: Tensor, op: ReduceOp) -> Tensor:
+    """The sum or mean of the ranks' coalesced sparse tensors, added in rank order."""
+    rows, values = gradient.indices()[0].contiguous(), gradient.values().contiguous()
+    counts = torch.empty(comm.size, dtype=torch.int64)
+    comm.all_gather(counts, torch.tensor([rows.numel()]))
+    width = values.shape[1:]
+    all_rows = [rows.new_empty(count) for count in counts.tolist()]
+    all_values = [values.new_empty((count, *width)) for count in counts.tolist()]
+    comm.all_gather(all_rows, rows)
+    comm.all_gather(all_values, values)
+    present, places = torch.unique(torch.cat(all_rows), return_inverse=True)
+    total = values.new_zeros((present.numel(), *width))
+    for place, part in zip(places.split(counts.tolist()), all_values, strict=True):
+        total.index_add_(0, place, part)
+    if op is ReduceOp.AVG:
+        total /= comm.size
+    return torch.sparse_coo_tensor(present.unsqueeze(0), total, gradient.shape, is_coalesced=True)

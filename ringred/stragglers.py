@@ -1,0 +1,124 @@
+"""Who is late: the arrival of every rank at the end of its gradients, before it waits for anybody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from ringred.communicator import Communicator
+
+__all__ = ["RankTimes", "StragglerReport", "straggler_report"]
+
+_NOTABLE = 0.5  # the share of all waiting from which a rank is called a straggler
+_SLOWER = 0.05  # and the part of an iteration that ranks must wait at the least for it to matter
+
+
+@dataclass(frozen=True, slots=True)
+class RankTimes:
+    """One rank: the median of its own time per iteration, the mean that it waits for the last one to arrive, how often
+    it was that last one, and its share of all the waiting of all ranks."""
+
+    rank: int
+    host: int
+    busy_ms: float
+    waits_ms: float
+    last: int
+    caused: float
+
+
+@dataclass(frozen=True, slots=True)
+class StragglerReport:
+    """The last `iterations` backwards on all ranks, alike on each. `print` it, or take `as_dict()` for JSON.
+
+    All ranks leave a reduction at about one moment; from there each one's own time runs until its last bucket is full:
+    no clocks are compared between hosts. In each iteration the last rank to arrive causes what the others wait for it
+    longer than they would have for the last but one; those two cause the waiting before, and so on.
+    """
+
+    iterations: int
+    ranks: tuple[RankTimes, ...]
+
+    @property
+    def waiting(self) -> float:
+        """The mean part of an iteration that a rank spends waiting for others."""
+        whole = sum(r.busy_ms + r.waits_ms for r in self.ranks)
+        return sum(r.waits_ms for r in self.ranks) / whole if whole else 0.0
+
+    @property
+    def straggler(self) -> int | None:
+        """The rank that causes half of all waiting or more, where that is worth a word."""
+        if len(self.ranks) < 2 or self.waiting < _SLOWER:
+            return None
+        worst = max(self.ranks, key=lambda r: r.caused)
+        return worst.rank if worst.caused >= _NOTABLE else None
+
+    def scalars(self) -> dict[str, float]:
+        """What a log keeps of it, by name."""
+        found = {"straggler/waiting": self.waiting}
+        for r in self.ranks:
+            found[f"straggler/rank{r.rank}/busy_ms"] = r.busy_ms
+            found[f"straggler/rank{r.rank}/caused"] = r.caused
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        ranks = [asdict(r) for r in self.ranks]
+        return {"iterations": self.iterations, "waiting": self.waiting, "straggler": self.straggler, "ranks": ranks}
+
+    def __str__(self) -> str:
+        rows = [(r.rank, r.host, r.busy_ms, r.waits_ms, r.last, f"{r.caused:.0%}") for r in self.ranks]
+        headers = ["rank", "host", "busy ms", "waits ms", "last", "caused of all waiting"]
+        table = tabulate(rows, headers=headers, floatfmt=".2f")
+        who = "no rank holds the others up"
+        if self.straggler is not None:
+            caused = self.ranks[self.straggler].caused
+            who = f"rank {self.straggler} is the straggler: it causes {caused:.0%} of it"
+        return f"{table}\n{self.iterations} iterations; ranks wait {self.waiting:.0%} of the time for others; {who}"
+
+
+def straggler_report(comm: Communicator, arrivals: Sequence[float]) -> StragglerReport:
+    """From the seconds that this rank took for each of its last iterations; all ranks give equally many. Collective."""
+    count = torch.tensor([len(arrivals)])
+    comm.all_reduce(count, "min")
+    kept = list(arrivals)[len(arrivals) - int(count) :]
+    table = torch.empty(comm.size * len(kept), dtype=torch.float64)
+    comm.all_gather(table, torch.tensor(kept, dtype=torch.float64))
+    times = table.view(comm.size, len(kept))
+    if not kept:
+        return StragglerReport(0, tuple(RankTimes(r, comm.hosts[r], 0.0, 0.0, 0, 0.0) for r in range(comm.size)))
+    waits = times.max(0).values - times
+    caused = _caused(times)
+    total = caused.sum().item()
+    last = torch.bincount(times.argmax(0), minlength=comm.size)
+    return StragglerReport(
+        len(kept),
+        tuple(
+            RankTimes(
+                rank,
+                comm.hosts[rank],
+                times[rank].median().item() * 1e3,
+                waits[rank].mean().item() * 1e3,
+                int(last[rank]),
+                caused[rank].item() / total if total else 0.0,
+            )
+            for rank in range(comm.size)
+        ),
+    )
+
+
+def _caused(times: torch.Tensor) -> torch.Tensor:
+    """The rank-seconds of waiting that each rank causes, from arrivals by rank and iteration.
+
+    Between the k-th and the next arrival k ranks wait for all that have not come; those share what it costs.
+    """
+    size = times.shape[0]
+    ordered, order = times.sort(0)
+    gaps = ordered.diff(dim=0)  # gap k: from arrival k to arrival k + 1
+    arrived = torch.arange(1, size, dtype=times.dtype).unsqueeze(1)
+    shares = gaps * arrived / (size - arrived)  # to each of those that have not come
+    by_place = torch.cat([torch.zeros_like(times[:1]), shares.cumsum(0)])
+    return torch.zeros_like(times).scatter_(0, order, by_place).sum(1)
