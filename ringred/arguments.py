@@ -159,7 +159,11 @@ def check_hook(hook: Callable[..., Any]) -> None:
         raise TypeError("Communication hook must be callable.")
     signature = inspect.signature(hook)
     bucket, theirs = signature.parameters.get("bucket"), getattr(torch.distributed, "GradBucket", None)
-    if bucket is not None and bucket.annotation not in (inspect.Parameter.empty, theirs):
+    if bucket is not None and not _may_be(bucket.annotation, theirs):
         raise ValueError("Communication hook: bucket annotation should be dist.GradBucket.")
-    if signature.return_annotation not in (inspect.Signature.empty, torch.futures.Future[torch.Tensor]):
+    if not _may_be(signature.return_annotation, torch.futures.Future[torch.Tensor]):
         raise ValueError("Communication hook: return annotation should be torch.futures.Future[torch.Tensor].")
+
+
+def _may_be(annotation: Any, expected: Any) -> bool:
+    return annotation in (inspect.Parameter.empty, expected, Any) or isinstance(annotation, str)

@@ -1,15 +1,41 @@
-"""Communication hooks for torch's own DistributedDataParallel, whatever its process group is."""
+"""Communication hooks: what reduces the buckets of ringred's DistributedDataParallel, or of torch's, in other ways.
+
+    model = ringred.DistributedDataParallel(module)
+    model.register_comm_hook(ringred.hooks.PowerSGD(model.comm, rank=2), ringred.hooks.comm_hook)
+
+A policy says how one bucket is reduced. Its jobs run one after the other on a thread and a communicator of their own,
+while backward goes on: one may compute, and communicate more than once. `policy.counters` tells what it sent.
+"""
 
 # No annotations from the future here: torch compares those of a hook with its own classes.
+from typing import Any, NamedTuple
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
 from ringred.communicator import Communicator
+from ringred.compression import dequantised, largest, low_rank_shape, orthonormal, quantised, spread
 from ringred.futures import future_of
+from ringred.lane import Lane
 from ringred.ops import ReduceOp
+from ringred.replicas import average_tensors
+from ringred.select import share_bounds
+from ringred.transports.base import Counters
 
-__all__ = ["all_reduce_hook"]
+__all__ = [
+    "FusedOptimizer",
+    "Gradients",
+    "Half",
+    "Int8",
+    "LocalSGD",
+    "Policy",
+    "PowerSGD",
+    "TopK",
+    "all_reduce_hook",
+    "comm_hook",
+]
 
 
 def all_reduce_hook(comm: Communicator, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
@@ -30,3 +56,292 @@ def all_reduce_hook(comm: Communicator, bucket: dist.GradBucket) -> Future[Tenso
 
     reduced: Future[Tensor] = future_of([work], averaged)
     return reduced
+
+
+def comm_hook(state: "Policy", bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    """Reduces `bucket` as the policy `state` does; for `register_comm_hook(state, comm_hook)`."""
+    reduced: Future[Tensor] = state.start(bucket)
+    return reduced
+
+
+class Gradients(NamedTuple):
+    """The gradients of the `number`-th bucket: `flat`, and `views` of it in the shapes of `parameters`."""
+
+    number: int
+    flat: Tensor
+    views: list[Tensor]
+    parameters: list[Tensor]
+
+
+class Policy:
+    """How buckets are reduced over the ranks of `comm`: subclasses say it in `reduce`. Making one is collective."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._lane = Lane(comm, type(self).__name__)
+        self._kept: dict[Any, tuple[Any, Tensor]] = {}
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        """Returns the mean of `gradients` over the ranks, flat; it may be `gradients.flat`, which may be changed."""
+        raise NotImplementedError
+
+    def start(self, bucket: Any) -> Any:
+        """A torch future of the reduced bucket."""
+        gradients = Gradients(bucket.index(), bucket.buffer(), bucket.gradients(), bucket.parameters())
+        work = self._lane.submit(lambda comm: self.reduce(comm, gradients))
+        return future_of([work], work.wait)
+
+    @property
+    def counters(self) -> Counters:
+        """Messages and bytes that this rank has sent and received for it so far."""
+        return self._lane.comm.counters
+
+    def kept(self, name: str, gradients: Gradients, like: Tensor) -> Tensor:
+        """What the policy keeps under `name` for one bucket from step to step, zeros at first; once buckets were laid
+        out anew it begins again."""
+        members = tuple(id(parameter) for parameter in gradients.parameters)
+        key = name, gradients.number
+        known = self._kept.get(key)
+        if known is None or known[0] != members or known[1].shape != like.shape:
+            known = self._kept[key] = members, torch.zeros_like(like)
+        return known[1]
+
+
+class Half(Policy):
+    """Sums in 16 bits: half of the bytes. `dtype` is float16, which is divided before it is added, or bfloat16."""
+
+    def __init__(self, comm: Communicator, dtype: torch.dtype = torch.float16) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"Half: expected torch.float16 or torch.bfloat16, got {dtype}")
+        super().__init__(comm)
+        self.dtype = dtype
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        small = comm.empty(gradients.flat.numel(), self.dtype).copy_(gradients.flat)
+        comm.all_reduce(small, ReduceOp.AVG)
+        return gradients.flat.copy_(small)
+
+
+class Int8(Policy):
+    """Sends 8 bits an element and a float32 scale for each block of `block`: a little over a quarter of the bytes.
+
+    Each rank adds up its share, quantised by every other, in float32 and rank order, and quantises the mean. What
+    either rounding leaves out is added the next time (error feedback: Karimireddy et al., ICML 2019).
+    """
+
+    def __init__(self, comm: Communicator, block: int = 256) -> None:
+        if block < 1:
+            raise ValueError(f"Int8: expected a block of one element or more, got {block}")
+        super().__init__(comm)
+        self.block = block
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        flat, block = gradients.flat, self.block
+        count = -(-flat.numel() // block)
+        bounds = share_bounds(count, comm.size)
+        blocks = torch.zeros(count, block)
+        blocks.view(-1)[: flat.numel()] = flat
+        values, scales = self._rounded("sent", gradients, blocks)
+        outgoing = [_packed(values[lo:hi], scales[lo:hi]) for lo, hi in bounds]
+        lo, hi = bounds[comm.rank]
+        incoming = [torch.empty_like(outgoing[comm.rank]) for _ in range(comm.size)]
+        comm.all_to_all(incoming, outgoing)
+        mean = torch.zeros(hi - lo, block)
+        for part in incoming:
+            mean += dequantised(*_unpacked(part, block))
+        mean /= comm.size
+        values, scales = self._rounded("owned", gradients, mean)
+        gathered = [torch.empty((high - low) * (block + 4), dtype=torch.uint8) for low, high in bounds]
+        comm.all_gather(gathered, _packed(values, scales))
+        for part, (low, high) in zip(gathered, bounds, strict=True):
+            blocks[low:high] = dequantised(*_unpacked(part, block))
+        return flat.copy_(blocks.view(-1)[: flat.numel()])
+
+    def _rounded(self, name: str, gradients: Gradients, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """`blocks`, with what was left out the last time, quantised; what is left out now is kept under `name`."""
+        left_out = self.kept(name, gradients, blocks)
+        blocks += left_out
+        values, scales = quantised(blocks)
+        torch.sub(blocks, dequantised(values, scales), out=left_out)
+        left_out.nan_to_num_(0.0, 0.0, 0.0)  # an overflow is told to all, and forgotten
+        return values, scales
+
+
+def _packed(values: Tensor, scales: Tensor) -> Tensor:
+    return torch.cat([scales.view(torch.uint8), values.reshape(-1).view(torch.uint8)])
+
+
+def _unpacked(message: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    count = message.numel() // (block + 4)
+    scales, values = message[: 4 * count].view(torch.float32), message[4 * count :].view(torch.int8)
+    return values.view(count, block), scales
+
+
+class TopK(Policy):
+    """Sends the share `ratio` of a bucket's elements that are the greatest in magnitude, with their places: 8 bytes
+    each. The others are kept and added to the next gradient (error feedback: Stich et al., NeurIPS 2018)."""
+
+    def __init__(self, comm: Communicator, ratio: float = 0.01) -> None:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"TopK: expected 0 < ratio ≤ 1, got {ratio}")
+        super().__init__(comm)
+        self.ratio = ratio
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        flat = gradients.flat
+        left_out = self.kept("left out", gradients, flat)
+        left_out += flat
+        places, values = largest(left_out, max(1, int(self.ratio * flat.numel())))
+        left_out[places] = 0
+        left_out.nan_to_num_(0.0, 0.0, 0.0)
+        mine = torch.cat([places, values.float().view(torch.int32)])
+        everyone = [torch.empty_like(mine) for _ in range(comm.size)]
+        comm.all_gather(everyone, mine)
+        halves = [part.chunk(2) for part in everyone]
+        spread([p for p, _ in halves], [v.view(torch.float32).to(flat.dtype) for _, v in halves], flat)
+        return flat.div_(comm.size)
+
+
+class PowerSGD(Policy):
+    """Sends two factors of `rank` columns for each matrix, found by one step of the power method from those of the step
+    before, and vectors whole; what the factors leave out is added the next time.
+
+    The first `start` steps are all-reduced whole. Vogels, Karimireddy, Jaggi: PowerSGD (NeurIPS 2019), algorithm 1.
+    Ranks compute the factors' product each for itself: their bits agree where their linear algebra does.
+    """
+
+    def __init__(self, comm: Communicator, rank: int = 2, start: int = 0) -> None:
+        if rank < 1 or start < 0:
+            raise ValueError(f"PowerSGD: expected rank ≥ 1 and start ≥ 0, got {rank} and {start}")
+        super().__init__(comm)
+        self.rank, self.start_at = rank, start
+        self._steps: dict[int, int] = {}
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        step = self._steps[gradients.number] = self._steps.get(gradients.number, -1) + 1
+        if step < self.start_at:
+            comm.all_reduce(gradients.flat, ReduceOp.AVG)
+            return gradients.flat
+        rank, flat = self.rank, gradients.flat
+        wide = torch.float32 if flat.dtype in (torch.float16, torch.bfloat16) else flat.dtype
+        left_out = self.kept("left out", gradients, flat.to(wide))
+        left_out += flat
+        lengths = [parameter.numel() for parameter in gradients.parameters]
+        shapes = [low_rank_shape(parameter.shape, rank) for parameter in gradients.parameters]
+        triples = list(zip(left_out.split(lengths), flat.split(lengths), shapes, strict=True))
+        matrices = [(part.view(shape), out.view(shape)) for part, out, shape in triples if shape is not None]
+        vectors = [(part, out) for part, out, shape in triples if shape is None]
+
+        right = self.kept("right", gradients, left_out.new_empty(rank * sum(m.shape[1] for m, _ in matrices)))
+        if not right.any():
+            right.normal_(generator=torch.Generator().manual_seed(gradients.number))  # the same on every rank
+        rights = _factors(right, [matrix.shape[1] for matrix, _ in matrices], rank)
+        first = left_out.new_empty(rank * sum(m.shape[0] for m, _ in matrices) + sum(v.numel() for v, _ in vectors))
+        lefts = _factors(first, [matrix.shape[0] for matrix, _ in matrices], rank)
+        whole = first[rank * sum(m.shape[0] for m, _ in matrices) :].split([v.numel() for v, _ in vectors])
+        for (matrix, _), before, left in zip(matrices, rights, lefts, strict=True):
+            torch.mm(matrix, before, out=left)
+        for (vector, _), place in zip(vectors, whole, strict=True):
+            place.copy_(vector)
+        comm.all_reduce(first, ReduceOp.AVG)
+        for (matrix, _), left, after in zip(matrices, lefts, rights, strict=True):
+            left.copy_(orthonormal(left))
+            torch.mm(matrix.mH, left, out=after)
+        comm.all_reduce(right, ReduceOp.AVG)
+        for (matrix, out), left, after in zip(matrices, lefts, rights, strict=True):
+            product = left @ after.mH
+            matrix -= product
+            out.copy_(product)
+        for (vector, out), place in zip(vectors, whole, strict=True):
+            out.copy_(place)
+            vector.zero_()
+        left_out.nan_to_num_(0.0, 0.0, 0.0)  # an overflow is told to all, and forgotten
+        right.nan_to_num_(0.0, 0.0, 0.0)
+        return flat
+
+
+def _factors(flat: Tensor, lengths: list[int], rank: int) -> list[Tensor]:
+    """The beginning of `flat` as matrices of `rank` columns, of these lengths."""
+    found, at = [], 0
+    for length in lengths:
+        found.append(flat[at : at + length * rank].view(length, rank))
+        at += length * rank
+    return found
+
+
+class LocalSGD(Policy):
+    """Post-local SGD: for `start` steps of `optimizer` gradients are averaged as ever; from there each rank steps on
+    its own ones, and every `period` steps parameters are averaged instead (Lin et al., ICLR 2020).
+
+    `within`, a communicator of the ranks of one host for instance, goes on averaging gradients among them. The state of
+    the optimizer (momentum) stays each rank's own.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        optimizer: torch.optim.Optimizer,
+        *,
+        start: int = 0,
+        period: int = 4,
+        within: Communicator | None = None,
+    ) -> None:
+        if start < 0 or period < 1:
+            raise ValueError(f"LocalSGD: expected start ≥ 0 and period ≥ 1, got {start} and {period}")
+        super().__init__(comm)
+        self.start_at, self.period, self.steps = start, period, 0
+        self._comm, self._within = comm, within.duplicate() if within is not None else None
+        optimizer.register_step_post_hook(self._after_step)
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        among = comm if self.steps < self.start_at else self._within
+        if among is not None:
+            among.all_reduce(gradients.flat, ReduceOp.AVG)
+        return gradients.flat
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps += 1
+        if self.steps >= self.start_at and (self.steps - self.start_at) % self.period == 0:
+            average_tensors(self._comm, [p for group in optimizer.param_groups for p in group["params"]])
+
+
+class FusedOptimizer(Policy):
+    """Steps `optimizer` for the parameters of a bucket as soon as that is reduced, while backward goes on with others:
+    the program calls no `optimizer.step()`. `by` is another policy that reduces; by default an all-reduce does.
+
+    Learning-rate schedules work as ever. Not for what looks at all gradients before the step: clipping by the norm,
+    `GradScaler`; nor for gradients accumulated over several synchronised passes.
+    """
+
+    def __init__(self, comm: Communicator, optimizer: torch.optim.Optimizer, by: Policy | None = None) -> None:
+        super().__init__(comm)
+        self.optimizer, self._by = optimizer, by
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        if self._by is None:
+            comm.all_reduce(gradients.flat, ReduceOp.AVG)
+        else:
+            mean = self._by.reduce(comm, gradients)
+            if mean is not gradients.flat:
+                gradients.flat.copy_(mean)
+        self._step(gradients)
+        return gradients.flat
+
+    def _step(self, gradients: Gradients) -> None:
+        """Lets the optimizer see these parameters alone, with their reduced gradients."""
+        mine = {id(parameter) for parameter in gradients.parameters}
+        groups = self.optimizer.param_groups
+        whole = [group["params"] for group in groups]
+        kept = [parameter.grad for parameter in gradients.parameters]
+        try:
+            for parameter, gradient in zip(gradients.parameters, gradients.views, strict=True):
+                parameter.grad = gradient
+            for group, parameters in zip(groups, whole, strict=True):
+                group["params"] = [parameter for parameter in parameters if id(parameter) in mine]
+            self.optimizer.param_groups = [group for group in groups if group["params"]]
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+            for group, parameters in zip(groups, whole, strict=True):
+                group["params"] = parameters
+            for parameter, before in zip(gradients.parameters, kept, strict=True):
+                parameter.grad = before

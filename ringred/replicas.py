@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ringred.communicator import Communicator
 from ringred.errors import ModelMismatch, ReplicasDiverged
+from ringred.ops import ReduceOp
 
-__all__ = ["broadcast_tensors", "check_same_model", "check_same_values"]
+__all__ = ["average_tensors", "broadcast_tensors", "check_same_model", "check_same_values"]
 
 _COALESCED_BYTES = 250 << 20  # copied in parts of this size, as torch does
 _LANES = 1024  # sums of every so-many-th word, so that a checksum sees words that changed places
@@ -92,20 +93,33 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 0) -> None:
     """Copies the tensors of rank `src` to all ranks, those of one dtype together."""
-    if comm.size == 1:
-        return
+    for part, flat in _coalesced(comm, tensors):
+        comm.broadcast(flat, src)
+        if comm.rank != src:
+            _write_back(part, flat)
+
+
+def average_tensors(comm: Communicator, tensors: Sequence[Tensor]) -> None:
+    """Makes of the tensors their mean over all ranks, those of one dtype together."""
+    for part, flat in _coalesced(comm, tensors):
+        comm.all_reduce(flat, ReduceOp.AVG)
+        _write_back(part, flat)
+
+
+def _coalesced(comm: Communicator, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Tensors of one dtype, and a copy of them in one; nothing where there is nobody to talk to."""
     groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in tensors if comm.size > 1 else ():
         # .data, as torch does it: writing to it does not spoil what autograd has saved for a backward to come.
         groups.setdefault(tensor.dtype, []).append(tensor.data)
     for together in groups.values():
         for part in _parts(together, _COALESCED_BYTES):
-            flat = torch.cat([tensor.reshape(-1) for tensor in part])
-            comm.broadcast(flat, src)
-            if comm.rank != src:
-                pieces = flat.split([tensor.numel() for tensor in part])
-                views = [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)]
-                torch._foreach_copy_(part, views)
+            yield part, torch.cat([tensor.reshape(-1) for tensor in part])
+
+
+def _write_back(part: list[Tensor], flat: Tensor) -> None:
+    pieces = flat.split([tensor.numel() for tensor in part])
+    torch._foreach_copy_(part, [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)])
 
 
 def _parts(tensors: Sequence[Tensor], cap_bytes: int) -> Iterator[list[Tensor]]:

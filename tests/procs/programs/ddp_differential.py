@@ -1,7 +1,7 @@
 """Trains each model by torch's DDP on Gloo and by ringred's, and prints what differs, case by case, as JSON.
 
-Needs torchrun. On two ranks sums have one order only, and everything must be equal to the bit; on more it is compared in
-double precision. An argument chooses cases.
+Needs torchrun. On two ranks sums have one order only, and everything must be equal to the bit; on more, it is compared
+in double precision. An argument chooses cases.
 """
 
 import inspect
