@@ -61,13 +61,14 @@ class Bucket:
         elements = sum(member.numel() for member in members)
         self.indices = list(indices)
         self.flat = empty(elements, members[0].dtype).zero_()
-        self.views: list[Tensor] = []
-        offset = 0
-        for member in members:
-            part = self.flat[offset : offset + member.numel()]
-            self.views.append(_view_like(part, member))
-            offset += member.numel()
+        self._members = members
+        self.views = self.views_in(self.flat)
         self.missing = len(self.indices)
+
+    def views_in(self, flat: Tensor) -> list[Tensor]:
+        """A view for each parameter, in its shape and strides, of another tensor of as many elements."""
+        parts = flat.split([member.numel() for member in self._members])
+        return [_view_like(part, member) for part, member in zip(parts, self._members, strict=True)]
 
     @property
     def values(self) -> Tensor:

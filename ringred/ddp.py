@@ -147,8 +147,7 @@ class DistributedDataParallel(nn.Module):
         if init_sync:
             buffers = self._current_buffers() if init_buffers else []
             broadcast_tensors(self.comm, [*(p for _, p in named), *buffers])
-        self._reducer = Reducer(self.comm, members, self._settings, plan)
-        self._hooked = False
+        self.reducer = Reducer(self.comm, members, self._settings, plan)
         self._as_given = [(id(p), p.requires_grad) for p in module.parameters()]
         self._forwards = 0  # that were synchronised
         self._sync_buffers_next = True
@@ -170,7 +169,7 @@ class DistributedDataParallel(nn.Module):
     @not_compiled(callees=True)
     def _before_forward(self) -> tuple[bool, Callable[[], float] | None]:
         """Returns whether the backward of this forward is reduced, and what scales its gradients."""
-        reducer = self._reducer
+        reducer = self.reducer
         syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
         copying = self.forward_sync_buffers and self._sync_buffers_next
         root, scale = 0, None
@@ -183,7 +182,7 @@ class DistributedDataParallel(nn.Module):
         if self._uneven is not None:
             turn = self._uneven.next((syncing, copying))
             root = turn.root
-            if not self._uneven.divides_by_all and not self._hooked:
+            if not self._uneven.divides_by_all and not self.reducer.layout.hooked:
                 active = len(turn.active)
                 scale = lambda: 1 / active  # noqa: E731
         if syncing:
@@ -203,7 +202,7 @@ class DistributedDataParallel(nn.Module):
         # As in torch: the pass after one that was not synchronised leaves the buffers alone.
         self._sync_buffers_next = syncing
         if syncing:
-            self._reducer.prepare(outputs, scale)
+            self.reducer.prepare(outputs, scale)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -222,7 +221,7 @@ class DistributedDataParallel(nn.Module):
 
         Raises `ValueError` where weights have no meaning: beside a hook, reduce_op="sum", or within `join`.
         """
-        if self._hooked or self._settings.op is ReduceOp.SUM or self._uneven is not None:
+        if self.reducer.layout.hooked or self._settings.op is ReduceOp.SUM or self._uneven is not None:
             raise ValueError("weigh goes with reduce_op='avg', without a communication hook, outside of join()")
         if not 0 <= samples < float("inf"):
             raise ValueError(f"weigh: expected a number of samples ≥ 0, got {samples}")
@@ -287,6 +286,8 @@ class DistributedDataParallel(nn.Module):
         if not enable:
             yield
             return
+        if self.reducer.layout.shares is not None:
+            raise RuntimeError("join() does not go with a ShardedOptimizer, in whose step all ranks take part")
         self._uneven = UnevenInputs(self.comm, divide_by_initial_world_size, throw_on_early_termination)
         try:
             yield
@@ -297,12 +298,12 @@ class DistributedDataParallel(nn.Module):
     def _shadow(self, uneven: UnevenInputs) -> None:
         while (turn := uneven.next(None)).active:
             if turn.syncs:
-                self._reducer.rebuild()
+                self.reducer.rebuild()
                 self._forwards += 1
             if turn.copies:
                 broadcast_tensors(self.comm, self._current_buffers(), turn.root)
             if turn.syncs:
-                self._reducer.shadow(scaled=not uneven.divides_by_all and not self._hooked)
+                self.reducer.shadow(scaled=not uneven.divides_by_all and not self.reducer.layout.hooked)
             self._sync_buffers_next = turn.syncs
         state = [p for name, p in self.module.named_parameters() if name not in self._ignored]
         buffers = self._current_buffers() if self.forward_sync_buffers else []
@@ -320,17 +321,24 @@ class DistributedDataParallel(nn.Module):
         Raises `TypeError` and `ValueError` for what is no such hook, `RuntimeError` if there is one, or too late.
         """
         check_hook(hook)
-        if self._hooked:
+        if self.reducer.layout.hooked:
             raise RuntimeError("register_comm_hook can only be called once")
+        if self.reducer.layout.shares is not None:
+            raise RuntimeError("register_comm_hook does not go with a ShardedOptimizer, which reduces by itself")
         if self._settings.op is ReduceOp.SUM or self._settings.algorithm == RANK_ORDER:
             raise ValueError("a communication hook reduces by itself: reduce_op and deterministic say nothing to it")
-        self._reducer.set_hook(state, hook)
-        self._hooked = True
+        self.reducer.set_hook(state, hook)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `Module.zero_grad`; it forgets gradients that lie in the shares of a `ShardedOptimizer` as well."""
+        super().zero_grad(set_to_none)
+        for share in self.reducer.layout.shares or ():
+            share.holds = False
 
     def bucket_plan(self) -> list[list[str]]:
         """The parameters' names bucket by bucket, for the `bucket_plan` of another run. After two iterations buckets
         stay as they are."""
-        return [[self._reducer.members.names[at] for at in indices] for indices in self._reducer.layout.plan]
+        return [[self.reducer.members.names[at] for at in indices] for indices in self.reducer.layout.plan]
 
     def save_bucket_plan(self, path: str | Path) -> None:
         """Writes `bucket_plan()` to a file (JSON), whole or not at all."""
@@ -354,16 +362,16 @@ class DistributedDataParallel(nn.Module):
     def overlap_report(self) -> OverlapReport:
         """Per bucket of the last synchronised backward: ready, start, end, what backward did not hide; and which
         `bucket_cap_mb` would hide more. Raises `RingredError` before the first one."""
-        times = self._reducer.last
+        times = self.reducer.last
         if times is None:
             raise RingredError(f"rank {self.comm.rank}: overlap_report: no synchronised backward was made yet")
-        entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in self._reducer.members.parameters]
+        entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in self.reducer.members.parameters]
         first = FIRST_BUCKET_BYTES / _MIB if len(self._settings.caps) == 2 else None
         return report(times, forecast(times, entries, self.comm.predicted_seconds, first))
 
     def straggler_report(self) -> StragglerReport:
         """Which rank the others wait for, over the last iterations, alike on all ranks. Collective."""
-        return straggler_report(self.comm, self._reducer.arrivals)
+        return straggler_report(self.comm, self.reducer.arrivals)
 
     @staticmethod
     def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, params_and_buffers_to_ignore: Any) -> None:

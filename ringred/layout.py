@@ -12,7 +12,8 @@ from ringred.buckets import Bucket, Entry, SparseBucket, assign
 from ringred.communicator import Communicator
 from ringred.lane import Lane
 from ringred.ops import ReduceOp
-from ringred.reductions import CommHook, HookReduction, Reduction, SparseReduction
+from ringred.reductions import CommHook, HookReduction, Reduction, Share, ShareReduction, SparseReduction
+from ringred.select import share_bounds
 
 __all__ = ["Layout", "Members", "Settings"]
 
@@ -57,6 +58,7 @@ class Layout:
         self.comm, self.members, self.settings = comm, members, settings
         self._lane = Lane(comm, "sparse") if members.sparse else None
         self._hook: tuple[Any, CommHook] | None = None
+        self.shares: list[Share] | None = None
         if plan is None:
             self.lay_out([at for at in reversed(range(len(members.parameters))) if at not in members.delayed])
         else:
@@ -78,6 +80,17 @@ class Layout:
         """From here on `hook` reduces dense buckets."""
         self._hook = state, hook
         self._reductions.clear()
+
+    def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
+        """Lays buckets out as `plan` says; from here on each rank gets its share of a bucket's result alone."""
+        self.shares = []
+        self._build(plan)
+        return self.shares
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a communication hook reduces."""
+        return self._hook is not None
 
     @property
     def plan(self) -> list[list[int]]:
@@ -103,6 +116,12 @@ class Layout:
             index: (number, place) for number, indices in enumerate(plan) for place, index in enumerate(indices)
         }
         self.delayed = [number for number, indices in enumerate(plan) if indices[0] in self.members.delayed]
+        if self.shares is not None:
+            self.shares.extend(
+                Share(share_bounds(bucket.flat.numel(), self.comm.size), self.comm.rank, bucket.flat.dtype)
+                for bucket in self.buckets
+                if isinstance(bucket, Bucket)
+            )
         self._reductions: dict[tuple[int, ReduceOp], Reduction] = {}
         for number in range(len(self.buckets)):
             self.reduction(number, self.settings.op)  # plans are made now, not in the first backward
@@ -116,4 +135,6 @@ class Layout:
             parameters = [self.members.parameters[at] for at in bucket.indices]
             return HookReduction(*self._hook, bucket, number, number == len(self.buckets) - 1, parameters)
         settings = self.settings
+        if self.shares is not None:
+            return ShareReduction(self.comm, bucket, self.shares[number], op, settings.algorithm)
         return self.comm.all_reduce_init(bucket.flat, op, algorithm=settings.algorithm, grid=settings.grid)

@@ -21,7 +21,7 @@ from ringred.graph import leaves_behind, tensors_in
 from ringred.layout import Layout, Members, Settings
 from ringred.ops import ReduceOp
 from ringred.overlap import BackwardTimes, trace
-from ringred.reductions import CommHook, InFlight, Nothing
+from ringred.reductions import CommHook, InFlight, Nothing, Share
 from ringred.work import Work
 
 __all__ = ["Reducer"]
@@ -391,6 +391,10 @@ class Reducer:
         """Gives every parameter its reduced gradient; one that no rank used keeps what it has."""
         if self.settings.static_graph and self._used_always is None:
             self._used_always = now.used
+        if self.layout.shares is not None:
+            for parameter in self.members.parameters:
+                parameter.grad = None  # reduced, it lies in the ranks' shares
+            return
         used = self._used_always if now.used is None else now.used
         parameters, as_views = self.members.parameters, self.settings.as_views
         targets, sources = [], []
@@ -446,9 +450,19 @@ class Reducer:
 
     def set_hook(self, state: Any, hook: CommHook) -> None:
         """From here on `hook` reduces dense buckets. Raises `RuntimeError` once a backward was reduced."""
-        if self.last is not None or (self._pass is not None and self._pass.touched):
-            raise RuntimeError("a communication hook must be registered before the first backward")
+        self._expect_fresh("a communication hook is registered")
         self.layout.set_hook(state, hook)
+
+    def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
+        """From here on each rank gets its share of the gradients alone, in buckets that stay as `plan` says. Raises
+        `RuntimeError` once a backward was reduced."""
+        self._expect_fresh("gradients are shared out")
+        self.rebuilt = True
+        return self.layout.shard(plan)
+
+    def _expect_fresh(self, what: str) -> None:
+        if self.last is not None or (self._pass is not None and self._pass.touched):
+            raise RuntimeError(f"rank {self.comm.rank}: {what} before the first backward, or not at all")
 
     def shadow(self, scaled: bool) -> None:
         """Takes part, with zeros, in the reductions of a backward that other ranks make and this one does not.

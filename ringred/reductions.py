@@ -13,8 +13,19 @@ from ringred.buckets import Bucket, SparseBucket
 from ringred.communicator import Communicator
 from ringred.lane import Lane
 from ringred.ops import ReduceOp
+from ringred.work import Work
 
-__all__ = ["CommHook", "GradBucket", "HookReduction", "InFlight", "Nothing", "Reduction", "SparseReduction"]
+__all__ = [
+    "CommHook",
+    "GradBucket",
+    "HookReduction",
+    "InFlight",
+    "Nothing",
+    "Reduction",
+    "Share",
+    "ShareReduction",
+    "SparseReduction",
+]
 
 CommHook = Callable[[Any, Any], Any]
 """`hook(state, bucket)`, which returns a `torch.futures.Future` of the bucket's reduced gradients, flat."""
@@ -129,6 +140,49 @@ class _Hooked:
             )
         if result.data_ptr() != self._flat.data_ptr():
             self._flat.copy_(result.detach().reshape(-1))
+
+
+class Share:
+    """What this rank keeps of a bucket of which each rank keeps a part: `bounds[r]` is that of rank r, and `gradient`
+    the reduced gradient of the own one. `holds`: there is one, which the next is added to."""
+
+    def __init__(self, bounds: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype) -> None:
+        self.bounds = list(bounds)
+        self.own = self.bounds[rank]
+        self.gradient = torch.zeros(self.own[1] - self.own[0], dtype=dtype)
+        self.holds = False
+
+
+class ShareReduction:
+    """Leaves each rank its share of a bucket's sum or mean, and nobody the whole: a reduce-scatter."""
+
+    def __init__(self, comm: Communicator, bucket: Bucket, share: Share, op: ReduceOp, algorithm: str) -> None:
+        self._comm, self._share, self._op, self._asked = comm, share, op, algorithm
+        self._parts = [bucket.flat[lo:hi] for lo, hi in share.bounds]
+        self.algorithm = "reduce_scatter"
+
+    def start(self) -> InFlight:
+        share = self._share
+        before = share.gradient.clone() if share.holds else None
+        work = self._comm.reduce_scatter(share.gradient, self._parts, self._op, algorithm=self._asked, async_op=True)
+        assert work is not None, "asynchronous calls return their work"
+        return _Scattering(work, share, before)
+
+
+class _Scattering:
+    """A reduce-scatter under way; what the share held `before` is added to its result."""
+
+    def __init__(self, work: Work[None], share: Share, before: Tensor | None) -> None:
+        self._work, self._share, self._before = work, share, before
+        self.started_ns = self.ended_ns = 0
+
+    def wait(self) -> None:
+        self._work.wait()
+        self.started_ns, self.ended_ns = self._work.started_ns, self._work.ended_ns
+        if self._before is not None:
+            self._share.gradient += self._before
+            self._before = None
+        self._share.holds = True
 
 
 class SparseReduction:

@@ -17,7 +17,6 @@ from ringred.communicator import Communicator
 from ringred.compression import dequantised, quantised
 from ringred.testing import run_ranks
 
-
 torch.manual_seed(0)
 SMALL = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 30), nn.Tanh(), nn.Linear(30, 4))
 

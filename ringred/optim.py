@@ -1,0 +1,341 @@
+"""Optimizers for data-parallel training: state in shares, one a rank (ZeRO-1), and the linear-scaling rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ringred.buckets import Bucket
+from ringred.ddp import DistributedDataParallel
+from ringred.errors import ModelMismatch
+from ringred.reductions import Share
+
+__all__ = ["LinearScaling", "ShardedOptimizer"]
+
+# What these do to an element depends on that element's gradient and state alone, so that they may be given any part of
+# a parameter. Others look at whole matrices (Muon, Adafactor) or at all at once (LBFGS).
+_ELEMENTWISE = frozenset(
+    {
+        *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam),
+        *(torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD),
+        torch.optim.Rprop,
+    }
+)
+
+
+class _Shard:
+    """One bucket: its parameters in one flat tensor, of which this rank steps its share, piece by piece.
+
+    A piece is what of one run of parameters in one group lies in the share; `runs` are (group, begin, end).
+    """
+
+    def __init__(self, bucket: Bucket, flat: Tensor, share: Share, runs: Sequence[tuple[int, int, int]]) -> None:
+        self.bucket, self.flat, self.share = bucket, flat, share
+        lo, hi = share.own
+        self.spans = [(g, max(begin, lo), min(end, hi)) for g, begin, end in runs if max(begin, lo) < min(end, hi)]
+        self.pieces = [nn.Parameter(flat[first:last]) for _, first, last in self.spans]
+        self._gradients = [share.gradient[first - lo : last - lo] for _, first, last in self.spans]
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def step(self, options: Callable[[int], dict[str, Any]]) -> None:
+        """Steps the pieces by what was reduced, if anything was; `options(group)` are the settings as they are now."""
+        if self.optimizer is None:
+            return
+        for piece, gradient in zip(self.pieces, self._gradients, strict=True):
+            piece.grad = gradient if self.share.holds else None
+        for own, (group, _, _) in zip(self.optimizer.param_groups, self.spans, strict=True):
+            own.update(options(group))
+        self.optimizer.step()
+
+    def state(self, name: str, like: Tensor) -> Tensor:
+        """The own share of the state `name`, element by element; zeros where there is none."""
+        lo, hi = self.share.own
+        own = torch.zeros(hi - lo, dtype=like.dtype)
+        for piece, (_, first, last) in zip(self.pieces, self.spans, strict=True):
+            assert self.optimizer is not None, "there is one where there are pieces"
+            value = self.optimizer.state[piece].get(name)
+            if isinstance(value, Tensor):
+                own[first - lo : last - lo] = value
+        return own
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Steps a DistributedDataParallel's parameters, each rank its share of them: the optimizer's state takes 1/P of the
+    memory that it takes otherwise.
+
+        model = ringred.DistributedDataParallel(module)
+        optimizer = ringred.optim.ShardedOptimizer(model, torch.optim.AdamW, lr=3e-4)
+
+    In backward buckets are reduce-scattered instead of all-reduced, under backward as ever; `step` updates the own
+    share of one bucket while those of the buckets before are gathered. Afterwards `.grad` is None: the mean lies in
+    shares. `clip_grad_norm_` clips it. `groups` are as an optimizer of torch takes them, the model's parameters by
+    default; schedules of torch work on `param_groups`.
+
+    `kind` is an optimizer of torch that treats each element by itself (`elementwise=True` vouches for others), as
+    SGD and the Adams do. Raises `ValueError` otherwise, and for a model with find_unused_parameters, static_graph,
+    sparse or delayed gradients, whose parameters may go without a gradient. Made by all ranks, before the first
+    backward, which it fixes the buckets for.
+
+    Rajbhandari et al., ZeRO: memory optimizations toward training trillion parameter models (SC 2020), stage 1.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        kind: type[torch.optim.Optimizer],
+        groups: Iterable[Any] | None = None,
+        *,
+        elementwise: bool = False,
+        **defaults: Any,
+    ) -> None:
+        if not elementwise and kind not in _ELEMENTWISE:
+            names = ", ".join(sorted(known.__name__ for known in _ELEMENTWISE))
+            raise ValueError(
+                f"ShardedOptimizer: expected an optimizer that treats each element by itself ({names}), got "
+                f"{kind.__name__}; elementwise=True vouches for it"
+            )
+        reducer, settings = model.reducer, model.reducer.settings
+        members = reducer.members
+        if settings.find_unused or settings.static_graph or members.sparse or members.delayed or reducer.layout.hooked:
+            raise ValueError(
+                "ShardedOptimizer: every gradient must come in every backward: find_unused_parameters, static_graph, "
+                "sparse or delayed gradients and communication hooks do not go with it"
+            )
+        self.model, self.comm = model, model.comm
+        probe = kind([nn.Parameter(torch.zeros(1))], **defaults)
+        super().__init__(list(model.parameters()) if groups is None else groups, probe.defaults)
+        group_of = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        strange = [name for name, p in zip(members.names, members.parameters, strict=True) if id(p) not in group_of]
+        if strange:
+            raise ValueError(f"ShardedOptimizer: expected all parameters of the model, but not {strange[0]!r}")
+        groups_by_place = [group_of[id(p)] for p in members.parameters]
+        # Parameters of one group lie side by side, so that a share has few pieces.
+        plan = [sorted(indices, key=groups_by_place.__getitem__) for indices in reducer.layout.plan]
+        shares = reducer.shard(plan)
+        self._kind, self._defaults = kind, defaults
+        self._stepped = False
+        self._group_of_place = groups_by_place
+        self._shards: list[_Shard] = []
+        for bucket, share in zip(reducer.layout.buckets, shares, strict=True):
+            assert isinstance(bucket, Bucket), "no gradient is sparse"
+            shard = _Shard(bucket, self._moved(bucket), share, self._runs(bucket))
+            if shard.pieces:
+                own = [
+                    {"params": [p], **self._options(g)} for p, (g, _, _) in zip(shard.pieces, shard.spans, strict=True)
+                ]
+                shard.optimizer = kind(own, **defaults)
+            self._shards.append(shard)
+
+    def _moved(self, bucket: Bucket) -> Tensor:
+        """Moves the parameters of `bucket` into one flat tensor, to the places that their gradients have there."""
+        parameters = self.model.reducer.members.parameters
+        flat = self.comm.empty(bucket.flat.numel(), bucket.flat.dtype)
+        for index, view in zip(bucket.indices, bucket.views_in(flat), strict=True):
+            view.copy_(parameters[index].detach())
+            parameters[index].data = view
+        return flat
+
+    def _runs(self, bucket: Bucket) -> list[tuple[int, int, int]]:
+        runs, begin = [], 0
+        for group, indices in groupby(bucket.indices, self._group_of_place.__getitem__):
+            end = begin + sum(self.model.reducer.members.parameters[index].numel() for index in indices)
+            runs.append((group, begin, end))
+            begin = end
+        return runs
+
+    def _options(self, number: int) -> dict[str, Any]:
+        return {name: value for name, value in self.param_groups[number].items() if name != "params"}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates all parameters: the own share of one bucket while those before it are gathered. Collective.
+
+        It uses the gradients up: the next ones are not added to them, whether or not `zero_grad` is called.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gathering = []
+        for shard in self._shards:
+            shard.step(self._options)
+            shares = [shard.flat[lo:hi] for lo, hi in shard.share.bounds]
+            gathering.append(self.comm.all_gather(shares, shares[self.comm.rank], async_op=True))
+        for work in gathering:
+            assert work is not None, "asynchronous calls return their work"
+            work.wait()
+        self._stepped = True
+        self.model.zero_grad()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients: those of single passes in `.grad`, and the reduced ones."""
+        super().zero_grad(set_to_none)
+        self.model.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scales the reduced gradients so that the 2-norm of all of them is at most `max_norm`; returns what it was.
+        As `torch.nn.utils.clip_grad_norm_`. Collective."""
+        squares = torch.zeros(1, dtype=torch.float64)
+        held = [shard.share.gradient for shard in self._shards if shard.share.holds]
+        for gradient in held:
+            squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        self.comm.all_reduce(squares)
+        norm = squares.sqrt().squeeze(0)
+        coefficient = min(1.0, max_norm / (norm.item() + 1e-6))
+        if held and coefficient < 1.0:
+            torch._foreach_mul_(held, coefficient)
+        return norm
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this rank's shares, for a rank of the same number in a job of as many. `full_state_dict` makes
+        one that any number of ranks loads."""
+        layout = [self._names(shard) for shard in self._shards]
+        own = [None if shard.optimizer is None else shard.optimizer.state_dict() for shard in self._shards]
+        options = [self._options(number) for number in range(len(self.param_groups))]
+        return {"rank": self.comm.rank, "size": self.comm.size, "layout": layout, "shards": own, "groups": options}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` of this rank gave. Raises `ModelMismatch` if that was another rank or model."""
+        mine = {"rank": self.comm.rank, "size": self.comm.size, "layout": [self._names(s) for s in self._shards]}
+        for what, expected in mine.items():
+            if state_dict.get(what) != expected:
+                raise ModelMismatch(
+                    f"rank {self.comm.rank}: ShardedOptimizer: expected the state of {what} {expected}, got "
+                    f"{state_dict.get(what)}; full_state_dict() makes one for any number of ranks"
+                )
+        for shard, own in zip(self._shards, state_dict["shards"], strict=True):
+            if shard.optimizer is not None:
+                shard.optimizer.load_state_dict(own)
+        for group, options in zip(self.param_groups, state_dict["groups"], strict=True):
+            group.update(options)
+
+    def full_state_dict(self, dst: int = 0) -> dict[str, Any] | None:
+        """The state as `kind(groups)` without shares has it: on rank `dst`, and None elsewhere. Collective."""
+        place = self._place_of_parameter()
+        parameters = self.model.reducer.members.parameters
+        state: dict[int, dict[str, Any]] = {}
+        for shard in self._shards:
+            for name, kinds in self._kinds(shard).items():
+                like = next(iter(kinds.values()))
+                own = shard.state(name, like)
+                parts = [own.new_empty(hi - lo) for lo, hi in shard.share.bounds] if self.comm.rank == dst else None
+                self.comm.gather(own, parts, dst)
+                if parts is None:
+                    continue
+                for index, view in zip(shard.bucket.indices, shard.bucket.views_in(torch.cat(parts)), strict=True):
+                    if self._group_of_place[index] in kinds:
+                        value = view.clone() if like.dim() else view.flatten()[0].clone()
+                        state.setdefault(place[id(parameters[index])], {})[name] = value
+        if self.comm.rank != dst:
+            return None
+        groups, first = [], 0
+        for number, group in enumerate(self.param_groups):
+            count = len(group["params"])
+            groups.append({**self._options(number), "params": list(range(first, first + count))})
+            first += count
+        return {"state": state, "param_groups": groups}
+
+    def load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `full_state_dict` gave, or the `state_dict` of an optimizer without shares; each rank takes what
+        its shares need of it."""
+        place = self._place_of_parameter()
+        parameters = self.model.reducer.members.parameters
+        state = state_dict["state"]
+        for shard in self._shards:
+            indices = shard.bucket.indices
+            held = [state.get(place[id(parameters[index])], {}) for index in indices]
+            for name in {name for each in held for name, value in each.items() if isinstance(value, Tensor)}:
+                like = next(each[name] for each in held if name in each)
+                whole = torch.zeros(shard.flat.numel(), dtype=like.dtype)
+                for view, each in zip(shard.bucket.views_in(whole), held, strict=True):
+                    if name in each:
+                        view.copy_(each[name])
+                for piece, (_, first, last) in zip(shard.pieces, shard.spans, strict=True):
+                    assert shard.optimizer is not None, "there is one where there are pieces"
+                    part = whole[first:last].clone()
+                    shard.optimizer.state[piece][name] = part if like.dim() else part[0].clone()
+        for group, options in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in options.items() if name != "params"})
+        self._stepped = True
+
+    def _names(self, shard: _Shard) -> list[str]:
+        return [self.model.reducer.members.names[index] for index in shard.bucket.indices]
+
+    def _place_of_parameter(self) -> dict[int, int]:
+        return {id(p): at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
+
+    def _kinds(self, shard: _Shard) -> dict[str, dict[int, Tensor]]:
+        """The names of the tensors that the optimizer keeps for an element of `shard`, and an example for each group
+        that has it: the same on all ranks, also on those without a piece of it."""
+        found: dict[str, dict[int, Tensor]] = {}
+        for group in sorted({self._group_of_place[index] for index in shard.bucket.indices}) if self._stepped else ():
+            trial = nn.Parameter(torch.zeros(1, dtype=shard.flat.dtype))
+            trial.grad = torch.zeros_like(trial)
+            optimizer = self._kind([{"params": [trial], **self._options(group)}], **self._defaults)
+            optimizer.step()
+            for name, value in optimizer.state[trial].items():
+                if isinstance(value, Tensor):
+                    found.setdefault(name, {})[group] = value
+        return found
+
+
+class LinearScaling(torch.optim.lr_scheduler.LRScheduler):
+    """The linear-scaling rule with gradual warm-up, stepped once an iteration.
+
+    The optimizer's rate is that for a batch of `reference` samples over all ranks. For a `batch` it becomes rate ×
+    batch / reference, which it reaches in equal steps over the first `warm_up` iterations, from the rate itself;
+    from there it is multiplied by `then(iteration)`, 1 by default.
+
+    torch's optimizers multiply by the rate when they apply the momentum, and a changing rate needs no correction. For
+    one that keeps the rate within its momentum, `momentum` names that state, and it is multiplied by new rate / old
+    rate at each change (momentum correction).
+
+    Goyal et al., Accurate, large minibatch SGD: training ImageNet in 1 hour (2017), sections 2.1, 2.2 and 3.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        batch: int,
+        reference: int = 256,
+        warm_up: int,
+        then: Callable[[int], float] | None = None,
+        momentum: str | None = None,
+    ) -> None:
+        if batch < 1 or reference < 1 or warm_up < 0:
+            raise ValueError(
+                f"LinearScaling: expected batch ≥ 1, reference ≥ 1, warm_up ≥ 0, got {batch}, {reference}, {warm_up}"
+            )
+        self.scale, self.warm_up, self.then, self.momentum = batch / reference, warm_up, then, momentum
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates of the groups in this iteration."""
+        at = self.last_epoch
+        factor = self.scale
+        if at < self.warm_up:
+            factor = 1 + (self.scale - 1) * at / self.warm_up
+        elif self.then is not None:
+            factor *= self.then(at)
+        return [float(base) * factor for base in self.base_lrs]
+
+    def step(self, epoch: int | None = None) -> None:
+        """The next iteration's rates."""
+        before = [float(group["lr"]) for group in self.optimizer.param_groups]
+        super().step(epoch)
+        if self.momentum is None:
+            return
+        for old, group in zip(before, self.optimizer.param_groups, strict=True):
+            for parameter in group["params"]:
+                held = self.optimizer.state.get(parameter, {}).get(self.momentum)
+                if held is not None and old:
+                    held.mul_(float(group["lr"]) / old)
