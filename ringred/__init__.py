@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ringred.communicator import Communicator
     from ringred.ddp import DistributedDataParallel
     from ringred.ops import ReduceOp
+    from ringred.sync_batchnorm import SyncBatchNorm
     from ringred.work import Work
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ReduceOp",
     "ReplicasDiverged",
     "RingredError",
+    "SyncBatchNorm",
     "TransportUnavailable",
     "UnknownAlgorithm",
     "UnsupportedTensor",
@@ -60,6 +62,7 @@ _LAZY = {
     "Communicator": "ringred.communicator",
     "DistributedDataParallel": "ringred.ddp",
     "ReduceOp": "ringred.ops",
+    "SyncBatchNorm": "ringred.sync_batchnorm",
     "Work": "ringred.work",
     "init": "ringred.bootstrap",
 }

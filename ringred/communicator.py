@@ -571,6 +571,9 @@ class Communicator:
             self.abort(value)
         self.close()
 
+    def __deepcopy__(self, memo: Any) -> Communicator:
+        return self  # a module that communicates is copied, its communicator is not
+
     def __repr__(self) -> str:
         return f"<Communicator {self.name}: rank {self.rank} of {self.size} over {self.transport.name}>"
 

@@ -173,8 +173,6 @@ class DistributedDataParallel(nn.Module):
         syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
         copying = self.forward_sync_buffers and self._sync_buffers_next
         root, scale = 0, None
-        if torch.is_grad_enabled() and self._settings.op is ReduceOp.SUM:
-            reducer.check_summed()
         if syncing:
             reducer.check_finished()
             self._check_unchanged()

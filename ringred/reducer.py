@@ -115,15 +115,6 @@ class Reducer:
             f"new one: {why}"
         )
 
-    def check_summed(self) -> None:
-        """Raises `RuntimeError` where sums of an earlier reduction would be summed once more."""
-        for at, gradient, version in self._summed:
-            if self.members.parameters[at].grad is gradient and gradient._version == version:
-                raise RuntimeError(
-                    f"rank {self.comm.rank}: parameter {self.members.names[at]!r} still holds the sum of an earlier "
-                    "reduction, which reduce_op='sum' would add up again over the ranks: call zero_grad() between"
-                )
-
     def prepare(self, outputs: Any, scale: Callable[[], float] | None = None) -> None:
         """Gets ready for the backward of the forward that gave `outputs`.
 
@@ -196,6 +187,8 @@ class Reducer:
     def on_gradient(self, at: int) -> None:
         """The gradient of the parameter at `at` was accumulated."""
         self._used.add(at)
+        if self._summed:
+            self._check_summed(at)
         now = self._pass
         if now is None:
             return
@@ -211,6 +204,19 @@ class Reducer:
                 "static_graph=True helps)"
             )
         self._ready(now, at)
+
+    def _check_summed(self, at: int) -> None:
+        """Raises `RuntimeError` where sums of an earlier reduction would be summed once more: `at` is the place of the
+        first gradient that was accumulated since."""
+        summed, self._summed = self._summed, []
+        for place, gradient, version in summed:
+            accumulated = 1 if place == at else 0
+            if self.members.parameters[place].grad is gradient and gradient._version == version + accumulated:
+                self._pass = None
+                raise RuntimeError(
+                    f"rank {self.comm.rank}: parameter {self.members.names[place]!r} still holds the sum of an earlier "
+                    "reduction, which reduce_op='sum' would add up again over the ranks: call zero_grad() between"
+                )
 
     def _first_gradient(self, now: _Pass) -> None:
         if now.again and self.settings.op is ReduceOp.SUM:

@@ -1,0 +1,146 @@
+"""Batch normalisation over the batches of all ranks, on CPUs, where torch's SyncBatchNorm does not work."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ringred.bootstrap import default_communicator
+from ringred.communicator import Communicator
+
+__all__ = ["SyncBatchNorm"]
+
+_beside: weakref.WeakKeyDictionary[Communicator, Communicator] = weakref.WeakKeyDictionary()
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm of any dimension whose statistics, in training, are those of the batches of all ranks together.
+
+        model = ringred.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = ringred.DistributedDataParallel(model)
+
+    `process_group` is a `Communicator` or a torch process group; by default `ringred.init()`'s communicator. The
+    layers of one group share a duplicate of it, for they communicate within forward and backward, while gradients are
+    reduced. Batches may differ in size. Input [N, C, ...] of a floating dtype; statistics are taken in float32 at
+    least. Making the first layer of a group is collective, and so are forward in training, and backward.
+
+    Ioffe and Szegedy (ICML 2015); variances are combined as in Chan, Golub, LeVeque (1979).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        comm = default_communicator(process_group)
+        if comm not in _beside:
+            _beside[comm] = comm.duplicate()
+        self.comm = _beside[comm]
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """`module` with every BatchNorm layer in it replaced by one of these, with its parameters and statistics."""
+        converted: nn.Module = module
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, cls):
+            settings = (module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+            converted = cls(*settings, process_group)
+            converted.train(module.training)
+            if module.affine:
+                converted.weight, converted.bias = module.weight, module.bias
+            converted.running_mean, converted.running_var = module.running_mean, module.running_var
+            converted.num_batches_tracked = module.num_batches_tracked
+        for name, child in module.named_children():
+            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return converted
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2 or input.shape[1] != self.num_features:
+            raise ValueError(f"SyncBatchNorm: expected [N, {self.num_features}, ...], got {list(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input`, normalised; see the class."""
+        self._check_input_dim(input)
+        if not self.training and self.running_mean is not None:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        normalise: Any = _Normalise.apply
+        output, mean, variance, count = normalise(input, self.weight, self.bias, self.eps, self.comm)
+        if self.training and self.running_mean is not None:
+            self._track(mean, variance, int(count))
+        result: Tensor = output
+        return result
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        assert self.running_mean is not None, "statistics are tracked"
+        assert self.running_var is not None, "statistics are tracked"
+        assert self.num_batches_tracked is not None, "statistics are tracked"
+        self.num_batches_tracked += 1
+        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), factor)
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, comm: Communicator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = _wide(input)
+        channels, own = wide.shape[1], wide.numel() // wide.shape[1]
+        dims = [0, *range(2, wide.dim())]
+        mine = wide.new_zeros(2 * channels + 1)
+        if own:
+            variance, mean = torch.var_mean(wide, dims, correction=0)
+            mine[:channels], mine[channels:-1], mine[-1] = mean, variance * own, own
+        table = mine.new_empty(comm.size * mine.numel())
+        comm.all_gather(table, mine)
+        rows = table.view(comm.size, -1)
+        means, squares, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
+        count = counts.sum()
+        if count < 2:
+            raise ValueError(f"SyncBatchNorm: expected more than 1 value per channel in training, got {int(count)}")
+        mean = (means * counts).sum(0) / count
+        variance = (squares.sum(0) + ((means - mean).square() * counts).sum(0)) / count
+        output = F.batch_norm(wide, mean, variance, _or_none(weight, wide), _or_none(bias, wide), False, 0.0, eps)
+        ctx.save_for_backward(input, weight, mean, (variance + eps).rsqrt())
+        ctx.count, ctx.comm, ctx.dims = count, comm, dims
+        ctx.mark_non_differentiable(mean, variance, count)
+        return output.to(input.dtype), mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd = ctx.saved_tensors
+        shape = [1, -1, *([1] * (input.dim() - 2))]
+        slope, apart = _wide(gradient), _wide(input) - mean.view(shape)
+        sums = torch.stack([slope.sum(ctx.dims), (slope * apart).sum(ctx.dims)])
+        bias_gradient, weight_gradient = sums[0].clone(), sums[1] * invstd
+        ctx.comm.all_reduce(sums)
+        sums /= ctx.count
+        scale = invstd if weight is None else invstd * weight
+        centred = slope - sums[0].view(shape) - apart * (sums[1] * invstd.square()).view(shape)
+        input_gradient = (centred * scale.view(shape)).to(input.dtype)
+        if weight is None:
+            return input_gradient, None, None, None, None
+        return input_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), None, None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _or_none(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)
