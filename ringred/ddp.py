@@ -369,7 +369,11 @@ class DistributedDataParallel(nn.Module):
 
     def straggler_report(self) -> StragglerReport:
         """Which rank the others wait for, over the last iterations, alike on all ranks. Collective."""
-        return straggler_report(self.comm, self.reducer.arrivals)
+        found = straggler_report(self.comm, self.reducer.arrivals)
+        if self.comm.tracer is not None:
+            name = "no straggler" if found.straggler is None else f"rank {found.straggler} is the straggler"
+            self.comm.tracer.instant("ddp", name, time.monotonic_ns(), **found.as_dict())
+        return found
 
     @staticmethod
     def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, params_and_buffers_to_ignore: Any) -> None:
