@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ringred.buckets import Bucket, Entry, SparseBucket, assign
+from ringred.buckets import Entry, assign
 from ringred.reductions import InFlight
 from ringred.trace import Tracer
 
@@ -21,14 +21,15 @@ _CAPS_MB = (1, 2, 5, 10, 25, 50, 100)  # that are tried
 @dataclass(slots=True)
 class BackwardTimes:
     """The times of one backward, in ns of `time.monotonic_ns`: `ready_ns` of parameters by their places, 0 where no
-    gradient came; `full_ns`, `works`, `algorithms` of buckets in their order."""
+    gradient came; the others of buckets in their order: bytes, number of parameters, and how they were reduced."""
 
     began_ns: int
     ended_ns: int
     ready_ns: Sequence[int]
     full_ns: Sequence[int]
     works: Sequence[InFlight]
-    buckets: Sequence[Bucket | SparseBucket]
+    nbytes: Sequence[int]
+    parameters: Sequence[int]
     algorithms: Sequence[str]
 
 
@@ -142,10 +143,12 @@ def report(times: BackwardTimes, caps: Sequence[CapForecast] = ()) -> OverlapRep
         return (at_ns - times.began_ns) / 1e6
 
     rows = []
-    for number, (bucket, work) in enumerate(zip(times.buckets, times.works, strict=True)):
+    for number, work in enumerate(times.works):
         exposed = max(0, work.ended_ns - max(times.ended_ns, work.started_ns)) / 1e6
         at = since(times.full_ns[number]), since(work.started_ns), since(work.ended_ns)
-        rows.append(BucketTimes(number, bucket.nbytes, len(bucket.indices), times.algorithms[number], *at, exposed))
+        rows.append(
+            BucketTimes(number, times.nbytes[number], times.parameters[number], times.algorithms[number], *at, exposed)
+        )
     return OverlapReport(since(times.ended_ns), tuple(rows), tuple(caps))
 
 
@@ -161,7 +164,7 @@ def forecast(
     `first_cap_mb` is the cap of the first bucket, where that is another.
     """
     order = sorted((at for at, ready in enumerate(times.ready_ns) if ready), key=lambda at: times.ready_ns[at])
-    modelled = sum(seconds_of(bucket.nbytes) for bucket in times.buckets)
+    modelled = sum(map(seconds_of, times.nbytes))
     measured = sum(work.ended_ns - work.started_ns for work in times.works) / 1e9
     if not order or not modelled:
         return []
@@ -181,8 +184,9 @@ def forecast(
 
 def trace(times: BackwardTimes, tracer: Tracer) -> None:
     """Draws one backward: itself, and each bucket's becoming full and its reduction on a line of their own."""
-    for number, (bucket, work) in enumerate(zip(times.buckets, times.works, strict=True)):
-        tracer.instant("ddp", f"bucket {number} ready", times.full_ns[number], "buckets", bytes=bucket.nbytes)
+    for number, work in enumerate(times.works):
+        nbytes = times.nbytes[number]
+        tracer.instant("ddp", f"bucket {number} ready", times.full_ns[number], "buckets", bytes=nbytes)
         name = f"bucket {number} ({times.algorithms[number]})"
-        tracer.span("ddp", name, work.started_ns, work.ended_ns, "buckets", bytes=bucket.nbytes)
+        tracer.span("ddp", name, work.started_ns, work.ended_ns, "buckets", bytes=nbytes)
     tracer.span("ddp", "backward", times.began_ns, times.ended_ns)

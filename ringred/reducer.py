@@ -373,8 +373,10 @@ class Reducer:
         numbers = range(len(now.works))
         algorithms = [self.layout.reduction(number, self.settings.op).algorithm for number in numbers]
         began = self._began_ns or self._forward_ended_ns
-        buckets = self.layout.buckets
-        self.last = BackwardTimes(began, ended_ns, now.ready_ns, now.full_ns, now.works, buckets, algorithms)
+        # Not the buckets themselves: they would outlive the ones that take their place.
+        sizes = [(bucket.nbytes, len(bucket.indices)) for bucket in self.layout.buckets]
+        nbytes, counts = zip(*sizes, strict=True)
+        self.last = BackwardTimes(began, ended_ns, now.ready_ns, now.full_ns, now.works, nbytes, counts, algorithms)
         if self.comm.tracer is not None:
             trace(self.last, self.comm.tracer)
 
