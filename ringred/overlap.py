@@ -10,7 +10,6 @@ from typing import Any
 from tabulate import tabulate
 
 from ringred.buckets import Entry, assign
-from ringred.reductions import InFlight
 from ringred.trace import Tracer
 
 __all__ = ["BackwardTimes", "BucketTimes", "CapForecast", "OverlapReport", "forecast", "report", "trace"]
@@ -27,7 +26,8 @@ class BackwardTimes:
     ended_ns: int
     ready_ns: Sequence[int]
     full_ns: Sequence[int]
-    works: Sequence[InFlight]
+    started_ns: Sequence[int]
+    done_ns: Sequence[int]
     nbytes: Sequence[int]
     parameters: Sequence[int]
     algorithms: Sequence[str]
@@ -143,9 +143,9 @@ def report(times: BackwardTimes, caps: Sequence[CapForecast] = ()) -> OverlapRep
         return (at_ns - times.began_ns) / 1e6
 
     rows = []
-    for number, work in enumerate(times.works):
-        exposed = max(0, work.ended_ns - max(times.ended_ns, work.started_ns)) / 1e6
-        at = since(times.full_ns[number]), since(work.started_ns), since(work.ended_ns)
+    for number, (started, done) in enumerate(zip(times.started_ns, times.done_ns, strict=True)):
+        exposed = max(0, done - max(times.ended_ns, started)) / 1e6
+        at = since(times.full_ns[number]), since(started), since(done)
         rows.append(
             BucketTimes(number, times.nbytes[number], times.parameters[number], times.algorithms[number], *at, exposed)
         )
@@ -165,7 +165,7 @@ def forecast(
     """
     order = sorted((at for at, ready in enumerate(times.ready_ns) if ready), key=lambda at: times.ready_ns[at])
     modelled = sum(map(seconds_of, times.nbytes))
-    measured = sum(work.ended_ns - work.started_ns for work in times.works) / 1e9
+    measured = (sum(times.done_ns) - sum(times.started_ns)) / 1e9
     if not order or not modelled:
         return []
     found = []
@@ -184,9 +184,9 @@ def forecast(
 
 def trace(times: BackwardTimes, tracer: Tracer) -> None:
     """Draws one backward: itself, and each bucket's becoming full and its reduction on a line of their own."""
-    for number, work in enumerate(times.works):
+    for number, (started, done) in enumerate(zip(times.started_ns, times.done_ns, strict=True)):
         nbytes = times.nbytes[number]
         tracer.instant("ddp", f"bucket {number} ready", times.full_ns[number], "buckets", bytes=nbytes)
         name = f"bucket {number} ({times.algorithms[number]})"
-        tracer.span("ddp", name, work.started_ns, work.ended_ns, "buckets", bytes=nbytes)
+        tracer.span("ddp", name, started, done, "buckets", bytes=nbytes)
     tracer.span("ddp", "backward", times.began_ns, times.ended_ns)

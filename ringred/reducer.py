@@ -365,18 +365,23 @@ class Reducer:
         self._hand_out(now)
 
     def _note_times(self, now: _Pass, ended_ns: int) -> None:
-        before = self.last
-        if before is not None:
-            since = max(now.full_ns) - max(work.ended_ns for work in before.works)
+        if self.last is not None:
+            since = max(now.full_ns) - max(self.last.done_ns)
             self.arrivals.append((since - self._waited_ns) / 1e9)
         self._waited_ns = 0
-        numbers = range(len(now.works))
-        algorithms = [self.layout.reduction(number, self.settings.op).algorithm for number in numbers]
-        began = self._began_ns or self._forward_ended_ns
-        # Not the buckets themselves: they would outlive the ones that take their place.
-        sizes = [(bucket.nbytes, len(bucket.indices)) for bucket in self.layout.buckets]
-        nbytes, counts = zip(*sizes, strict=True)
-        self.last = BackwardTimes(began, ended_ns, now.ready_ns, now.full_ns, now.works, nbytes, counts, algorithms)
+        buckets = self.layout.buckets
+        # Numbers only: the buckets and the works themselves would keep memory that others have taken the place of.
+        self.last = BackwardTimes(
+            began_ns=self._began_ns or self._forward_ended_ns,
+            ended_ns=ended_ns,
+            ready_ns=now.ready_ns,
+            full_ns=now.full_ns,
+            started_ns=[work.started_ns for work in now.works],
+            done_ns=[work.ended_ns for work in now.works],
+            nbytes=[bucket.nbytes for bucket in buckets],
+            parameters=[len(bucket.indices) for bucket in buckets],
+            algorithms=[self.layout.reduction(at, self.settings.op).algorithm for at in range(len(buckets))],
+        )
         if self.comm.tracer is not None:
             trace(self.last, self.comm.tracer)
 
