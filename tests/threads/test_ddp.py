@@ -362,7 +362,8 @@ def test_the_trace_shows_reductions_under_backward_and_the_report_says_how_much(
         layers = [nn.Sequential(nn.Linear(300, 300), nn.ReLU()) for _ in range(6)]
         model = ringred.DistributedDataParallel(nn.Sequential(*layers), process_group=comm, bucket_cap_mb=0.3)
         for _ in range(3):
-            model(torch.randn(64, 300)).sum().backward()
+            # A backward of some ms: ranks are threads, and all their threads share two cores.
+            model(torch.randn(512, 300)).sum().backward()
         return model.overlap_report().as_dict()
 
     reports = run_ranks(body, 2)
