@@ -13,12 +13,6 @@ page in equal parts (Linux's PSS), after the last step.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from harness import Spread, context, interleaved, write_json
+from harness import KEEP_MEMORY, Spread, context, interleaved, memory_kib, on_ranks, rank_order, write_json
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import ringred
 
-# glibc's, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 SYSTEMS = ("local", "torch", "torch_on_ringred", "ringred")
 BACKENDS = {"torch": "gloo", "torch_on_ringred": "ringred"}
 Batch = tuple[Tensor, Tensor]
@@ -128,10 +120,6 @@ def stepper(system: str, name: str, width: int) -> Callable[[], None]:
 
 def rank_main(order: dict[str, Any]) -> None:
     """What one rank does: times all systems of one model, or measures the memory of one."""
-    cores = sorted(os.sched_getaffinity(0))
-    rank = int(os.environ["RANK"])
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
     comm = ringred.init()
     backends = [BACKENDS[system] for system in order["systems"] if system in BACKENDS]
     if backends:
@@ -153,39 +141,13 @@ def rank_main(order: dict[str, Any]) -> None:
     samples = interleaved({system: timed(step) for system, step in steps.items()}, order["rounds"])
     table = torch.tensor([samples[system] for system in order["systems"]], dtype=torch.float64)
     comm.all_reduce(table, "max", algorithm="one_shot")
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    rollup = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    memory = torch.tensor([int(status["VmHWM"].split()[0]), int(rollup["Pss"].split()[0])], dtype=torch.float64)
+    memory = torch.tensor(memory_kib(), dtype=torch.float64)
     comm.all_reduce(memory, "max", algorithm="one_shot")
-    if rank == 0:
-        Path(order["result"]).write_text(json.dumps({"seconds": table.tolist(), "kib": memory.tolist()}))
+    if comm.rank == 0:
+        write_json(Path(order["result"]), {"seconds": table.tolist(), "kib": memory.tolist()})
     if backends:
         dist.destroy_process_group()
     comm.close()
-
-
-def run(ranks: int, environment: dict[str, str], **order: Any) -> dict[str, Any]:
-    """Starts the ranks of one order, waits for them, and returns what rank 0 wrote."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        order["result"] = str(Path(folder) / "result.json")
-        common = {
-            **os.environ,
-            **environment,
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        common |= {"OMP_NUM_THREADS": "1", "RINGRED_BENCH_ORDER": json.dumps(order)}
-        started = [
-            subprocess.Popen([sys.executable, __file__], env=common | {"RANK": str(rank)}) for rank in range(ranks)
-        ]
-        codes = [process.wait() for process in started]
-        if any(codes):
-            raise SystemExit(f"a rank failed: {order}")
-        return dict(json.loads(Path(order["result"]).read_text()))
 
 
 def main() -> None:
@@ -203,13 +165,17 @@ def main() -> None:
         width = getattr(arguments, f"{name}_width")
         parameters = sum(p.numel() for p in MODELS[name][0](width)[0].parameters())
         starts = [
-            run(arguments.ranks, KEEP_MEMORY, model=name, width=width, systems=SYSTEMS, rounds=arguments.rounds)[
-                "seconds"
-            ]
+            on_ranks(
+                __file__,
+                arguments.ranks,
+                KEEP_MEMORY,
+                {"model": name, "width": width, "systems": SYSTEMS, "rounds": arguments.rounds},
+            )["seconds"]
             for _ in range(arguments.starts)
         ]
         for at, system in enumerate(SYSTEMS):
-            alone = run(arguments.ranks, {}, model=name, width=width, systems=[system], rounds=5)["kib"]
+            order = {"model": name, "width": width, "systems": [system], "rounds": 5}
+            alone = on_ranks(__file__, arguments.ranks, {}, order)["kib"]
             step = Spread.of([second for start in starts for second in start[at]])
             # Of each round what it costs more than the local step beside it: what disturbs one disturbs both.
             over = Spread.of([a / b - 1 for start in starts for a, b in zip(start[at], start[0], strict=True)])
@@ -247,7 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "RINGRED_BENCH_ORDER" in os.environ:
-        rank_main(json.loads(os.environ["RINGRED_BENCH_ORDER"]))
-    else:
-        main()
+    main() if (order := rank_order()) is None else rank_main(order)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -18,7 +21,10 @@ import torch
 import ringred
 from ringred.topology.detect import machine
 
-__all__ = ["Spread", "context", "interleaved", "write_json"]
+__all__ = ["KEEP_MEMORY", "Spread", "context", "interleaved", "memory_kib", "on_ranks", "rank_order", "write_json"]
+
+# glibc's, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 class Spread(NamedTuple):
@@ -63,6 +69,49 @@ def context() -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def on_ranks(script: str, ranks: int, environment: Mapping[str, str], order: Mapping[str, Any]) -> dict[str, Any]:
+    """Starts `script` on `ranks` processes, which read `order` by `rank_order`; returns what rank 0 wrote, by
+    `write_json`, to the order's "result"."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        result = Path(folder) / "result.json"
+        common = {
+            **os.environ,
+            **environment,
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "RINGRED_BENCH_ORDER": json.dumps({**order, "result": str(result)}),
+        }
+        started = [
+            subprocess.Popen([sys.executable, script], env=common | {"RANK": str(rank)}) for rank in range(ranks)
+        ]
+        codes = [process.wait() for process in started]
+        if any(codes):
+            raise SystemExit(f"a rank failed: {order}")
+        return dict(json.loads(result.read_text()))
+
+
+def rank_order() -> dict[str, Any] | None:
+    """What this process is to do as a rank, on a core of its own; None if it is none."""
+    if "RINGRED_BENCH_ORDER" not in os.environ:
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
+    torch.set_num_threads(1)
+    return dict(json.loads(os.environ["RINGRED_BENCH_ORDER"]))
+
+
+def memory_kib() -> tuple[int, int]:
+    """The greatest resident set of this process so far, and its proportional share of memory now, in KiB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    rollup = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return int(status["VmHWM"].split()[0]), int(rollup["Pss"].split()[0])
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

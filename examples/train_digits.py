@@ -3,6 +3,12 @@
 python examples/train_digits.py                                       # one rank
 launch/mpirun.sh 2 examples/train_digits.py --algorithm torus         # two, by MPI
 launch/torchrun.sh 4 examples/train_digits.py --algorithm ring        # four, by torchrun
+launch/torchrun.sh 2 examples/train_digits.py --hook power_sgd        # gradients as two thin factors
+
+With --checkpoint and --resume it goes on where it was when a rank died, and with --deterministic as well to the bit:
+
+TORCHRUN_ARGS="--standalone --max-restarts 3" \\
+    launch/torchrun.sh 2 examples/train_digits.py --checkpoint out/digits.pt --resume --deterministic
 """
 
 from __future__ import annotations
@@ -10,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +28,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from tqdm import tqdm
 
 import ringred
+from ringred import hooks
+from ringred.optim import LinearScaling
 
 BATCH = 24  # per rank
+BASE_RATE = 0.03  # for one rank
 BUCKET_CAP_MB = 0.05  # the model is small: four buckets, so that there is something to overlap
 
 
@@ -54,16 +65,25 @@ def make_model() -> nn.Module:
     )
 
 
-def learning_rate(step: float, ranks: int, steps_per_epoch: int, epochs: int) -> float:
-    """The linear-scaling rule with gradual warm-up (Goyal et al. 2017), then a linear decay to zero.
+HOOKS: dict[str, Callable[[ringred.Communicator, torch.optim.Optimizer], hooks.Policy]] = {
+    "fp16": lambda comm, optimizer: hooks.Half(comm),
+    "bf16": lambda comm, optimizer: hooks.Half(comm, torch.bfloat16),
+    "int8": lambda comm, optimizer: hooks.Int8(comm),
+    "top_k": lambda comm, optimizer: hooks.TopK(comm, ratio=0.01),
+    "power_sgd": lambda comm, optimizer: hooks.PowerSGD(comm, rank=2),
+    "local_sgd": lambda comm, optimizer: hooks.LocalSGD(comm, optimizer, start=100, period=4),
+    "fused": hooks.FusedOptimizer,
+}
 
-    torch's SGD keeps the rate out of its momentum, so that a changing rate needs no momentum correction.
-    """
-    base, warm_up = 0.03, 3 * steps_per_epoch
-    scaled = base * ranks
-    if step < warm_up:
-        return base + (scaled - base) * step / warm_up
-    return scaled * max(0.0, 1 - (step - warm_up) / max(1, epochs * steps_per_epoch - warm_up))
+
+def schedule_of(optimizer: torch.optim.Optimizer, ranks: int, steps_per_epoch: int, epochs: int) -> LinearScaling:
+    """The linear-scaling rule with a warm-up over three epochs, then a linear decay to zero."""
+    warm_up, last = 3 * steps_per_epoch, epochs * steps_per_epoch
+
+    def decay(step: int) -> float:
+        return max(0.0, 1 - (step - warm_up) / max(1, last - warm_up))
+
+    return LinearScaling(optimizer, batch=ranks * BATCH, reference=BATCH, warm_up=warm_up, then=decay)
 
 
 def accuracy(model: nn.Module, test: TensorDataset, comm: ringred.Communicator) -> float:
@@ -77,10 +97,10 @@ def accuracy(model: nn.Module, test: TensorDataset, comm: ringred.Communicator) 
     return right.item() / len(labels)
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+def save(path: Path, epoch: int, **parts: Any) -> None:
     """Writes the checkpoint whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, unfinished)
+    torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, unfinished)
     unfinished.replace(path)
 
 
@@ -89,6 +109,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--algorithm", default="auto", help=f"auto, {', '.join(ringred.algorithms('all_reduce'))}")
     parser.add_argument("--grid", help="of the torus, such as 2x2")
+    parser.add_argument("--hook", choices=HOOKS, help="what reduces gradients, instead of an all-reduce")
+    parser.add_argument("--deterministic", action="store_true", help="the same bits from any algorithm and buckets")
     parser.add_argument("--checkpoint", type=Path, help="file, seen by all ranks, to save after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -100,39 +122,50 @@ def main() -> None:
     comm = ringred.init()
     train, test = digits()
     model = ringred.DistributedDataParallel(
-        make_model(), process_group=comm, bucket_cap_mb=BUCKET_CAP_MB, algorithm=options.algorithm, grid=grid
+        make_model(),
+        process_group=comm,
+        bucket_cap_mb=BUCKET_CAP_MB,
+        algorithm=options.algorithm,
+        grid=grid,
+        deterministic=options.deterministic,
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=BASE_RATE, momentum=0.9, weight_decay=1e-4)
     sampler = DistributedSampler(train, num_replicas=comm.size, rank=comm.rank, seed=1)
     loader = DataLoader(train, batch_size=BATCH, sampler=sampler, drop_last=True)
+    schedule = schedule_of(optimizer, comm.size, len(loader), options.epochs)
+    policy = None
+    if options.hook is not None:
+        policy = HOOKS[options.hook](comm, optimizer)
+        model.register_comm_hook(policy, hooks.comm_hook)
 
     first = 0
     if options.resume and options.checkpoint.exists():
         state = torch.load(options.checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
         first = state["epoch"]
 
     began = time.monotonic()
     loss: Tensor = torch.zeros(())
-    sent_before = comm.counters.bytes_sent
+    counters = comm.counters if policy is None else policy.counters
+    sent_before = counters.bytes_sent
     epochs = tqdm(range(first, options.epochs), desc=f"{options.algorithm} on {comm.size}", disable=comm.rank != 0)
     for epoch in epochs:
         sampler.set_epoch(epoch)
-        for index, (images, labels) in enumerate(loader):
-            for group in optimizer.param_groups:
-                step = epoch * len(loader) + index
-                group["lr"] = learning_rate(step, comm.size, len(loader), options.epochs)
+        for images, labels in loader:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
             loss.backward()
-            optimizer.step()
+            if options.hook != "fused":  # which has stepped within backward
+                optimizer.step()
+            schedule.step()
         if comm.rank == 0:
             epochs.set_postfix(loss=f"{loss.item():.4f}")
             if options.checkpoint is not None:
-                save(options.checkpoint, model, optimizer, epoch + 1)
+                save(options.checkpoint, epoch + 1, model=model, optimizer=optimizer, schedule=schedule)
     seconds = time.monotonic() - began
-    sent = comm.counters.bytes_sent - sent_before
+    sent = counters.bytes_sent - sent_before
 
     reached = accuracy(model, test, comm)
     if comm.rank == 0:
@@ -141,6 +174,8 @@ def main() -> None:
             "ranks": comm.size,
             "algorithm": options.algorithm,
             "grid": options.grid,
+            "hook": options.hook,
+            "deterministic": options.deterministic,
             "transport": comm.transport.name,
             "epochs": options.epochs,
             "accuracy": reached,

@@ -145,25 +145,22 @@ class Int8(Policy):
         lo, hi = bounds[comm.rank]
         incoming = [torch.empty_like(outgoing[comm.rank]) for _ in range(comm.size)]
         comm.all_to_all(incoming, outgoing)
-        mean = torch.zeros(hi - lo, block)
+        mean, one = torch.zeros(hi - lo, block), torch.empty(hi - lo, block)
         for part in incoming:
-            mean += dequantised(*_unpacked(part, block))
+            mean += dequantised(*_unpacked(part, block), out=one)
         mean /= comm.size
         values, scales = self._rounded("owned", gradients, mean)
         gathered = [torch.empty((high - low) * (block + 4), dtype=torch.uint8) for low, high in bounds]
         comm.all_gather(gathered, _packed(values, scales))
         for part, (low, high) in zip(gathered, bounds, strict=True):
-            blocks[low:high] = dequantised(*_unpacked(part, block))
+            dequantised(*_unpacked(part, block), out=blocks[low:high])
         return flat.copy_(blocks.view(-1)[: flat.numel()])
 
     def _rounded(self, name: str, gradients: Gradients, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """`blocks`, with what was left out the last time, quantised; what is left out now is kept under `name`."""
         left_out = self.kept(name, gradients, blocks)
         blocks += left_out
-        values, scales = quantised(blocks)
-        torch.sub(blocks, dequantised(values, scales), out=left_out)
-        left_out.nan_to_num_(0.0, 0.0, 0.0)  # an overflow is told to all, and forgotten
-        return values, scales
+        return quantised(blocks, left_out)
 
 
 def _packed(values: Tensor, scales: Tensor) -> Tensor:
@@ -289,7 +286,7 @@ class LocalSGD(Policy):
             raise ValueError(f"LocalSGD: expected start ≥ 0 and period ≥ 1, got {start} and {period}")
         super().__init__(comm)
         self.start_at, self.period, self.steps = start, period, 0
-        self._comm, self._within = comm, within.duplicate() if within is not None else None
+        self._within = within.duplicate() if within is not None else None
         optimizer.register_step_post_hook(self._after_step)
 
     def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
@@ -301,7 +298,8 @@ class LocalSGD(Policy):
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.steps += 1
         if self.steps >= self.start_at and (self.steps - self.start_at) % self.period == 0:
-            average_tensors(self._comm, [p for group in optimizer.param_groups for p in group["params"]])
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self._lane.submit(lambda comm: average_tensors(comm, parameters)).wait()
 
 
 class FusedOptimizer(Policy):

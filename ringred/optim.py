@@ -192,6 +192,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(held, coefficient)
         return norm
 
+    def kept(self) -> list[dict[str, Any]]:
+        """The state that this rank keeps: that of each piece of its shares."""
+        return [state for shard in self._shards if shard.optimizer for state in shard.optimizer.state.values()]
+
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ringred
 from ringred import hooks
 from ringred.communicator import Communicator
-from ringred.compression import dequantised, quantised
+from ringred.compression import dequantised, largest, quantised
 from ringred.testing import run_ranks
 
 torch.manual_seed(0)
@@ -125,13 +125,35 @@ def test_top_k_sends_eight_bytes_for_each_hundredth_element() -> None:
 def test_quantised_blocks_are_within_half_a_step() -> None:
     blocks = torch.randn(7, 32) * torch.logspace(-20, 20, 7).unsqueeze(1)
     blocks[3] = 0
-    values, scales = quantised(blocks)
+    left_out = torch.empty_like(blocks)
+    values, scales = quantised(blocks, left_out)
+    again = dequantised(values, scales, torch.empty_like(blocks))
+    torch.testing.assert_close(again + left_out, blocks)
     assert values.dtype == torch.int8
     assert scales.dtype == torch.float32
-    assert ((dequantised(values, scales) - blocks).abs() <= 0.5001 * scales.unsqueeze(1)).all()
-    assert not dequantised(values, scales)[3].any()
+    assert (left_out.abs() <= 0.5001 * scales.unsqueeze(1)).all()
+    assert not again[3].any()
     blocks[5, 3] = float("nan")
-    assert torch.isnan(dequantised(*quantised(blocks))[5]).any()
+    values, scales = quantised(blocks, left_out)
+    assert torch.isnan(dequantised(values, scales, again)[5]).all(), "nobody takes it for a number"
+    assert torch.isfinite(left_out).all()
+
+
+@pytest.mark.parametrize("elements", [50, 100_000])
+def test_the_largest_are_found_by_sample_or_without(elements: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for values in (
+        torch.randn(elements, generator=generator),
+        torch.arange(elements).float() - 7,  # the sample sees all of it
+        torch.cat([torch.zeros(elements - 9), torch.ones(9)]),  # the sample sees nothing of it
+        torch.ones(elements),
+    ):
+        places, found = largest(values, 10)
+        assert torch.equal(values[places], found)
+        assert places.unique().numel() == 10
+        assert torch.equal(found.abs().sort().values, values.abs().topk(10).values.sort().values)
+    values[3] = float("nan")
+    assert torch.isnan(largest(values, 10)[1]).sum() == 1
 
 
 @pytest.mark.parametrize("name", ["int8", "top_k", "power_sgd"])

@@ -86,8 +86,8 @@ def test_trains_as_the_same_optimizer_whole(name: str, size: int) -> None:
 
 
 def bytes_of(optimizer: Any) -> int:
-    states = [optimizer] if not isinstance(optimizer, ShardedOptimizer) else [s.optimizer for s in optimizer._shards]
-    held = [value for o in states if o is not None for state in o.state.values() for value in state.values()]
+    states = optimizer.kept() if isinstance(optimizer, ShardedOptimizer) else optimizer.state.values()
+    held = [value for state in states for value in state.values()]
     return sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor) and value.dim())
 
 
