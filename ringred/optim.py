@@ -332,6 +332,10 @@ class LinearScaling(torch.optim.lr_scheduler.LRScheduler):
             factor *= self.then(at)
         return [float(base) * factor for base in self.base_lrs]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is; `then`, which is code, is given to the constructor again."""
+        return {name: value for name, value in super().state_dict().items() if name != "then"}
+
     def step(self, epoch: int | None = None) -> None:
         """The next iteration's rates."""
         before = [float(group["lr"]) for group in self.optimizer.param_groups]

@@ -228,6 +228,11 @@ def test_the_rate_goes_up_to_its_multiple_and_on_from_there() -> None:
         schedule.step()
     # Goyal et al.: from η = 0.1 to kη = 0.4.
     assert rates == pytest.approx([0.1, 0.175, 0.25, 0.325, 0.4, 0.4, 0.2, 0.2])
+    again = LinearScaling(optimizer, batch=1, warm_up=0, then=lambda at: 7.0)
+    again.load_state_dict(schedule.state_dict())
+    optimizer.step()
+    again.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * 7)
     with pytest.raises(ValueError, match="expected batch ≥ 1"):
         LinearScaling(optimizer, batch=0, warm_up=1)
 
