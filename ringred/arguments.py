@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringred.buckets import FIRST_BUCKET_BYTES
+from ringred.buckets import FIRST_BUCKET_BYTES, MIB
 from ringred.collectives.registry import algorithms, lookup
 from ringred.errors import UnknownAlgorithm, UnsupportedTensor
 from ringred.layout import Members
@@ -24,14 +24,15 @@ __all__ = [
     "bucket_caps",
     "check_hook",
     "check_parameters",
-    "group_of",
+    "group_asked_for",
     "members_of",
     "op_of",
+    "plan_text",
     "read_plan",
+    "special_parameters",
 ]
 
 _DEFAULT_CAP_MB = 25
-_MIB = 1 << 20
 
 BucketPlan = Sequence[Sequence[str]]
 """The names of the parameters, bucket by bucket, in the order in which buckets are reduced."""
@@ -55,7 +56,7 @@ def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, outpu
         )
 
 
-def group_of(process_group: Any, device_mesh: Any) -> Any:
+def group_asked_for(process_group: Any, device_mesh: Any) -> Any:
     """The process group or communicator that is meant, None for the default."""
     if device_mesh is None:
         return process_group
@@ -92,8 +93,7 @@ def members_of(
         raise RuntimeError(
             "DistributedDataParallel is not needed when a module doesn't have any parameter that requires a gradient."
         )
-    embeddings = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
-    rows = {id(embedding.weight) for embedding in embeddings}
+    rows = _sparse(module)
     return Members(
         tuple(name for name, _ in parameters),
         tuple(parameter for _, parameter in parameters),
@@ -103,6 +103,24 @@ def members_of(
     )
 
 
+def _sparse(module: nn.Module) -> set[int]:
+    """The ids of the parameters whose gradients will be sparse, as torch tells them."""
+    embeddings = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    return {id(embedding.weight) for embedding in embeddings}
+
+
+def special_parameters(
+    module: nn.Module, delayed: Sequence[tuple[str, Tensor]] | None, trigger: Tensor | None
+) -> list[str]:
+    """What is asked of single parameters, as text that ranks compare."""
+    rows, later = _sparse(module), {id(parameter) for _, parameter in delayed or ()}
+    return [
+        f"parameter {name!r}: sparse {id(p) in rows}, delayed {id(p) in later}, param_to_hook_all_reduce {p is trigger}"
+        for name, p in module.named_parameters()
+        if id(p) in rows or id(p) in later or p is trigger
+    ]
+
+
 def bucket_caps(cap_mb: float | None, caps_mb: Sequence[float] | None) -> tuple[int, ...]:
     """The caps of the buckets in bytes: torch's 1 and 25 MiB where none is given."""
     given = list(caps_mb) if caps_mb else [cap_mb] if cap_mb is not None else []
@@ -110,7 +128,7 @@ def bucket_caps(cap_mb: float | None, caps_mb: Sequence[float] | None) -> tuple[
         if not cap > 0:
             what = "bucket_cap_mb_list" if caps_mb else "bucket_cap_mb"
             raise ValueError(f"DistributedDataParallel: expected {what} > 0, got {cap}")
-    return tuple(int(cap * _MIB) for cap in given) or (FIRST_BUCKET_BYTES, _DEFAULT_CAP_MB * _MIB)
+    return tuple(int(cap * MIB) for cap in given) or (FIRST_BUCKET_BYTES, _DEFAULT_CAP_MB * MIB)
 
 
 def op_of(given: str | ReduceOp) -> ReduceOp:
@@ -135,6 +153,14 @@ def algorithm_of(algorithm: str, grid: Sequence[int] | None, deterministic: bool
             f"{', '.join(names)}"
         )
     return RANK_ORDER if algorithm == "auto" else algorithm
+
+
+def plan_text(plan: BucketPlan | str | Path | None) -> str:
+    """A bucket plan for the comparison between ranks: a file by what is in it, where it can be read."""
+    if isinstance(plan, (str, Path)):
+        path = Path(plan)
+        return path.read_text() if path.exists() else "in a file that is not there"
+    return str(plan)
 
 
 def read_plan(plan: BucketPlan | str | Path, members: Members) -> list[list[int]]:

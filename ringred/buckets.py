@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FIRST_BUCKET_BYTES", "Bucket", "Entry", "SparseBucket", "assign"]
+__all__ = ["FIRST_BUCKET_BYTES", "MIB", "Bucket", "Entry", "SparseBucket", "assign"]
 
+MIB = 1 << 20
 # torch's: a first bucket that is soon full starts the reduction early.
-FIRST_BUCKET_BYTES = 1 << 20
+FIRST_BUCKET_BYTES = MIB
 
 
 class Entry(NamedTuple):
@@ -61,7 +62,7 @@ class Bucket:
         elements = sum(member.numel() for member in members)
         self.indices = list(indices)
         self.flat = empty(elements, members[0].dtype).zero_()
-        self._members = members
+        self._members, self.dtype = members, members[0].dtype
         self.views = self.views_in(self.flat)
         self.missing = len(self.indices)
 
@@ -96,7 +97,7 @@ class SparseBucket:
 
     def __init__(self, index: int, parameter: Tensor) -> None:
         self.indices = [index]
-        self._like = parameter
+        self._like, self.dtype = parameter, parameter.dtype
         self.missing = 1
         self.gradient: Tensor | None = None
 

@@ -621,9 +621,11 @@ class PersistentAllReduce:
         """The name of the algorithm that it runs."""
         return self._call.algorithm.name
 
-    def start(self) -> Work[None]:
-        """Starts it, to run on the progress thread."""
-        work = self._comm._runner.launch(self._call, self._prepare, async_op=True)
+    def start(self, purpose: str = "") -> Work[None]:
+        """Starts it, to run on the progress thread. Ranks whose `purpose` differs do not meet in it: it is part of the
+        call's contract, and errors tell it."""
+        call = self._call.for_purpose(purpose) if purpose else self._call
+        work = self._comm._runner.launch(call, self._prepare, async_op=True)
         assert work is not None, "asynchronous calls return their work"
         return work
 

@@ -19,7 +19,7 @@ def quantised(blocks: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, T
     work = torch.empty_like(blocks) if left_out is None else left_out
     scales = torch.abs(blocks, out=work).amax(1).div_(_INT8)  # some times faster than the ∞-norm of torch.linalg
     steps = torch.where(scales > 0, scales, torch.ones_like(scales)).unsqueeze(1)
-    torch.div(blocks, steps, out=work).round_()
+    torch.div(blocks, steps, out=work).round_().clamp_(-_INT8, _INT8)  # a scale may be rounded down to nothing
     finite = bool(torch.isfinite(scales).all())
     if not finite:
         work.nan_to_num_(0.0, 0.0, 0.0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,29 +21,31 @@ from ringred.arguments import (
     bucket_caps,
     check_hook,
     check_parameters,
-    group_of,
+    group_asked_for,
     members_of,
     op_of,
+    plan_text,
     read_plan,
+    special_parameters,
 )
 from ringred.bootstrap import default_communicator
-from ringred.buckets import FIRST_BUCKET_BYTES, Entry
+from ringred.buckets import FIRST_BUCKET_BYTES
 from ringred.communicator import Communicator
 from ringred.errors import RingredError
 from ringred.join import UnevenInputs
-from ringred.layout import Settings
+from ringred.layout import Members, Settings
 from ringred.ops import ReduceOp
 from ringred.overlap import OverlapReport, forecast, report
+from ringred.policy import Policy
 from ringred.reducer import Reducer
 from ringred.reductions import CommHook
 from ringred.replicas import broadcast_tensors, check_same_model, check_same_values
-from ringred.select import RANK_ORDER
 from ringred.stragglers import StragglerReport, straggler_report
 from ringred.torch_versions import compiled_in_buckets, not_compiled
 
 __all__ = ["DistributedDataParallel"]
 
-_MIB = 1 << 20
+_wrappers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
 
 
 class DistributedDataParallel(nn.Module):
@@ -115,16 +119,12 @@ class DistributedDataParallel(nn.Module):
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [(name, p) for name, p in module.named_parameters() if name not in ignored]
         check_parameters(named, device_ids, output_device)
-        self.module, self.dim, self.device_ids, self.output_device = module, dim, None, None
-        self.find_unused_parameters, self.static_graph = find_unused_parameters, static_graph
-        self.gradient_as_bucket_view = gradient_as_bucket_view
         # broadcast_buffers=False leaves buffers alone at the start as well, as in torch.
         init_buffers = forward_sync_buffers is not None or broadcast_buffers is not False
         self.forward_sync_buffers = init_buffers if forward_sync_buffers is None else forward_sync_buffers
-        self.require_backward_grad_sync = True
-        self._ignored = ignored
-        self.comm: Communicator = default_communicator(group_of(process_group, device_mesh))
-        self._settings = Settings(
+        self.process_group = group_asked_for(process_group, device_mesh)
+        self.comm: Communicator = default_communicator(self.process_group)
+        settings = Settings(
             caps=bucket_caps(bucket_cap_mb, bucket_cap_mb_list),
             op=op_of(reduce_op),
             algorithm=algorithm_of(algorithm, grid, deterministic),
@@ -135,24 +135,56 @@ class DistributedDataParallel(nn.Module):
             skip_unused=skip_all_reduce_unused_params,
             batched_copy=batched_grad_copy,
             check_finite=check_finite,
+            deterministic=deterministic,
         )
         if desync_check_every < 0:
             raise ValueError(f"DistributedDataParallel: expected desync_check_every ≥ 0, got {desync_check_every}")
-        self._desync_check_every = desync_check_every
-        alike = [str(self._settings), f"desync_check_every={desync_check_every}", f"bucket plan {_text(bucket_plan)}"]
+        alike = [
+            *(str(settings), f"desync_check_every={desync_check_every}", f"bucket plan {plan_text(bucket_plan)}"),
+            f"init_sync={init_sync}, {init_buffers}, forward_sync_buffers={self.forward_sync_buffers}",
+            *special_parameters(module, delay_all_reduce_named_params, param_to_hook_all_reduce),
+        ]
         check_same_model(self.comm, module, ignored, alike)
         members = members_of(module, named, delay_all_reduce_named_params, param_to_hook_all_reduce)
         plan = None if bucket_plan is None else read_plan(bucket_plan, members)
-        self._given = list(zip(members.names, members.parameters, strict=True))
         if init_sync:
-            buffers = self._current_buffers() if init_buffers else []
-            broadcast_tensors(self.comm, [*(p for _, p in named), *buffers])
-        self.reducer = Reducer(self.comm, members, self._settings, plan)
+            buffers = [buffer for name, buffer in module.named_buffers() if name not in ignored]
+            broadcast_tensors(self.comm, [*(p for _, p in named), *(buffers if init_buffers else [])])
+        number = _wrappers[self.comm] = _wrappers.get(self.comm, 0) + 1
+        name = f" of model {number}" if number > 1 else ""
+        self._begin(module, ignored, desync_check_every, Reducer(self.comm, members, settings, plan, name))
+
+    def _begin(self, module: nn.Module, ignored: set[str], desync_check_every: int, reducer: Reducer) -> None:
+        self.module, self.parameters_to_ignore, self.reducer = module, ignored, reducer
+        self._desync_check_every = desync_check_every
+        self.require_backward_grad_sync = True
         self._as_given = [(id(p), p.requires_grad) for p in module.parameters()]
         self._forwards = 0  # that were synchronised
         self._sync_buffers_next = True
         self._weight: float | None = None
         self._uneven: UnevenInputs | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedDataParallel:
+        """A wrapper of a copy of the module over the same ranks, without a communication hook."""
+        return _again(copy.deepcopy(self.module, memo), self._state(), self.comm)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.module, self._state())  # to be loaded over the default ranks
+
+    def _state(self) -> dict[str, Any]:
+        members = self.reducer.members
+        names = {id(p): name for name, p in self.module.named_parameters(remove_duplicate=False)}
+        return {
+            "settings": self.reducer.settings,
+            "members": {"names": members.names, "sparse": members.sparse, "delayed": members.delayed},
+            "trigger": None if members.trigger is None else names[id(members.trigger)],
+            "plan": self.reducer.layout.plan if self.reducer.rebuilt else None,
+            "name": f"{self.reducer.name} copied",
+            "ignored": self.parameters_to_ignore,
+            "desync_check_every": self._desync_check_every,
+            "forward_sync_buffers": self.forward_sync_buffers,
+            "training": self.training,
+        }
 
     # ------------------------------------------------------------------ forward
 
@@ -161,7 +193,7 @@ class DistributedDataParallel(nn.Module):
         tracer = self.comm.tracer
         with tracer.record("ddp", "forward") if tracer is not None else nullcontext():
             syncing, scale = self._before_forward()
-            with compiled_in_buckets(self._settings.caps[-1]):
+            with compiled_in_buckets(self.reducer.settings.caps[-1]):
                 outputs = self.module(*inputs, **kwargs)
             self._after_forward(outputs, syncing, scale)
         return outputs
@@ -180,7 +212,7 @@ class DistributedDataParallel(nn.Module):
         if self._uneven is not None:
             turn = self._uneven.next((syncing, copying))
             root = turn.root
-            if not self._uneven.divides_by_all and not self.reducer.layout.hooked:
+            if self._scales(self._uneven):
                 active = len(turn.active)
                 scale = lambda: 1 / active  # noqa: E731
         if syncing:
@@ -201,6 +233,8 @@ class DistributedDataParallel(nn.Module):
         self._sync_buffers_next = syncing
         if syncing:
             self.reducer.prepare(outputs, scale)
+        elif torch.is_grad_enabled():
+            self.reducer.disarm()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -219,7 +253,7 @@ class DistributedDataParallel(nn.Module):
 
         Raises `ValueError` where weights have no meaning: beside a hook, reduce_op="sum", or within `join`.
         """
-        if self.reducer.layout.hooked or self._settings.op is ReduceOp.SUM or self._uneven is not None:
+        if self.reducer.layout.hooked or self.reducer.settings.op is ReduceOp.SUM or self._uneven is not None:
             raise ValueError("weigh goes with reduce_op='avg', without a communication hook, outside of join()")
         if not 0 <= samples < float("inf"):
             raise ValueError(f"weigh: expected a number of samples ≥ 0, got {samples}")
@@ -244,14 +278,14 @@ class DistributedDataParallel(nn.Module):
 
     def _current_buffers(self) -> list[Tensor]:
         """The buffers as they are now: a module may put new tensors in their places."""
-        return [buffer for name, buffer in self.module.named_buffers() if name not in self._ignored]
+        return [buffer for name, buffer in self.module.named_buffers() if name not in self.parameters_to_ignore]
 
     def _check_unchanged(self) -> None:
         """A parameter that was replaced, frozen or unfrozen since the construction would go unsynchronised."""
         if [(id(p), p.requires_grad) for p in self.module.parameters()] == self._as_given:
             return
-        known = {id(parameter): name for name, parameter in self._given}
-        now = [(name, p) for name, p in self.module.named_parameters() if name not in self._ignored]
+        known = set(map(id, self.reducer.members.parameters))
+        now = [(name, p) for name, p in self.module.named_parameters() if name not in self.parameters_to_ignore]
         for name, parameter in now:
             if parameter.requires_grad and id(parameter) not in known:
                 raise RuntimeError(
@@ -259,7 +293,7 @@ class DistributedDataParallel(nn.Module):
                     "DistributedDataParallel was constructed; its gradient would not be reduced. Construct it anew"
                 )
         frozen = [name for name, p in now if id(p) in known and not p.requires_grad]
-        if frozen and len(frozen) < len(known) and not self.find_unused_parameters:
+        if frozen and len(frozen) < len(known) and not self.reducer.settings.find_unused:
             raise RuntimeError(
                 f"rank {self.comm.rank}: parameter {frozen[0]!r} was frozen after DistributedDataParallel was "
                 "constructed, and its bucket would wait for it: construct it anew, or use find_unused_parameters=True"
@@ -284,8 +318,11 @@ class DistributedDataParallel(nn.Module):
         if not enable:
             yield
             return
-        if self.reducer.layout.shares is not None:
-            raise RuntimeError("join() does not go with a ShardedOptimizer, in whose step all ranks take part")
+        if not self.reducer.layout.joins or self.reducer.settings.skip_unused:
+            raise RuntimeError(
+                "join() does not go with a ShardedOptimizer or LocalSGD, in whose steps all ranks take part, nor with "
+                "skip_all_reduce_unused_params, for a rank without inputs does not know what is used"
+            )
         self._uneven = UnevenInputs(self.comm, divide_by_initial_world_size, throw_on_early_termination)
         try:
             yield
@@ -301,11 +338,17 @@ class DistributedDataParallel(nn.Module):
             if turn.copies:
                 broadcast_tensors(self.comm, self._current_buffers(), turn.root)
             if turn.syncs:
-                self.reducer.shadow(scaled=not uneven.divides_by_all and not self.reducer.layout.hooked)
+                self.reducer.shadow(self._scales(uneven))
             self._sync_buffers_next = turn.syncs
-        state = [p for name, p in self.module.named_parameters() if name not in self._ignored]
+        state = [p for name, p in self.module.named_parameters() if name not in self.parameters_to_ignore]
         buffers = self._current_buffers() if self.forward_sync_buffers else []
         broadcast_tensors(self.comm, [*state, *buffers], uneven.last_root)
+        self.reducer.restart_clock()
+
+    def _scales(self, uneven: UnevenInputs) -> bool:
+        """Whether gradients are divided by the number of ranks that have inputs, instead of all."""
+        averages = self.reducer.settings.op is ReduceOp.AVG and not self.reducer.layout.hooked
+        return averages and not uneven.divides_by_all
 
     # ------------------------------------------------------------------ how gradients are reduced
 
@@ -319,13 +362,22 @@ class DistributedDataParallel(nn.Module):
         Raises `TypeError` and `ValueError` for what is no such hook, `RuntimeError` if there is one, or too late.
         """
         check_hook(hook)
+        settings = self.reducer.settings
         if self.reducer.layout.hooked:
             raise RuntimeError("register_comm_hook can only be called once")
         if self.reducer.layout.shares is not None:
             raise RuntimeError("register_comm_hook does not go with a ShardedOptimizer, which reduces by itself")
-        if self._settings.op is ReduceOp.SUM or self._settings.algorithm == RANK_ORDER:
+        if settings.op is ReduceOp.SUM or settings.deterministic:
             raise ValueError("a communication hook reduces by itself: reduce_op and deterministic say nothing to it")
-        self.reducer.set_hook(state, hook)
+        if not isinstance(state, Policy):
+            self.reducer.set_hook(state, hook)
+            return
+        if state.needs_all_gradients and (settings.find_unused or settings.check_finite):
+            raise ValueError(
+                f"{type(state).__name__} does not go with find_unused_parameters or check_finite: it acts before it is "
+                "known whether gradients count"
+            )
+        self.reducer.set_policy(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `Module.zero_grad`; it forgets gradients that lie in the shares of a `ShardedOptimizer` as well."""
@@ -347,10 +399,14 @@ class DistributedDataParallel(nn.Module):
 
     def check_desync(self) -> None:
         """Raises `ReplicasDiverged` on every rank if parameters differ between ranks. Collective."""
-        names, tensors = zip(*self._given, strict=True)
-        check_same_values(self.comm, names, tensors)
+        check_same_values(self.comm, self.reducer.members.names, self.reducer.members.parameters)
 
     # ------------------------------------------------------------------ reports
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.reducer.members.parameters[0].device
 
     @property
     def broadcast_buffers(self) -> bool:
@@ -363,9 +419,11 @@ class DistributedDataParallel(nn.Module):
         times = self.reducer.last
         if times is None:
             raise RingredError(f"rank {self.comm.rank}: overlap_report: no synchronised backward was made yet")
-        entries = [Entry(p.numel() * p.element_size(), (p.dtype, p.device)) for p in self.reducer.members.parameters]
-        first = FIRST_BUCKET_BYTES / _MIB if len(self._settings.caps) == 2 else None
-        return report(times, forecast(times, entries, self.comm.predicted_seconds, first))
+        first = FIRST_BUCKET_BYTES if len(self.reducer.settings.caps) == 2 else None
+        caps = forecast(
+            times, self.reducer.layout.entries, self.reducer.members.sparse, self.comm.predicted_seconds, first
+        )
+        return report(times, caps)
 
     def straggler_report(self) -> StragglerReport:
         """Which rank the others wait for, over the last iterations, alike on all ranks. Collective."""
@@ -381,9 +439,19 @@ class DistributedDataParallel(nn.Module):
         module._ddp_params_and_buffers_to_ignore = params_and_buffers_to_ignore
 
 
-def _text(plan: BucketPlan | str | Path | None) -> str:
-    """A bucket plan for the comparison between ranks: files by what is in them, where they can be read."""
-    if isinstance(plan, (str, Path)):
-        path = Path(plan)
-        return path.read_text() if path.exists() else "in a file that is not there"
-    return str(plan)
+def _again(module: nn.Module, state: dict[str, Any], comm: Communicator | None = None) -> DistributedDataParallel:
+    """A wrapper of `module` as another one of the same model is, whose `_state()` is given. Local, if no gradient is
+    sparse."""
+    model = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(model)
+    model.process_group = comm
+    model.comm = default_communicator(comm)
+    model.forward_sync_buffers = state["forward_sync_buffers"]
+    named = dict(module.named_parameters(remove_duplicate=False))
+    trigger = None if state["trigger"] is None else named[state["trigger"]]
+    parameters = tuple(named[name] for name in state["members"]["names"])
+    members = Members(parameters=parameters, trigger=trigger, **state["members"])
+    reducer = Reducer(model.comm, members, state["settings"], state["plan"], state["name"])
+    model._begin(module, state["ignored"], state["desync_check_every"], reducer)
+    model.training = state["training"]  # of this module alone: those within have their own
+    return model

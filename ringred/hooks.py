@@ -8,7 +8,8 @@ while backward goes on: one may compute, and communicate more than once. `policy
 """
 
 # No annotations from the future here: torch compares those of a hook with its own classes.
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,10 @@ from torch.futures import Future
 from ringred.communicator import Communicator
 from ringred.compression import dequantised, largest, low_rank_shape, orthonormal, quantised, spread
 from ringred.futures import future_of
-from ringred.lane import Lane
 from ringred.ops import ReduceOp
+from ringred.policy import Gradients, Policy
 from ringred.replicas import average_tensors
 from ringred.select import share_bounds
-from ringred.transports.base import Counters
 
 __all__ = [
     "FusedOptimizer",
@@ -60,50 +60,14 @@ def all_reduce_hook(comm: Communicator, bucket: dist.GradBucket) -> Future[Tenso
 
 def comm_hook(state: "Policy", bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
     """Reduces `bucket` as the policy `state` does; for `register_comm_hook(state, comm_hook)`."""
-    reduced: Future[Tensor] = state.start(bucket)
+    work = state.submit(Gradients(bucket.index(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
+    reduced: Future[Tensor] = future_of([work], work.wait)
     return reduced
 
 
-class Gradients(NamedTuple):
-    """The gradients of the `number`-th bucket: `flat`, and `views` of it in the shapes of `parameters`."""
-
-    number: int
-    flat: Tensor
-    views: list[Tensor]
-    parameters: list[Tensor]
-
-
-class Policy:
-    """How buckets are reduced over the ranks of `comm`: subclasses say it in `reduce`. Making one is collective."""
-
-    def __init__(self, comm: Communicator) -> None:
-        self._lane = Lane(comm, type(self).__name__)
-        self._kept: dict[Any, tuple[Any, Tensor]] = {}
-
-    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
-        """Returns the mean of `gradients` over the ranks, flat; it may be `gradients.flat`, which may be changed."""
-        raise NotImplementedError
-
-    def start(self, bucket: Any) -> Any:
-        """A torch future of the reduced bucket."""
-        gradients = Gradients(bucket.index(), bucket.buffer(), bucket.gradients(), bucket.parameters())
-        work = self._lane.submit(lambda comm: self.reduce(comm, gradients))
-        return future_of([work], work.wait)
-
-    @property
-    def counters(self) -> Counters:
-        """Messages and bytes that this rank has sent and received for it so far."""
-        return self._lane.comm.counters
-
-    def kept(self, name: str, gradients: Gradients, like: Tensor) -> Tensor:
-        """What the policy keeps under `name` for one bucket from step to step, zeros at first; once buckets were laid
-        out anew it begins again."""
-        members = tuple(id(parameter) for parameter in gradients.parameters)
-        key = name, gradients.number
-        known = self._kept.get(key)
-        if known is None or known[0] != members or known[1].shape != like.shape:
-            known = self._kept[key] = members, torch.zeros_like(like)
-        return known[1]
+def _real(flat: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones; real ones as they are."""
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
 class Half(Policy):
@@ -116,9 +80,11 @@ class Half(Policy):
         self.dtype = dtype
 
     def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
-        small = comm.empty(gradients.flat.numel(), self.dtype).copy_(gradients.flat)
+        flat = _real(gradients.flat)
+        small = comm.empty(flat.numel(), self.dtype).copy_(flat)
         comm.all_reduce(small, ReduceOp.AVG)
-        return gradients.flat.copy_(small)
+        flat.copy_(small)
+        return gradients.flat
 
 
 class Int8(Policy):
@@ -135,17 +101,18 @@ class Int8(Policy):
         self.block = block
 
     def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
-        flat, block = gradients.flat, self.block
+        flat, block = _real(gradients.flat), self.block
         count = -(-flat.numel() // block)
         bounds = share_bounds(count, comm.size)
-        blocks = torch.zeros(count, block)
+        blocks = torch.zeros(count, block, dtype=torch.float32)
         blocks.view(-1)[: flat.numel()] = flat
         values, scales = self._rounded("sent", gradients, blocks)
         outgoing = [_packed(values[lo:hi], scales[lo:hi]) for lo, hi in bounds]
         lo, hi = bounds[comm.rank]
         incoming = [torch.empty_like(outgoing[comm.rank]) for _ in range(comm.size)]
         comm.all_to_all(incoming, outgoing)
-        mean, one = torch.zeros(hi - lo, block), torch.empty(hi - lo, block)
+        mean = torch.zeros(hi - lo, block, dtype=torch.float32)
+        one = torch.empty_like(mean)
         for part in incoming:
             mean += dequantised(*_unpacked(part, block), out=one)
         mean /= comm.size
@@ -154,7 +121,8 @@ class Int8(Policy):
         comm.all_gather(gathered, _packed(values, scales))
         for part, (low, high) in zip(gathered, bounds, strict=True):
             dequantised(*_unpacked(part, block), out=blocks[low:high])
-        return flat.copy_(blocks.view(-1)[: flat.numel()])
+        flat.copy_(blocks.view(-1)[: flat.numel()])
+        return gradients.flat
 
     def _rounded(self, name: str, gradients: Gradients, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """`blocks`, with what was left out the last time, quantised; what is left out now is kept under `name`."""
@@ -184,7 +152,9 @@ class TopK(Policy):
         self.ratio = ratio
 
     def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
-        flat = gradients.flat
+        flat = _real(gradients.flat)
+        if not flat.numel():
+            return gradients.flat
         left_out = self.kept("left out", gradients, flat)
         left_out += flat
         places, values = largest(left_out, max(1, int(self.ratio * flat.numel())))
@@ -195,7 +165,8 @@ class TopK(Policy):
         comm.all_gather(everyone, mine)
         halves = [part.chunk(2) for part in everyone]
         spread([p for p, _ in halves], [v.view(torch.float32).to(flat.dtype) for _, v in halves], flat)
-        return flat.div_(comm.size)
+        flat /= comm.size
+        return gradients.flat
 
 
 class PowerSGD(Policy):
@@ -210,7 +181,7 @@ class PowerSGD(Policy):
         if rank < 1 or start < 0:
             raise ValueError(f"PowerSGD: expected rank ≥ 1 and start ≥ 0, got {rank} and {start}")
         super().__init__(comm)
-        self.rank, self.start_at = rank, start
+        self.columns, self.start_at = rank, start
         self._steps: dict[int, int] = {}
 
     def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
@@ -218,7 +189,7 @@ class PowerSGD(Policy):
         if step < self.start_at:
             comm.all_reduce(gradients.flat, ReduceOp.AVG)
             return gradients.flat
-        rank, flat = self.rank, gradients.flat
+        rank, flat = self.columns, gradients.flat
         wide = torch.float32 if flat.dtype in (torch.float16, torch.bfloat16) else flat.dtype
         left_out = self.kept("left out", gradients, flat.to(wide))
         left_out += flat
@@ -255,6 +226,15 @@ class PowerSGD(Policy):
         right.nan_to_num_(0.0, 0.0, 0.0)
         return flat
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `Policy.state_dict`, with the number of steps."""
+        return {**super().state_dict(), "steps": dict(self._steps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Policy.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._steps = dict(state_dict["steps"])
+
 
 def _factors(flat: Tensor, lengths: list[int], rank: int) -> list[Tensor]:
     """The beginning of `flat` as matrices of `rank` columns, of these lengths."""
@@ -269,9 +249,12 @@ class LocalSGD(Policy):
     """Post-local SGD: for `start` steps of `optimizer` gradients are averaged as ever; from there each rank steps on
     its own ones, and every `period` steps parameters are averaged instead (Lin et al., ICLR 2020).
 
-    `within`, a communicator of the ranks of one host for instance, goes on averaging gradients among them. The state of
-    the optimizer (momentum) stays each rank's own.
+    `within`, a communicator of the ranks of one host for instance, goes on averaging gradients among them; what that
+    sends is counted there. The state of the optimizer (momentum) stays each rank's own. All ranks make the same steps:
+    not for `join()`, nor for a `GradScaler`, which skips some of them.
     """
+
+    joins = False
 
     def __init__(
         self,
@@ -295,6 +278,15 @@ class LocalSGD(Policy):
             among.all_reduce(gradients.flat, ReduceOp.AVG)
         return gradients.flat
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `Policy.state_dict`, with the number of steps."""
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Policy.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self.steps = state_dict["steps"]
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.steps += 1
         if self.steps >= self.start_at and (self.steps - self.start_at) % self.period == 0:
@@ -306,13 +298,29 @@ class FusedOptimizer(Policy):
     """Steps `optimizer` for the parameters of a bucket as soon as that is reduced, while backward goes on with others:
     the program calls no `optimizer.step()`. `by` is another policy that reduces; by default an all-reduce does.
 
-    Learning-rate schedules work as ever. Not for what looks at all gradients before the step: clipping by the norm,
-    `GradScaler`; nor for gradients accumulated over several synchronised passes.
+    Learning-rate schedules work as ever. `optimizer` has the parameters of the model, no fewer and no others, and steps
+    each by itself. Not for what looks at all gradients before the step (clipping by the norm, `GradScaler`), nor beside
+    find_unused_parameters or check_finite; nor for gradients accumulated over several synchronised passes.
     """
 
+    needs_all_gradients = True
+
     def __init__(self, comm: Communicator, optimizer: torch.optim.Optimizer, by: Policy | None = None) -> None:
+        if isinstance(by, (FusedOptimizer, LocalSGD)):
+            raise ValueError(f"FusedOptimizer: expected a policy that reduces gradients, got {type(by).__name__}")
         super().__init__(comm)
         self.optimizer, self._by = optimizer, by
+
+    def attach(self, comm: Communicator, parameters: Sequence[Tensor]) -> None:
+        """As `Policy.attach`; the optimizer must have just these parameters."""
+        super().attach(comm, parameters)
+        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        missing, strange = {id(p) for p in parameters} - stepped, stepped - {id(p) for p in parameters}
+        if missing or strange:
+            raise ValueError(
+                f"rank {self.rank}: FusedOptimizer: expected an optimizer of the model's parameters, but it lacks "
+                f"{len(missing)} of them and has {len(strange)} others"
+            )
 
     def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
         if self._by is None:

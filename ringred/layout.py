@@ -12,7 +12,16 @@ from ringred.buckets import Bucket, Entry, SparseBucket, assign
 from ringred.communicator import Communicator
 from ringred.lane import Lane
 from ringred.ops import ReduceOp
-from ringred.reductions import CommHook, HookReduction, Reduction, Share, ShareReduction, SparseReduction
+from ringred.policy import Policy
+from ringred.reductions import (
+    CommHook,
+    HookReduction,
+    PolicyReduction,
+    Reduction,
+    Share,
+    ShareReduction,
+    SparseReduction,
+)
 from ringred.select import share_bounds
 
 __all__ = ["Layout", "Members", "Settings"]
@@ -32,6 +41,7 @@ class Settings:
     skip_unused: bool = False
     batched_copy: bool = False
     check_finite: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +68,12 @@ class Layout:
         self.comm, self.members, self.settings = comm, members, settings
         self._lane = Lane(comm, "sparse") if members.sparse else None
         self._hook: tuple[Any, CommHook] | None = None
+        self._policy: Policy | None = None
         self.shares: list[Share] | None = None
+        self.entries = [
+            Entry(p.numel() * p.element_size(), (p.dtype, p.device, at if at in members.sparse else None))
+            for at, p in enumerate(members.parameters)
+        ]
         if plan is None:
             self.lay_out([at for at in reversed(range(len(members.parameters))) if at not in members.delayed])
         else:
@@ -66,11 +81,7 @@ class Layout:
 
     def lay_out(self, order: Sequence[int]) -> None:
         """New buckets, filled in `order`; those of delayed parameters come behind the one of their trigger."""
-        members, caps = self.members, self.settings.caps
-        entries = [
-            Entry(p.numel() * p.element_size(), (p.dtype, p.device, at if at in members.sparse else None))
-            for at, p in enumerate(members.parameters)
-        ]
+        members, caps, entries = self.members, self.settings.caps, self.entries
         assigned = assign(entries, order, caps)
         trigger = next((at for at, parameter in enumerate(members.parameters) if parameter is members.trigger), -1)
         behind = next((n + 1 for n, indices in enumerate(assigned) if trigger in indices), len(assigned))
@@ -79,6 +90,11 @@ class Layout:
     def set_hook(self, state: Any, hook: CommHook) -> None:
         """From here on `hook` reduces dense buckets."""
         self._hook = state, hook
+        self._reductions.clear()
+
+    def set_policy(self, policy: Policy) -> None:
+        """From here on `policy` reduces dense buckets."""
+        self._policy = policy
         self._reductions.clear()
 
     def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
@@ -90,7 +106,12 @@ class Layout:
     @property
     def hooked(self) -> bool:
         """Whether a communication hook reduces."""
-        return self._hook is not None
+        return self._hook is not None or self._policy is not None
+
+    @property
+    def joins(self) -> bool:
+        """Whether a rank without gradients can take part with zeros."""
+        return self.shares is None and (self._policy is None or self._policy.joins)
 
     @property
     def plan(self) -> list[list[int]]:
@@ -131,10 +152,12 @@ class Layout:
         if isinstance(bucket, SparseBucket):
             assert self._lane is not None, "there is a lane where there is a sparse bucket"
             return SparseReduction(self._lane, bucket, op)
+        parameters = [self.members.parameters[at] for at in bucket.indices]
+        if self._policy is not None:
+            return PolicyReduction(self._policy, bucket, number, parameters)
         if self._hook is not None:
-            parameters = [self.members.parameters[at] for at in bucket.indices]
             return HookReduction(*self._hook, bucket, number, number == len(self.buckets) - 1, parameters)
         settings = self.settings
         if self.shares is not None:
-            return ShareReduction(self.comm, bucket, self.shares[number], op, settings.algorithm)
+            return ShareReduction(self.comm, bucket, self.shares[number], op, settings.algorithm, settings.grid)
         return self.comm.all_reduce_init(bucket.flat, op, algorithm=settings.algorithm, grid=settings.grid)

@@ -3,13 +3,14 @@ cap would hide."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tabulate import tabulate
 
-from ringred.buckets import Entry, assign
+from ringred.buckets import MIB, Entry, assign
+from ringred.reductions import SPARSE_ROWS
 from ringred.trace import Tracer
 
 __all__ = ["BackwardTimes", "BucketTimes", "CapForecast", "OverlapReport", "forecast", "report", "trace"]
@@ -19,8 +20,8 @@ _CAPS_MB = (1, 2, 5, 10, 25, 50, 100)  # that are tried
 
 @dataclass(slots=True)
 class BackwardTimes:
-    """The times of one backward, in ns of `time.monotonic_ns`: `ready_ns` of parameters by their places, 0 where no
-    gradient came; the others of buckets in their order: bytes, number of parameters, and how they were reduced."""
+    """The times of one backward, in ns of `time.monotonic_ns`: `ready_ns` of parameters by their places, 0 of delayed
+    ones; the others of buckets in their order: bytes, number of parameters, and how they were reduced."""
 
     began_ns: int
     ended_ns: int
@@ -155,23 +156,27 @@ def report(times: BackwardTimes, caps: Sequence[CapForecast] = ()) -> OverlapRep
 def forecast(
     times: BackwardTimes,
     entries: Sequence[Entry],
+    sparse: Collection[int],
     seconds_of: Callable[[int], float],
-    first_cap_mb: float | None = None,
+    first_cap: int | None = None,
 ) -> list[CapForecast]:
     """What other caps would give; `seconds_of(nbytes)` is what the cost model says of one reduction.
 
-    `entries` are the parameters by their places, as `assign` takes them; those without a gradient are left out.
-    `first_cap_mb` is the cap of the first bucket, where that is another.
+    `entries` are the parameters by their places, as `assign` takes them. Those at `sparse`, and delayed ones, have
+    buckets of their own whatever the cap, and are left out. `first_cap` is that of the first bucket in bytes, if it is
+    another.
     """
-    order = sorted((at for at, ready in enumerate(times.ready_ns) if ready), key=lambda at: times.ready_ns[at])
-    modelled = sum(map(seconds_of, times.nbytes))
-    measured = (sum(times.done_ns) - sum(times.started_ns)) / 1e9
+    dense = [at for at, ready in enumerate(times.ready_ns) if ready and at not in sparse]
+    order = sorted(dense, key=lambda at: times.ready_ns[at])
+    own = [at for at, algorithm in enumerate(times.algorithms) if algorithm != SPARSE_ROWS]
+    modelled = sum(seconds_of(times.nbytes[at]) for at in own)
+    measured = sum(times.done_ns[at] - times.started_ns[at] for at in own) / 1e9
     if not order or not modelled:
         return []
     found = []
     for cap_mb in _CAPS_MB:
-        first = cap_mb if first_cap_mb is None else min(first_cap_mb, cap_mb)
-        buckets = assign(entries, order, [int(first * (1 << 20)), cap_mb << 20])
+        cap = cap_mb * MIB
+        buckets = assign(entries, order, [cap if first_cap is None else min(first_cap, cap), cap])
         free = 0.0  # when the last reduction is over, in seconds since backward began
         for indices in buckets:
             full = (max(times.ready_ns[at] for at in indices) - times.began_ns) / 1e9

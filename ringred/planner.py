@@ -46,6 +46,10 @@ class Call(NamedTuple):
     group: Group
     digest: int
 
+    def for_purpose(self, purpose: str) -> Call:
+        """The same call, which only meets those for the same `purpose`."""
+        return self._replace(text=f"{self.text} for {purpose}", digest=self.digest ^ _digest(purpose))
+
 
 class Prepared(NamedTuple):
     """A plan, and what is done on either side of it."""

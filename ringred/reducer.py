@@ -21,6 +21,7 @@ from ringred.graph import leaves_behind, tensors_in
 from ringred.layout import Layout, Members, Settings
 from ringred.ops import ReduceOp
 from ringred.overlap import BackwardTimes, trace
+from ringred.policy import Policy
 from ringred.reductions import CommHook, InFlight, Nothing, Share
 from ringred.work import Work
 
@@ -31,16 +32,27 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 @dataclass(slots=True)
+class _Forward:
+    """One forward whose backward is reduced: `unused` are the places of parameters that are not behind its outputs,
+    `scale()` is what its gradients are multiplied by, and `reduced` whether a backward of it was."""
+
+    unused: Sequence[int] = ()
+    scale: Callable[[], float] | None = None
+    reduced: bool = False
+
+
+@dataclass(slots=True)
 class _Pass:
     """One backward under way: `left` counts the gradients that each parameter still waits for."""
 
+    forward: _Forward
     left: list[int]
     ready_ns: list[int]
     full_ns: list[int]
     works: list[InFlight] = field(default_factory=list)
     behind: list[Work[None]] = field(default_factory=list)
     touched: bool = False  # a gradient has come
-    again: bool = False  # it is not the first one of its forward
+    purpose: str = ""
     used: Tensor | None = None
     found: Tensor | None = None
     non_finite: tuple[int, int, int] = (-1, 0, 0)
@@ -51,39 +63,44 @@ class Reducer:
 
     `prepare` arms it for the backward of one forward. A hook on each parameter says when its gradient is there; a
     bucket whose gradients are all there is reduced, and at the end of backward every parameter gets its result.
-    `plan` gives the buckets to begin with, and to stay with.
+    `plan` gives the buckets to begin with, and to stay with. `name` tells it from others on the communicator.
     """
 
     def __init__(
-        self, comm: Communicator, members: Members, settings: Settings, plan: Sequence[Sequence[int]] | None = None
+        self,
+        comm: Communicator,
+        members: Members,
+        settings: Settings,
+        plan: Sequence[Sequence[int]] | None = None,
+        name: str = "",
     ) -> None:
-        self.comm, self.members, self.settings = comm, members, settings
+        self.comm, self.members, self.settings, self.name = comm, members, settings, name
         self.layout = Layout(comm, members, settings, plan)
         self.rebuilt = plan is not None or (settings.find_unused and not settings.static_graph)
         self.arrivals: deque[float] = deque(maxlen=_ARRIVALS)
         """Seconds of its own that this rank took from the end of one backward's reductions until the next one's last
         bucket was full."""
         self.last: BackwardTimes | None = None
-        self._reduced = False  # once at least, with or without gradients of this rank
+        self._reduced = 0  # backwards, with or without gradients of this rank
+        self._began = 0  # backwards in which a gradient of this rank came
         delayed = set(members.delayed)
         # How often the hook of each parameter fires in one backward; with a static graph the first one tells.
         self._firings = [0 if at in delayed else 1 for at in range(len(members.parameters))]
         self._recording = settings.static_graph
         self._used_always: Tensor | None = None
+        self._unused_always: Sequence[int] = ()
         self._ready_order: list[int] = []
         self._used: set[int] = set()  # since the last reduction, in unsynchronised passes too
-        self._unused: Sequence[int] = ()
-        self._scale: Callable[[], float] | None = None
-        self._summed: list[tuple[int, Tensor, int]] = []
+        self._summed: list[tuple[int, weakref.ref[Tensor], int]] = []
         self._pass: _Pass | None = None
         self._open = False  # within a backward that went through outputs of forward
-        self._began_ns = self._forward_ended_ns = self._waited_ns = 0
+        self._presumed_unused: frozenset[int] = frozenset()
+        self._began_ns = self._forward_ended_ns = self._waited_ns = self._free_ns = 0
         # The hooks live as long as the parameters; a reducer that is dropped must not go on reducing.
         me = weakref.ref(self)
         hooked: list[tuple[Any, Callable[..., None]]] = [
-            (parameter, partial(_on_gradient, me, at))
+            (parameter, partial(_on_delayed if at in delayed else _on_gradient, me, at))
             for at, parameter in enumerate(members.parameters)
-            if at not in delayed
         ]
         if members.trigger is not None:
             hooked.append((members.trigger, partial(_on_trigger, me)))
@@ -120,22 +137,30 @@ class Reducer:
 
         With `scale`, which is called in backward, gradients are multiplied by what it returns, and then summed.
         """
-        self._scale = scale
         tensors = list(tensors_in(outputs))
-        if self.settings.find_unused and not self.settings.static_graph and tensors:
+        forward = _Forward(scale=scale)
+        if self.settings.static_graph:
+            forward.unused = self._unused_always
+        elif self.settings.find_unused and tensors:
             used = leaves_behind(tensors)
-            self._unused = [
+            forward.unused = [
                 at for at, p in enumerate(self.members.parameters) if id(p) not in used and self._firings[at]
             ]
-        self._open = False
-        self._pass = self._new_pass()
+        self._open, self._presumed_unused = False, frozenset()
+        self._pass = self._new_pass(forward)
         self._began_ns, self._forward_ended_ns = 0, time.monotonic_ns()
-        on_backward = partial(_on_backward, weakref.ref(self), self._unused)
+        on_backward = partial(_on_backward, weakref.ref(self), forward)
         for tensor in tensors:
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(on_backward)
 
-    def _new_pass(self, again: bool = False) -> _Pass:
+    def disarm(self) -> None:
+        """For a forward whose backward is not reduced: that of the last one is over, or will come through its
+        outputs."""
+        if self._pass is not None and not self._pass.touched:
+            self._pass = None
+
+    def _new_pass(self, forward: _Forward) -> _Pass:
         layout = self.layout
         for bucket in layout.buckets:
             bucket.missing = len(bucket.indices)
@@ -143,22 +168,29 @@ class Reducer:
             layout.buckets[number].missing = 1
         if not self.rebuilt:
             self._ready_order = []
-        return _Pass(list(self._firings), [0] * len(self._firings), [0] * len(layout.buckets), again=again)
+        return _Pass(forward, list(self._firings), [0] * len(self._firings), [0] * len(layout.buckets))
 
     # ------------------------------------------------------------------ backward
 
-    def on_backward(self, unused: Sequence[int]) -> None:
-        """A backward has come to outputs of a synchronised forward, behind which `unused` are not."""
+    def on_backward(self, forward: _Forward) -> None:
+        """A backward has come to outputs of a synchronised forward."""
         if not self._began_ns:
             self._began_ns = time.monotonic_ns()
+        now = self._pass
+        if now is not None and now.forward is not forward:
+            if (now.touched or self._open) and now.forward.scale is not forward.scale:
+                raise RuntimeError(
+                    f"rank {self.comm.rank}: one backward goes through two forwards of different weights: weigh them "
+                    "together, or make a backward of each"
+                )
+            if not now.touched and not self._open:
+                self._pass = None  # the one that was armed is an older or a younger one
         if self._open:
             return
         self._open = True
         _at_the_end_of_backward(self._close)
-        if not self.settings.static_graph:
-            self._unused = unused
-        if self._pass is None:  # what the first backward of this forward gave is reduced already
-            self._pass = self._new_pass(again=True)
+        if self._pass is None:
+            self._pass = self._new_pass(forward)
 
     def _close(self) -> None:
         """Runs at the end of a backward that went through outputs of forward."""
@@ -167,10 +199,20 @@ class Reducer:
         if now is None:
             return
         if not now.touched:
-            if now.again:
+            if now.forward.reduced:
                 self._pass = None  # it accumulated nothing: torch.autograd.grad
         elif self._recording or self.settings.find_unused:
             self._complete(now)
+
+    def _close_hidden(self) -> None:
+        """Runs at the end of a backward that went through no outputs that can be seen: or of a part of it, if that is
+        the backward of a reentrant checkpoint."""
+        now = self._pass
+        if now is not None and not self._recording:
+            self._presumed_unused = frozenset(at for at, left in enumerate(now.left) if left > 0)
+        elif now is not None:
+            self._presumed_unused = frozenset(range(len(self._firings)))
+        self._close()
 
     def _complete(self, now: _Pass) -> None:
         """Makes ready what no gradient came for: this backward is over."""
@@ -191,6 +233,12 @@ class Reducer:
             self._check_summed(at)
         now = self._pass
         if now is None:
+            if at in self._presumed_unused:
+                raise RuntimeError(
+                    f"rank {self.comm.rank}: the gradient of {self.members.names[at]!r} came when backward seemed to "
+                    "be over: forward must return its tensors in lists, dicts or dataclasses, for find_unused_parame"
+                    "ters or static_graph to see them beside a reentrant checkpoint (use_reentrant=False helps)"
+                )
             return
         if not now.touched:
             self._first_gradient(now)
@@ -209,9 +257,13 @@ class Reducer:
         """Raises `RuntimeError` where sums of an earlier reduction would be summed once more: `at` is the place of the
         first gradient that was accumulated since."""
         summed, self._summed = self._summed, []
-        for place, gradient, version in summed:
-            accumulated = 1 if place == at else 0
-            if self.members.parameters[place].grad is gradient and gradient._version == version + accumulated:
+        for place, reference, version in summed:
+            held = self.members.parameters[place].grad
+            if held is None or held is not reference():
+                continue
+            # Zeroed or not? That of `at` has a new gradient in it: one change since the sum was handed out is that.
+            still = held._version == version + 1 if place == at else bool(held.detach().any())
+            if still:
                 self._pass = None
                 raise RuntimeError(
                     f"rank {self.comm.rank}: parameter {self.members.names[place]!r} still holds the sum of an earlier "
@@ -219,16 +271,18 @@ class Reducer:
                 )
 
     def _first_gradient(self, now: _Pass) -> None:
-        if now.again and self.settings.op is ReduceOp.SUM:
+        if now.forward.reduced and self.settings.op is ReduceOp.SUM:
             self._pass = None
             raise RuntimeError(
                 f"rank {self.comm.rank}: a second backward of one forward cannot be reduced with reduce_op='sum': what "
                 "the first one summed would be summed again"
             )
         now.touched = True
+        self._began += 1
+        now.purpose = f"backward {self._began}{self.name}"
         if not self._open and (self._recording or self.settings.find_unused):
-            _at_the_end_of_backward(self._close)  # the loss was made within forward, and hidden in its outputs
-        for unused in self._unused:
+            _at_the_end_of_backward(self._close_hidden)
+        for unused in now.forward.unused:
             now.left[unused] = 0
             self._ready(now, unused)
 
@@ -240,12 +294,20 @@ class Reducer:
                 self._first_gradient(now)
             self._fill_delayed(now)
 
+    def on_delayed(self, at: int) -> None:
+        """The gradient of a delayed parameter was accumulated."""
+        if self._pass is not None and self.layout.buckets[self.layout.place_of[at][0]].missing == 0:
+            raise RuntimeError(
+                f"rank {self.comm.rank}: the gradient of the delayed parameter {self.members.names[at]!r} came after "
+                "that of param_to_hook_all_reduce, and would be lost"
+            )
+
     def _fill_delayed(self, now: _Pass) -> None:
         for number in self.layout.delayed:
             bucket = self.layout.buckets[number]
             if bucket.missing:
                 self._used.update(at for at in bucket.indices if self.members.parameters[at].grad is not None)
-                self._put_all(bucket)
+                self._put_all(now, bucket)
                 bucket.missing = 0
                 now.full_ns[number] = time.monotonic_ns()
         self._launch_full(now)
@@ -257,47 +319,52 @@ class Reducer:
         bucket = self.layout.buckets[number]
         batched = self.settings.batched_copy
         if not batched:
-            self._put(at, bucket, place)
+            self._put(now, at, bucket, place)
         now.ready_ns[at] = time.monotonic_ns()
         bucket.missing -= 1
         if bucket.missing == 0:
             if batched:
-                self._put_all(bucket)
+                self._put_all(now, bucket)
             now.full_ns[number] = now.ready_ns[at]
             self._launch_full(now)
 
-    def _put(self, at: int, bucket: Bucket | SparseBucket, place: int) -> None:
+    def _put(self, now: _Pass, at: int, bucket: Bucket | SparseBucket, place: int) -> None:
         """Copies a gradient into its bucket at once: it is still in the cache, and as a view of the bucket its own
         memory is free for the next one."""
         parameter = self.members.parameters[at]
         # An unused parameter may hold what earlier passes accumulated; else it counts as zeros.
         gradient = parameter.grad
         if gradient is not None:
-            self._check_gradient(at, gradient)
-        bucket.put(place, gradient, None if self._scale is None else self._scale())
+            self._check_gradient(at, gradient, bucket)
+        scale = None if now.forward.scale is None else now.forward.scale()
+        # What counts for nothing is not looked at: it may be no number.
+        bucket.put(place, None if scale == 0.0 else gradient, scale)
         if gradient is not None and self.settings.as_views and isinstance(bucket, Bucket):
             parameter.grad = bucket.views[place]
 
-    def _put_all(self, bucket: Bucket | SparseBucket) -> None:
+    def _put_all(self, now: _Pass, bucket: Bucket | SparseBucket) -> None:
         given = [self.members.parameters[at].grad for at in bucket.indices]
         gradients = [gradient.detach() for gradient in given if gradient is not None]
-        plain = isinstance(bucket, Bucket) and self._scale is None and not self.settings.as_views
+        plain = isinstance(bucket, Bucket) and now.forward.scale is None and not self.settings.as_views
         if not plain or len(gradients) < len(given):
             for place, at in enumerate(bucket.indices):
-                self._put(at, bucket, place)
+                self._put(now, at, bucket, place)
             return
         for at, gradient in zip(bucket.indices, gradients, strict=True):
-            self._check_gradient(at, gradient)
+            self._check_gradient(at, gradient, bucket)
         torch._foreach_copy_(bucket.views, gradients)
 
-    def _check_gradient(self, at: int, gradient: Any) -> None:
-        sparse, dtype = at in self.members.sparse, self.members.parameters[at].dtype
+    def _check_gradient(self, at: int, gradient: Any, bucket: Bucket | SparseBucket) -> None:
+        sparse, dtype = isinstance(bucket, SparseBucket), bucket.dtype
         alike = gradient.layout == torch.strided if not sparse else gradient.is_sparse and gradient.sparse_dim() == 1
         if alike and gradient.dtype == dtype:
             return
         where = f"rank {self.comm.rank}: parameter {self.members.names[at]!r}"
         if gradient.dtype != dtype:
-            raise UnsupportedTensor(f"{where}: expected a gradient of {dtype}, got {gradient.dtype}")
+            raise UnsupportedTensor(
+                f"{where}: expected a gradient of {dtype}, got {gradient.dtype}: the module was converted after "
+                "DistributedDataParallel was constructed. Construct it anew"
+            )
         raise UnsupportedTensor(
             f"{where}: expected a {'gradient of sparse rows' if sparse else 'dense gradient'}, got {gradient.layout}; "
             "sparse ones are expected of torch.nn.Embedding and EmbeddingBag that had sparse=True at construction"
@@ -313,8 +380,9 @@ class Reducer:
             if self.settings.skip_unused and self._used.isdisjoint(bucket.indices):
                 now.works.append(Nothing())
             else:
-                op = self.settings.op if self._scale is None else ReduceOp.SUM
-                now.works.append(self.layout.reduction(len(now.works), op).start())
+                op = self.settings.op if now.forward.scale is None else ReduceOp.SUM
+                purpose = f"bucket {len(now.works)} of {now.purpose}"
+                now.works.append(self.layout.reduction(len(now.works), op).start(purpose))
             if len(now.works) == len(buckets):
                 self._launch_behind(now)
                 _at_the_end_of_backward(self._finish)
@@ -354,21 +422,21 @@ class Reducer:
         assert now is not None, "a backward that ends has begun"
         for work in (*now.works, *now.behind):
             work.wait()
-        self._reduced = True
+        self._reduced += 1
+        now.forward.reduced = True
         if self._recording:
             self._recording = False
             delayed = self.members.delayed
-            self._unused = [at for at, firings in enumerate(self._firings) if not firings and at not in delayed]
+            self._unused_always = [at for at, firings in enumerate(self._firings) if not firings and at not in delayed]
         self._note_times(now, ended_ns)
         self._used.clear()
         self._raise_non_finite(now)
         self._hand_out(now)
 
     def _note_times(self, now: _Pass, ended_ns: int) -> None:
-        if self.last is not None:
-            since = max(now.full_ns) - max(self.last.done_ns)
-            self.arrivals.append((since - self._waited_ns) / 1e9)
-        self._waited_ns = 0
+        if self._free_ns:
+            self.arrivals.append((max(now.full_ns) - self._free_ns - self._waited_ns) / 1e9)
+        self._free_ns, self._waited_ns = max(work.ended_ns for work in now.works), 0
         buckets = self.layout.buckets
         # Numbers only: the buckets and the works themselves would keep memory that others have taken the place of.
         self.last = BackwardTimes(
@@ -380,7 +448,10 @@ class Reducer:
             done_ns=[work.ended_ns for work in now.works],
             nbytes=[bucket.nbytes for bucket in buckets],
             parameters=[len(bucket.indices) for bucket in buckets],
-            algorithms=[self.layout.reduction(at, self.settings.op).algorithm for at in range(len(buckets))],
+            algorithms=[
+                "skipped" if isinstance(work, Nothing) else self.layout.reduction(at, self.settings.op).algorithm
+                for at, work in enumerate(now.works)
+            ],
         )
         if self.comm.tracer is not None:
             trace(self.last, self.comm.tracer)
@@ -395,9 +466,14 @@ class Reducer:
             if at >= 0
         ]
         if texts:
+            # No step may follow by what is reduced in part, or on this rank alone.
+            for parameter in self.members.parameters:
+                parameter.grad = None
+            for share in self.layout.shares or ():
+                share.holds = False
             raise NonFiniteGradient(
                 f"rank {self.comm.rank}: expected finite gradients, but not finite is {'; '.join(texts)}. It went to "
-                "no other rank, and no gradient was averaged in this backward"
+                "no other rank; all gradients of this backward are dropped"
             )
 
     def _hand_out(self, now: _Pass) -> None:
@@ -431,9 +507,14 @@ class Reducer:
             torch._foreach_copy_(targets, sources)
         if self.settings.op is ReduceOp.SUM:
             held = [(at, parameter.grad) for at, parameter in enumerate(parameters)]
-            self._summed = [(at, gradient, gradient._version) for at, gradient in held if gradient is not None]
+            self._summed = [(at, weakref.ref(g), g._version) for at, g in held if g is not None]
 
     # ------------------------------------------------------------------ between two backwards
+
+    def restart_clock(self) -> None:
+        """What was noted of arrivals is forgotten: ranks did not do the same."""
+        self.arrivals.clear()
+        self._free_ns = self._waited_ns = 0
 
     def note_wait(self, nanoseconds: int) -> None:
         """Time that forward spent in collectives: it is no time of this rank's own."""
@@ -466,6 +547,12 @@ class Reducer:
         self._expect_fresh("a communication hook is registered")
         self.layout.set_hook(state, hook)
 
+    def set_policy(self, policy: Policy) -> None:
+        """As `set_hook`, by a policy."""
+        self._expect_fresh("a communication hook is registered")
+        policy.attach(self.comm, self.members.parameters)
+        self.layout.set_policy(policy)
+
     def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
         """From here on each rank gets its share of the gradients alone, in buckets that stay as `plan` says. Raises
         `RuntimeError` once a backward was reduced."""
@@ -480,24 +567,23 @@ class Reducer:
     def shadow(self, scaled: bool) -> None:
         """Takes part, with zeros, in the reductions of a backward that other ranks make and this one does not.
         `scaled` is whether they scale their gradients."""
-        now = self._new_pass()
+        now = self._new_pass(_Forward())
+        self._began += 1
+        now.purpose = f"backward {self._began}{self.name}"
         # Gradients of this rank may lie in the buckets; nothing has happened to them.
         kept = [bucket.flat.clone() for bucket in self.layout.buckets if isinstance(bucket, Bucket)]
         op = ReduceOp.SUM if scaled else self.settings.op
         self._used.clear()
         for number, bucket in enumerate(self.layout.buckets):
-            if self.settings.skip_unused and set(bucket.indices) <= set(self._unused):
-                now.works.append(Nothing())
-                continue
             for place in range(len(bucket.indices)):
                 bucket.put(place, None)
-            now.works.append(self.layout.reduction(number, op).start())
+            now.works.append(self.layout.reduction(number, op).start(f"bucket {number} of {now.purpose}"))
         self._launch_behind(now)
         for work in (*now.works, *now.behind):
             work.wait()
         for flat, before in zip((b.flat for b in self.layout.buckets if isinstance(b, Bucket)), kept, strict=True):
             flat.copy_(before)
-        self._reduced = True
+        self._reduced += 1
         if self.settings.static_graph and self._used_always is None:
             self._used_always = now.used
         self._raise_non_finite(now)
@@ -519,10 +605,16 @@ def _on_trigger(reducer: weakref.ref[Reducer], parameter: Tensor) -> None:
         alive.on_trigger()
 
 
-def _on_backward(reducer: weakref.ref[Reducer], unused: Sequence[int], gradient: Tensor) -> None:
+def _on_delayed(reducer: weakref.ref[Reducer], at: int, parameter: Tensor) -> None:
     alive = reducer()
     if alive is not None:
-        alive.on_backward(unused)
+        alive.on_delayed(at)
+
+
+def _on_backward(reducer: weakref.ref[Reducer], forward: _Forward, gradient: Tensor) -> None:
+    alive = reducer()
+    if alive is not None:
+        alive.on_backward(forward)
 
 
 def _remove(handles: Sequence[Any]) -> None:

@@ -13,19 +13,25 @@ from ringred.buckets import Bucket, SparseBucket
 from ringred.communicator import Communicator
 from ringred.lane import Lane
 from ringred.ops import ReduceOp
+from ringred.policy import Gradients, Policy
 from ringred.work import Work
 
 __all__ = [
+    "SPARSE_ROWS",
     "CommHook",
     "GradBucket",
     "HookReduction",
     "InFlight",
     "Nothing",
+    "PolicyReduction",
     "Reduction",
     "Share",
     "ShareReduction",
     "SparseReduction",
 ]
+
+SPARSE_ROWS = "gathered rows"
+"""How sparse gradients are reduced."""
 
 CommHook = Callable[[Any, Any], Any]
 """`hook(state, bucket)`, which returns a `torch.futures.Future` of the bucket's reduced gradients, flat."""
@@ -48,8 +54,8 @@ class Reduction(Protocol):
     def algorithm(self) -> str:
         """How, in a word."""
 
-    def start(self) -> InFlight:
-        """Starts to reduce what the bucket holds."""
+    def start(self, purpose: str) -> InFlight:
+        """Starts to reduce what the bucket holds; ranks whose `purpose` differs must not meet in it."""
 
 
 class Nothing:
@@ -88,10 +94,7 @@ class GradBucket:
 
     def gradients(self) -> list[Tensor]:
         """The gradients as views of the buffer, in the shapes of the parameters."""
-        if self._buffer is self._bucket.flat:
-            return list(self._bucket.views)
-        parts = self._buffer.split([parameter.numel() for parameter in self._parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
+        return self._bucket.views_in(self._buffer)
 
     def parameters(self) -> list[Tensor]:
         """The parameters, in the order of `gradients`."""
@@ -108,9 +111,35 @@ class HookReduction:
         self._place = index, is_last, parameters
         self.algorithm = getattr(hook, "__qualname__", type(hook).__name__)
 
-    def start(self) -> InFlight:
+    def start(self, purpose: str) -> InFlight:
         future = self._hook(self._state, GradBucket(self._bucket, *self._place))
         return _Hooked(future, self._bucket.flat, self.algorithm)
+
+
+class PolicyReduction:
+    """Reduces `bucket`, the `index`-th, by a policy: as its hook would, without a future of torch between."""
+
+    def __init__(self, policy: Policy, bucket: Bucket, index: int, parameters: Sequence[Tensor]) -> None:
+        self._policy = policy
+        self._gradients = Gradients(index, bucket.flat, bucket.views, list(parameters))
+        self.algorithm = type(policy).__name__
+
+    def start(self, purpose: str) -> InFlight:
+        return _ByPolicy(self._policy.submit(self._gradients), self._gradients.flat)
+
+
+class _ByPolicy:
+    """A policy's job under way."""
+
+    def __init__(self, work: Work[Tensor], flat: Tensor) -> None:
+        self._work, self._flat = work, flat
+        self.started_ns = self.ended_ns = 0
+
+    def wait(self) -> None:
+        result = self._work.wait()
+        self.started_ns, self.ended_ns = self._work.started_ns, self._work.ended_ns
+        if result.data_ptr() != self._flat.data_ptr():
+            self._flat.copy_(result)
 
 
 class _Hooked:
@@ -156,15 +185,25 @@ class Share:
 class ShareReduction:
     """Leaves each rank its share of a bucket's sum or mean, and nobody the whole: a reduce-scatter."""
 
-    def __init__(self, comm: Communicator, bucket: Bucket, share: Share, op: ReduceOp, algorithm: str) -> None:
-        self._comm, self._share, self._op, self._asked = comm, share, op, algorithm
+    def __init__(
+        self,
+        comm: Communicator,
+        bucket: Bucket,
+        share: Share,
+        op: ReduceOp,
+        algorithm: str,
+        grid: Sequence[int] | None,
+    ) -> None:
+        self._comm, self._share, self._op, self._asked = comm, share, op, (algorithm, grid)
         self._parts = [bucket.flat[lo:hi] for lo, hi in share.bounds]
         self.algorithm = "reduce_scatter"
 
-    def start(self) -> InFlight:
+    def start(self, purpose: str) -> InFlight:
         share = self._share
         before = share.gradient.clone() if share.holds else None
-        work = self._comm.reduce_scatter(share.gradient, self._parts, self._op, algorithm=self._asked, async_op=True)
+        work = self._comm.reduce_scatter(
+            share.gradient, self._parts, self._op, algorithm=self._asked[0], grid=self._asked[1], async_op=True
+        )
         assert work is not None, "asynchronous calls return their work"
         return _Scattering(work, share, before)
 
@@ -188,12 +227,12 @@ class _Scattering:
 class SparseReduction:
     """Adds sparse gradients row by row, on `lane`: all ranks gather the rows that any of them has."""
 
-    algorithm = "gathered rows"
+    algorithm = SPARSE_ROWS
 
     def __init__(self, lane: Lane, bucket: SparseBucket, op: ReduceOp) -> None:
         self._lane, self._bucket, self._op = lane, bucket, op
 
-    def start(self) -> InFlight:
+    def start(self, purpose: str) -> InFlight:
         bucket, op = self._bucket, self._op
 
         def job(comm: Communicator) -> None:

@@ -15,7 +15,7 @@ from ringred.ops import ReduceOp
 __all__ = ["average_tensors", "broadcast_tensors", "check_same_model", "check_same_values"]
 
 _COALESCED_BYTES = 250 << 20  # copied in parts of this size, as torch does
-_LANES = 1024  # sums of every so-many-th word, so that a checksum sees words that changed places
+_LANES = 1024  # words are summed along rows of so many and across them, and the sums weighted by their places
 
 
 def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
@@ -85,10 +85,14 @@ def _checksum(tensor: Tensor) -> Tensor:
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = flat.view(torch.int32) if flat.numel() % 4 == 0 and flat.data_ptr() % 4 == 0 else flat
     whole = words.numel() // _LANES * _LANES
-    lanes = torch.zeros(_LANES, dtype=torch.int64)
-    lanes += words[:whole].view(-1, _LANES).sum(0, dtype=torch.int64)
+    rows = words[:whole].view(-1, _LANES)
+    lanes = rows.sum(0, dtype=torch.int64)
     lanes[: words.numel() - whole] += words[whole:]
-    return torch.stack([lanes.sum(), (lanes * torch.arange(1, _LANES + 1)).sum()])
+    return torch.stack([_weighted(lanes), _weighted(rows.sum(1, dtype=torch.int64))])
+
+
+def _weighted(sums: Tensor) -> Tensor:
+    return (sums * torch.arange(1, sums.numel() + 1)).sum()
 
 
 def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 0) -> None:

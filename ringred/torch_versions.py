@@ -81,6 +81,9 @@ def _skip(function: Any, callees: bool) -> None:
 def compiled_in_buckets(bucket_bytes: int) -> Iterator[None]:
     """What torch.compile compiles within is cut where buckets of `bucket_bytes` end, so that gradients do not all come
     at the end of backward: as it does of itself for torch's DistributedDataParallel."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
     theirs: Any = torch.nn.parallel.DistributedDataParallel
     before = theirs._active_ddp_module
     theirs._active_ddp_module = _Buckets(bucket_bytes)

@@ -1,0 +1,108 @@
+"""What reduces buckets in the place of the all-reduce: the base of the communication hooks in `ringred.hooks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringred.communicator import Communicator
+from ringred.errors import ModelMismatch, RingredError
+from ringred.lane import Lane
+from ringred.transports.base import Counters
+from ringred.work import Work
+
+__all__ = ["Gradients", "Policy"]
+
+
+class Gradients(NamedTuple):
+    """The gradients of the `number`-th bucket: `flat`, and `views` of it in the shapes of `parameters`."""
+
+    number: int
+    flat: Tensor
+    views: list[Tensor]
+    parameters: list[Tensor]
+
+
+class Policy:
+    """How buckets are reduced over the ranks of `comm`: subclasses say it in `reduce`.
+
+    Its jobs run one after the other on a thread and a communicator of their own, while backward goes on. Making one is
+    collective; one serves one model.
+    """
+
+    needs_all_gradients = False
+    """Whether it must not see a bucket whose gradients may be thrown away, or are no gradients of this step."""
+    joins = True
+    """Whether a rank without inputs can take part with zeros (`join`)."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self._lane = Lane(comm, type(self).__name__)
+        self._kept: dict[tuple[str, int], tuple[tuple[int, ...] | None, Tensor]] = {}
+        self._attached = False
+
+    def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
+        """Returns the mean of `gradients` over the ranks, flat; it may be `gradients.flat`, which may be changed."""
+        raise NotImplementedError
+
+    def attach(self, comm: Communicator, parameters: Sequence[Tensor]) -> None:
+        """For the model whose buckets it will reduce: all `parameters` of it, over the ranks of `comm`. Raises
+        `ValueError` if they are not what the policy is for."""
+        if self._attached:
+            raise ValueError(f"rank {self.rank}: {type(self).__name__} serves a model already; each needs its own")
+        if (comm.rank, comm.size) != (self.rank, self.size):
+            raise ValueError(
+                f"{type(self).__name__} was made for rank {self.rank} of {self.size}, but the model's gradients are "
+                f"reduced by rank {comm.rank} of {comm.size}"
+            )
+        self._attached = True
+
+    def submit(self, gradients: Gradients) -> Work[Tensor]:
+        """Starts to reduce `gradients`; what fails in `reduce` is a `RingredError` that says where, on every rank."""
+
+        def job(comm: Communicator) -> Tensor:
+            try:
+                return self.reduce(comm, gradients)
+            except RingredError:
+                raise
+            except Exception as failure:
+                raise RingredError(
+                    f"rank {self.rank}: {type(self).__name__} on bucket {gradients.number}: "
+                    f"{type(failure).__name__}: {failure}"
+                ) from failure
+
+        return self._lane.submit(job)
+
+    @property
+    def counters(self) -> Counters:
+        """Messages and bytes that this rank has sent and received on its communicator so far."""
+        return self._lane.comm.counters
+
+    def kept(self, name: str, gradients: Gradients, like: Tensor) -> Tensor:
+        """What the policy keeps under `name` for one bucket from step to step, zeros at first; once buckets were laid
+        out anew it begins again."""
+        members = tuple(id(parameter) for parameter in gradients.parameters)
+        key = name, gradients.number
+        known = self._kept.get(key)
+        if known is None or known[0] not in (members, None) or known[1].shape != like.shape:
+            known = members, torch.zeros_like(like)
+        self._kept[key] = members, known[1]
+        return known[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps on this rank, for a checkpoint of this rank; with the model's `bucket_plan`, for buckets are
+        told by their numbers."""
+        return {"rank": self.rank, "size": self.size, "kept": [(*key, kept) for key, (_, kept) in self._kept.items()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with what `state_dict` of this rank gave. Raises `ModelMismatch` if that was another rank."""
+        theirs = state_dict["rank"], state_dict["size"]
+        if theirs != (self.rank, self.size):
+            raise ModelMismatch(
+                f"rank {self.rank}: {type(self).__name__}: expected the state of rank {self.rank} of {self.size}, got "
+                f"that of rank {theirs[0]} of {theirs[1]}"
+            )
+        self._kept = {(name, number): (None, kept.clone()) for name, number, kept in state_dict["kept"]}
