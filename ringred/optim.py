@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ringred.buckets import Bucket
+from ringred.collectives.registry import lookup
 from ringred.ddp import DistributedDataParallel
 from ringred.errors import ModelMismatch
 from ringred.reductions import Share
+from ringred.select import AUTOMATIC
 
 __all__ = ["LinearScaling", "ShardedOptimizer"]
 
@@ -73,7 +75,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     In backward buckets are reduce-scattered instead of all-reduced, under backward as ever; `step` updates the own
     share of one bucket while those of the buckets before are gathered. Afterwards `.grad` is None: the mean lies in
     shares. `clip_grad_norm_` clips it. `groups` are as an optimizer of torch takes them, the model's parameters by
-    default; schedules of torch work on `param_groups`.
+    default; schedules of torch work on `param_groups`. A `GradScaler` finds no gradients to look at, and says so.
 
     `kind` is an optimizer of torch that treats each element by itself (`elementwise=True` vouches for others), as
     SGD and the Adams do. Raises `ValueError` otherwise, and for a model with find_unused_parameters, static_graph,
@@ -100,6 +102,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         reducer, settings = model.reducer, model.reducer.settings
         members = reducer.members
+        if reducer.layout.shares is not None:
+            raise ValueError("ShardedOptimizer: the model has one already, which steps all of its parameters")
+        if settings.algorithm not in AUTOMATIC:
+            lookup("reduce_scatter", settings.algorithm)  # says what there is, if there is not that
         if settings.find_unused or settings.static_graph or members.sparse or members.delayed or reducer.layout.hooked:
             raise ValueError(
                 "ShardedOptimizer: every gradient must come in every backward: find_unused_parameters, static_graph, "
@@ -107,11 +113,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         self.model, self.comm = model, model.comm
         probe = kind([nn.Parameter(torch.zeros(1))], **defaults)
-        super().__init__(list(model.parameters()) if groups is None else groups, probe.defaults)
+        self._complete = False
+        super().__init__(members.parameters if groups is None else groups, probe.defaults)
         group_of = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
         strange = [name for name, p in zip(members.names, members.parameters, strict=True) if id(p) not in group_of]
         if strange:
             raise ValueError(f"ShardedOptimizer: expected all parameters of the model, but not {strange[0]!r}")
+        known = {id(p) for p in members.parameters}
+        others = [p for group in self.param_groups for p in group["params"] if id(p) not in known and p.requires_grad]
+        if others:
+            raise ValueError(
+                f"ShardedOptimizer: expected parameters of the model alone, but {len(others)} of `groups` are none, "
+                f"the first of shape {list(others[0].shape)}"
+            )
         groups_by_place = [group_of[id(p)] for p in members.parameters]
         # Parameters of one group lie side by side, so that a share has few pieces.
         plan = [sorted(indices, key=groups_by_place.__getitem__) for indices in reducer.layout.plan]
@@ -119,6 +133,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._kind, self._defaults = kind, defaults
         self._stepped = False
         self._group_of_place = groups_by_place
+        self._places: list[tuple[str, Tensor, Tensor]] = []
         self._shards: list[_Shard] = []
         for bucket, share in zip(reducer.layout.buckets, shares, strict=True):
             assert isinstance(bucket, Bucket), "no gradient is sparse"
@@ -129,15 +144,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 ]
                 shard.optimizer = kind(own, **defaults)
             self._shards.append(shard)
+        self._complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, while the optimizer is made; later raises `ValueError`: shares are given out."""
+        if self._complete:
+            raise ValueError("ShardedOptimizer: no group can be added: all parameters of the model are in one")
+        super().add_param_group(param_group)
 
     def _moved(self, bucket: Bucket) -> Tensor:
         """Moves the parameters of `bucket` into one flat tensor, to the places that their gradients have there."""
-        parameters = self.model.reducer.members.parameters
+        members = self.model.reducer.members
         flat = self.comm.empty(bucket.flat.numel(), bucket.flat.dtype)
         for index, view in zip(bucket.indices, bucket.views_in(flat), strict=True):
-            view.copy_(parameters[index].detach())
-            parameters[index].data = view
+            view.copy_(members.parameters[index].detach())
+            members.parameters[index].data = view
+            self._places.append((members.names[index], members.parameters[index], view))
         return flat
+
+    def _check_places(self) -> None:
+        """Raises `RuntimeError` if a parameter lies elsewhere by now: steps would not reach it."""
+        for name, parameter, view in self._places:
+            if parameter.data_ptr() != view.data_ptr() or parameter.dtype != view.dtype:
+                raise RuntimeError(
+                    f"rank {self.comm.rank}: ShardedOptimizer: expected parameter {name!r} where it was put, as "
+                    f"{view.dtype}, got one of {parameter.dtype} elsewhere: the module was converted or moved (to(), "
+                    "half(), vector_to_parameters()) after the optimizer was made. Do that before"
+                )
 
     def _runs(self, bucket: Bucket) -> list[tuple[int, int, int]]:
         runs, begin = [], 0
@@ -160,6 +193,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_places()
         gathering = []
         for shard in self._shards:
             shard.step(self._options)
@@ -179,12 +213,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scales the reduced gradients so that the 2-norm of all of them is at most `max_norm`; returns what it was.
-        As `torch.nn.utils.clip_grad_norm_`. Collective."""
+        """Scales the reduced gradients so that the 2-norm of all of them is at most `max_norm`; returns what it was, in
+        float64. It takes the place of `torch.nn.utils.clip_grad_norm_`, which sees no gradients. Collective."""
         squares = torch.zeros(1, dtype=torch.float64)
         held = [shard.share.gradient for shard in self._shards if shard.share.holds]
         for gradient in held:
-            squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+            real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            squares += torch.linalg.vector_norm(real, dtype=torch.float64).square()
         self.comm.all_reduce(squares)
         norm = squares.sqrt().squeeze(0)
         coefficient = min(1.0, max_norm / (norm.item() + 1e-6))
@@ -192,9 +227,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(held, coefficient)
         return norm
 
-    def kept(self) -> list[dict[str, Any]]:
-        """The state that this rank keeps: that of each piece of its shares."""
-        return [state for shard in self._shards if shard.optimizer for state in shard.optimizer.state.values()]
+    def kept(self, group: int | None = None) -> list[dict[str, Any]]:
+        """The state that this rank keeps: that of each piece of its shares, in one parameter group or all."""
+        return [
+            shard.optimizer.state[piece]
+            for shard in self._shards
+            if shard.optimizer is not None
+            for piece, (number, _, _) in zip(shard.pieces, shard.spans, strict=True)
+            if piece in shard.optimizer.state and group in (number, None)
+        ]
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -204,7 +245,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         layout = [self._names(shard) for shard in self._shards]
         own = [None if shard.optimizer is None else shard.optimizer.state_dict() for shard in self._shards]
         options = [self._options(number) for number in range(len(self.param_groups))]
-        return {"rank": self.comm.rank, "size": self.comm.size, "layout": layout, "shards": own, "groups": options}
+        return {
+            "rank": self.comm.rank,
+            "size": self.comm.size,
+            "layout": layout,
+            "shards": own,
+            "groups": options,
+            "stepped": self._stepped,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` of this rank gave. Raises `ModelMismatch` if that was another rank or model."""
@@ -220,6 +268,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 shard.optimizer.load_state_dict(own)
         for group, options in zip(self.param_groups, state_dict["groups"], strict=True):
             group.update(options)
+        self._stepped = state_dict["stepped"]
 
     def full_state_dict(self, dst: int = 0) -> dict[str, Any] | None:
         """The state as `kind(groups)` without shares has it: on rank `dst`, and None elsewhere. Collective."""
@@ -235,7 +284,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if parts is None:
                     continue
                 for index, view in zip(shard.bucket.indices, shard.bucket.views_in(torch.cat(parts)), strict=True):
-                    if self._group_of_place[index] in kinds:
+                    if self._group_of_place[index] in kinds and view.numel():
                         value = view.clone() if like.dim() else view.flatten()[0].clone()
                         state.setdefault(place[id(parameters[index])], {})[name] = value
         if self.comm.rank != dst:
@@ -249,10 +298,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `full_state_dict` gave, or the `state_dict` of an optimizer without shares; each rank takes what
-        its shares need of it."""
+        its shares need of it. Raises `ModelMismatch` if it is of another model."""
         place = self._place_of_parameter()
         parameters = self.model.reducer.members.parameters
         state = state_dict["state"]
+        self._check_fits(state, [len(group["params"]) for group in state_dict["param_groups"]])
         for shard in self._shards:
             indices = shard.bucket.indices
             held = [state.get(place[id(parameters[index])], {}) for index in indices]
@@ -269,6 +319,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, options in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in options.items() if name != "params"})
         self._stepped = True
+
+    def _check_fits(self, state: dict[int, dict[str, Any]], lengths: list[int]) -> None:
+        mine = [len(group["params"]) for group in self.param_groups]
+        if lengths != mine:
+            raise ModelMismatch(
+                f"rank {self.comm.rank}: ShardedOptimizer: expected groups of {mine} parameters, got {lengths}"
+            )
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        for at, kept in state.items():
+            for name, value in kept.items():
+                fits = not isinstance(value, Tensor) or not value.dim() or value.shape == everyone[at].shape
+                if not fits:
+                    raise ModelMismatch(
+                        f"rank {self.comm.rank}: ShardedOptimizer: expected {name!r} of parameter {at} to be "
+                        f"{list(everyone[at].shape)}, got {list(value.shape)}"
+                    )
 
     def _names(self, shard: _Shard) -> list[str]:
         return [self.model.reducer.members.names[index] for index in shard.bucket.indices]
@@ -342,8 +408,12 @@ class LinearScaling(torch.optim.lr_scheduler.LRScheduler):
         super().step(epoch)
         if self.momentum is None:
             return
-        for old, group in zip(before, self.optimizer.param_groups, strict=True):
-            for parameter in group["params"]:
-                held = self.optimizer.state.get(parameter, {}).get(self.momentum)
+        for number, (old, group) in enumerate(zip(before, self.optimizer.param_groups, strict=True)):
+            if isinstance(self.optimizer, ShardedOptimizer):
+                states = self.optimizer.kept(number)
+            else:
+                states = [self.optimizer.state.get(parameter, {}) for parameter in group["params"]]
+            for state in states:
+                held = state.get(self.momentum)
                 if held is not None and old:
                     held.mul_(float(group["lr"]) / old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ringred.bootstrap import default_communicator
 from ringred.communicator import Communicator
+from ringred.torch_versions import not_compiled
 
 __all__ = ["SyncBatchNorm"]
 
@@ -43,16 +45,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        comm = default_communicator(process_group)
-        if comm not in _beside:
-            _beside[comm] = comm.duplicate()
-        self.comm = _beside[comm]
+        self.comm: Communicator | None = _beside_of(process_group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """`module` with every BatchNorm layer in it replaced by one of these, with its parameters and statistics."""
         converted: nn.Module = module
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, cls):
+            if isinstance(module.weight, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    "SyncBatchNorm: expected initialised layers, got a lazy one: run a forward pass before"
+                )
             settings = (module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
             converted = cls(*settings, process_group)
             converted.train(module.training)
@@ -64,20 +67,31 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
         return converted
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "comm": None}  # one that is loaded in another process finds its own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = {**copy.deepcopy(self.__getstate__(), memo), "comm": self.comm}
+        return copied
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(f"SyncBatchNorm: expected [N, {self.num_features}, ...], got {list(input.shape)}")
 
+    @not_compiled(callees=True)
     def forward(self, input: Tensor) -> Tensor:
         """`input`, normalised; see the class."""
         self._check_input_dim(input)
-        if not self.training and self.running_mean is not None:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
+        if not self.training:  # by the statistics of training, or those of this batch where they are not tracked
+            mean, variance, alone = self.running_mean, self.running_var, self.running_mean is None
+            return F.batch_norm(input, mean, variance, self.weight, self.bias, alone, 0.0, self.eps)
+        if self.comm is None:
+            self.comm = _beside_of(None)
         normalise: Any = _Normalise.apply
         output, mean, variance, count = normalise(input, self.weight, self.bias, self.eps, self.comm)
-        if self.training and self.running_mean is not None:
+        if self.running_mean is not None:
             self._track(mean, variance, int(count))
         result: Tensor = output
         return result
@@ -91,6 +105,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
         self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), factor)
+
+
+def _beside_of(process_group: Any) -> Communicator:
+    """The duplicate of a communicator that the layers of its ranks share."""
+    comm = default_communicator(process_group)
+    known = _beside.get(comm)
+    if known is None or known.closed:
+        known = _beside[comm] = comm.duplicate()
+    return known
 
 
 class _Normalise(torch.autograd.Function):
@@ -116,7 +139,7 @@ class _Normalise(torch.autograd.Function):
         variance = (squares.sum(0) + ((means - mean).square() * counts).sum(0)) / count
         output = F.batch_norm(wide, mean, variance, _or_none(weight, wide), _or_none(bias, wide), False, 0.0, eps)
         ctx.save_for_backward(input, weight, mean, (variance + eps).rsqrt())
-        ctx.count, ctx.comm, ctx.dims = count, comm, dims
+        ctx.count, ctx.comm, ctx.dims, ctx.biased = count, comm, dims, bias is not None
         ctx.mark_non_differentiable(mean, variance, count)
         return output.to(input.dtype), mean, variance, count
 
@@ -135,7 +158,8 @@ class _Normalise(torch.autograd.Function):
         input_gradient = (centred * scale.view(shape)).to(input.dtype)
         if weight is None:
             return input_gradient, None, None, None, None
-        return input_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), None, None
+        ends = (bias_gradient.to(weight.dtype) if ctx.biased else None), None, None
+        return input_gradient, weight_gradient.to(weight.dtype), *ends
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ringred
 from ringred.communicator import Communicator
@@ -173,6 +174,227 @@ def test_a_backward_beside_the_wrapper_stays_local() -> None:
     assert not torch.equal(first, second)
 
 
+def test_what_is_reduced_belongs_to_one_backward_of_one_model() -> None:
+    """Buckets of equal size must not meet by chance."""
+
+    def skips_one(comm: Communicator) -> None:
+        model = wrapped(comm)
+        for step in range(4):
+            loss = F.cross_entropy(model(batch(comm.rank, 8, step)[0]), batch(comm.rank, 8, step)[1])
+            if comm.rank == 1 and step == 1:
+                continue
+            loss.backward()
+        model.check_desync()
+
+    def in_another_order(comm: Communicator) -> None:
+        first, second = wrapped(comm), wrapped(comm)
+        one, two = (first, second) if comm.rank else (second, first)
+        inputs = batch(comm.rank)[0]
+        two(one(inputs)[:, :1].expand(8, 30)).sum().backward()
+
+    for body in (skips_one, in_another_order):
+        failures = run_ranks(body, 2, return_exceptions=True)
+        assert all(isinstance(failure, CollectiveMismatch) for failure in failures), failures
+    assert "bucket 0 of backward 1 of model 2" in str(failures[0])
+
+
+def test_a_forward_that_is_not_synchronised_leaves_nothing_armed() -> None:
+    def body(comm: Communicator) -> Tensor:
+        model = wrapped(comm, reduce_op="sum")
+        model(batch(comm.rank)[0])  # only looked at
+        for step in range(2):
+            with model.no_sync():
+                backward(model, comm.rank, 8, step)
+        return model.module[0].weight.grad
+
+    first, second = run_ranks(body, 2)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("change", ["clip", "create_graph"])
+def test_sums_are_found_though_they_were_changed(change: str) -> None:
+    def body(comm: Communicator) -> None:
+        model = wrapped(comm, reduce_op="sum")
+        inputs = batch(comm.rank)[0]
+        model(inputs).square().sum().backward(create_graph=change == "create_graph")
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with pytest.raises(RuntimeError, match="still holds the sum"):
+            model(inputs).square().sum().backward(create_graph=change == "create_graph")
+        for parameter in model.parameters():
+            parameter.grad = None  # create_graph makes a circle
+
+    run_ranks(body, 2)
+
+
+def test_weights_belong_to_their_forward() -> None:
+    def body(comm: Communicator) -> list[float]:
+        model = wrapped(comm, nn.Linear(1, 1, bias=False))
+        ones, counts, found = torch.full((1, 1), float(comm.rank + 1)), [1, 3][comm.rank], []
+
+        def gradient() -> float:
+            value = float(model.module.weight.grad)
+            model.zero_grad()
+            return value
+
+        model.weigh(counts)
+        outputs = model(ones)
+        model(ones)
+        outputs.sum().backward()
+        found.append(gradient())
+        model.weigh(counts)
+        first = model(ones)
+        second = model(ones)
+        first.sum().backward()
+        found.append(gradient())
+        second.sum().backward()
+        found.append(gradient())
+        model.weigh(counts)
+        first = model(ones)
+        model.weigh(1)
+        with pytest.raises(RuntimeError, match="two forwards of different weights"):
+            (first + model(ones)).sum().backward()
+        return found
+
+    assert run_ranks(body, 2) == [[1.75, 1.75, 1.5]] * 2
+
+
+def test_no_samples_count_for_nothing_whatever_their_gradient() -> None:
+    def body(comm: Communicator) -> bool:
+        model = wrapped(comm)
+        model.weigh(8 if comm.rank else 0)
+        loss = backward(model, comm.rank) if comm.rank else (model(batch(0)[0]).sum() * float("nan"))
+        if not comm.rank:
+            loss.backward()
+        return all(bool(torch.isfinite(g).all()) for g in gradients(model))
+
+    assert all(run_ranks(body, 2))
+
+
+def test_join_adds_where_sums_are_asked_for() -> None:
+    def body(comm: Communicator) -> list[float]:
+        model = wrapped(comm, nn.Linear(1, 1, bias=False), reduce_op="sum")
+        found = []
+        with model.join(divide_by_initial_world_size=False):
+            for _ in range(1 + comm.rank):
+                model.zero_grad()
+                model(torch.ones(1, 1)).sum().backward()
+                found.append(float(model.module.weight.grad))
+        return found
+
+    assert run_ranks(body, 2) == [[2.0], [2.0, 1.0]]
+
+
+def test_join_refuses_what_a_rank_without_inputs_cannot_do() -> None:
+    def body(comm: Communicator) -> None:
+        model = wrapped(comm, find_unused_parameters=True, skip_all_reduce_unused_params=True)
+        with pytest.raises(RuntimeError, match=r"join\(\) does not go with"), model.join():
+            pass
+
+    run_ranks(body, 1)
+
+
+def test_copies_reduce_as_the_wrapper_does(tmp_path: Path) -> None:
+    def body(comm: Communicator) -> list[Tensor]:
+        model = wrapped(comm, find_unused_parameters=True).eval()
+        backward(model, comm.rank)
+        again = copy.deepcopy(model)
+        assert not again.training
+        again.zero_grad()
+        for _ in range(2):
+            again.zero_grad()
+            backward(again, comm.rank)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(again), strict=True))
+        assert again.module is not model.module
+        return gradients(again)
+
+    first, second = run_ranks(body, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    alone = ringred.DistributedDataParallel(copy.deepcopy(MODEL))
+    torch.save(alone, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    backward(alone, 0)
+    backward(loaded, 0)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(alone), gradients(loaded), strict=True))
+    alone.comm.close()
+
+
+def test_a_delayed_gradient_that_comes_too_late_is_named() -> None:
+    def body(comm: Communicator) -> None:
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model = ringred.DistributedDataParallel(
+            module,
+            process_group=comm,
+            delay_all_reduce_named_params=[("0.weight", module[0].weight)],
+            param_to_hook_all_reduce=module[1].weight,
+        )
+        with pytest.raises(RuntimeError, match=r"delayed parameter '0\.weight' came after"):
+            model(torch.ones(1, 4)).sum().backward()
+
+    run_ranks(body, 2)
+
+
+def test_use_that_differs_between_ranks_is_no_mixture_where_unused_are_skipped() -> None:
+    def body(comm: Communicator) -> None:
+        model = wrapped(
+            comm,
+            nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)]),
+            find_unused_parameters=True,
+            skip_all_reduce_unused_params=True,
+            bucket_cap_mb=1e-6,
+        )
+        model.module.forward = lambda x: model.module[comm.rank](x)
+        model(torch.ones(1, 4)).sum().backward()
+
+    failures = run_ranks(body, 2, return_exceptions=True)
+    assert all(isinstance(failure, CollectiveMismatch) for failure in failures), failures
+
+
+def test_gradients_that_come_when_backward_seemed_over_are_named() -> None:
+    class Hidden:
+        def __init__(self, y: Tensor) -> None:
+            self.y = y
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Hidden:
+            x = checkpoint(self.b, self.a(x), use_reentrant=True)
+            return Hidden(checkpoint(self.c, x, use_reentrant=True))
+
+    def body(comm: Communicator) -> None:
+        for options in ({"find_unused_parameters": True}, {"static_graph": True}):
+            model = wrapped(comm, Model(), **options)
+            with pytest.raises(RuntimeError, match=r"the gradient of 'b\..*' came when backward seemed to be over"):
+                model(torch.ones(1, 4)).y.sum().backward()
+
+    run_ranks(body, 2)
+
+
+def test_what_is_asked_of_single_parameters_is_compared() -> None:
+    def body(comm: Communicator) -> str:
+        with pytest.raises(ModelMismatch) as raised:
+            wrapped(comm, nn.Embedding(5, 3, sparse=comm.rank == 1))
+        return str(raised.value)
+
+    assert all("rank 1 has parameter 'weight': sparse True" in text for text in run_ranks(body, 2))
+
+
+def test_a_module_that_was_converted_is_named() -> None:
+    def body(comm: Communicator) -> None:
+        for as_views in (False, True):
+            model = wrapped(comm, gradient_as_bucket_view=as_views)
+            model.double()
+            with pytest.raises(
+                ringred.UnsupportedTensor, match=r"expected a gradient of torch\.float32, got torch\.float64"
+            ):
+                model(torch.ones(1, 30, dtype=torch.float64)).sum().backward()
+
+    run_ranks(body, 1)
+
+
 # ---------------------------------------------------------------------- plans
 
 
@@ -307,8 +529,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_goes_to_nobody(bad: float, t
         with pytest.raises(NonFiniteGradient) as raised:
             loss.backward()
         assert isinstance(raised.value, ArithmeticError)
-        if comm.rank != 2:
-            assert all(bool(torch.isfinite(g).all()) for g in gradients(model)), "it has not spread"
+        assert not gradients(model), "nobody steps by what is left"
         model.module[2].weight._backward_hooks = None
         model.zero_grad()
         backward(model, comm.rank)  # the next step is as good as any
@@ -361,12 +582,14 @@ def test_a_checksum_sees_what_changed_places_and_every_dtype() -> None:
 
         names = list(map(str, range(len(tensors))))
         check_same_values(comm, names, tensors)
-        for at in (0, 1, 4):
+        tensors.append(torch.randn(4, 1024, generator=torch.Generator().manual_seed(1)))
+        names = list(map(str, range(len(tensors))))
+        for at in (0, 1, 4, 5):
             changed = [t.clone() for t in tensors]
             if comm.rank == 0:
-                flat = changed[at].view(-1) if at < 4 else changed[at].reshape(-1)
-                flat[[1, 2]] = flat[[2, 1]]
-                changed[at] = flat
+                rows = changed[at] if at == 5 else changed[at].reshape(-1)  # whole rows, as long as the checksum's
+                rows[[1, 2]] = rows[[2, 1]]
+                changed[at] = rows
             with pytest.raises(ReplicasDiverged, match=f"'{at}' is the first of 1 that differ"):
                 check_same_values(comm, names, changed)
 
@@ -416,6 +639,19 @@ def test_rank_0_is_named_though_the_others_wait_for_it_in_forward() -> None:
         return model.straggler_report().straggler
 
     assert run_ranks(body, 3) == [0, 0, 0]
+
+
+def test_a_straggler_report_does_not_mix_iterations_of_join() -> None:
+    def body(comm: Communicator) -> int:
+        model = wrapped(comm)
+        with model.join():
+            for step in range(2 + comm.rank):
+                backward(model, comm.rank, 8, step)
+        for step in range(3):
+            backward(model, comm.rank, 8, step)
+        return model.straggler_report().iterations
+
+    assert run_ranks(body, 2) == [2, 2]
 
 
 def test_a_straggler_report_of_nothing() -> None:

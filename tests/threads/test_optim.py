@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import ringred
 from ringred.communicator import Communicator
@@ -139,6 +140,8 @@ def test_a_checkpoint_of_shares_resumes_to_the_bit(name: str) -> None:
             if step == 3:
                 again.load_state_dict(copy.deepcopy(model.state_dict()))
                 second.load_state_dict(copy.deepcopy(first.state_dict()))
+                whole = second.full_state_dict(0)
+                assert whole is None or len(whole["state"]) == len(list(again.parameters()))
                 first.param_groups[0]["lr"] = second.param_groups[0]["lr"] = 0.03
             loss_of(model, comm.rank, step).backward()
             first.step()
@@ -209,13 +212,66 @@ def test_what_cannot_be_shared_out_is_refused() -> None:
         with pytest.raises(RuntimeError, match="before the first backward, or not at all"):
             ShardedOptimizer(model, torch.optim.SGD, lr=1.0)
         model = wrapped(comm)
-        ShardedOptimizer(model, torch.optim.SGD, lr=1.0)
+        with pytest.raises(ValueError, match=r"but 1 of `groups` are none, the first of shape \[7\]"):
+            ShardedOptimizer(model, torch.optim.SGD, [*model.parameters(), nn.Parameter(torch.ones(7))], lr=1.0)
+        optimizer = ShardedOptimizer(model, torch.optim.SGD, lr=1.0)
+        with pytest.raises(ValueError, match="has one already"):
+            ShardedOptimizer(model, torch.optim.SGD, lr=1.0)
+        with pytest.raises(ValueError, match="no group can be added"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        with pytest.raises(ringred.UnknownAlgorithm, match="reduce_scatter: no algorithm 'tree'"):
+            ShardedOptimizer(wrapped(comm, algorithm="tree"), torch.optim.SGD, lr=1.0)
         with pytest.raises(RuntimeError, match="does not go with a ShardedOptimizer"), model.join():
             pass
         with pytest.raises(RuntimeError, match="does not go with a ShardedOptimizer"):
             model.register_comm_hook(None, lambda state, bucket: None)
 
     run_ranks(body, 2)
+
+
+def test_parameters_that_were_moved_are_named_and_states_of_other_models_too() -> None:
+    def body(comm: Communicator) -> None:
+        for move in (
+            lambda m: m.double(),
+            lambda m: vector_to_parameters(parameters_to_vector(m.parameters()), m.parameters()),
+        ):
+            model = wrapped(comm)
+            optimizer = ShardedOptimizer(model, torch.optim.SGD, lr=1.0)
+            with torch.no_grad():
+                move(model)
+            with pytest.raises(RuntimeError, match=r"expected parameter '.*' where it was put"):
+                optimizer.step()
+        model = wrapped(comm)
+        optimizer = ShardedOptimizer(model, torch.optim.Adam)
+        model.module.load_state_dict(copy.deepcopy(MODEL.state_dict()))
+        loss_of(model, comm.rank, 0).backward()
+        optimizer.step()
+        good = optimizer.full_state_dict(0)
+        if good is None:
+            return
+        for change, text in (
+            (lambda s: s["param_groups"][0]["params"].pop(), r"expected groups of \[8\] parameters, got \[7\]"),
+            (lambda s: s["state"][0].update(exp_avg=torch.zeros(2)), r"'exp_avg' of parameter 0 to be \[33, 20\]"),
+        ):
+            bad = copy.deepcopy(good)
+            change(bad)
+            with pytest.raises(ModelMismatch, match=text):
+                optimizer.load_full_state_dict(bad)
+
+    run_ranks(body, 2)
+
+
+def test_no_step_follows_by_gradients_that_were_dropped() -> None:
+    def body(comm: Communicator) -> bool:
+        model = wrapped(comm, check_finite=True)
+        optimizer = ShardedOptimizer(model, torch.optim.SGD, lr=1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(ringred.NonFiniteGradient):
+            (loss_of(model, comm.rank, 0) * (float("nan") if comm.rank else 1)).backward()
+        optimizer.step()
+        return all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+    assert all(run_ranks(body, 2))
 
 
 def test_the_rate_goes_up_to_its_multiple_and_on_from_there() -> None:

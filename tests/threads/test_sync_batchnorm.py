@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,5 +92,38 @@ def test_it_refuses_what_has_no_statistics() -> None:
         with pytest.raises(ValueError, match="expected more than 1 value per channel in training, got 1"):
             layer(torch.ones(1 if comm.rank == 0 else 0, 3))
         assert layer.eval()(torch.ones(1, 3)).shape == (1, 3)
+
+    run_ranks(body, 2)
+
+
+def test_converts_as_layers_are_and_is_saved_and_copied(tmp_path: Path) -> None:
+    def body(comm: Communicator) -> None:
+        unbiased = nn.BatchNorm1d(3)
+        unbiased.register_parameter("bias", None)
+        layer = ringred.SyncBatchNorm.convert_sync_batchnorm(unbiased, comm)
+        layer(torch.randn(5, 3)).sum().backward()
+        assert layer.weight.grad is not None
+        with pytest.raises(ValueError, match="expected initialised layers, got a lazy one"):
+            ringred.SyncBatchNorm.convert_sync_batchnorm(nn.LazyBatchNorm1d(), comm)
+        copied = copy.deepcopy(layer)
+        assert copied.comm is layer.comm
+        torch.testing.assert_close(copied(torch.ones(5, 3)), layer(torch.ones(5, 3)))
+
+    run_ranks(body, 2)
+    layer = ringred.SyncBatchNorm(3)
+    torch.save(layer, tmp_path / "layer.pt")
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    inputs = torch.randn(6, 3)
+    torch.testing.assert_close(loaded(inputs), layer(inputs))
+
+
+def test_evaluation_is_each_ranks_own() -> None:
+    """Rank 0 may evaluate alone, by its own batch where no statistics were tracked."""
+
+    def body(comm: Communicator) -> None:
+        layer = ringred.SyncBatchNorm(3, track_running_stats=False, process_group=comm).eval()
+        if comm.rank == 0:
+            inputs = torch.randn(6, 3)
+            torch.testing.assert_close(layer(inputs), nn.BatchNorm1d(3)(inputs))
 
     run_ranks(body, 2)
