@@ -574,6 +574,28 @@ def test_a_parameter_that_drifted_is_named_with_the_ranks() -> None:
         assert "'2.weight' is the first of 2 that differ: rank 1 from ranks 0, 2" in text
 
 
+@pytest.mark.parametrize("transport", ["local", "shm"])
+def test_a_parameter_that_one_rank_does_not_use_is_named_on_all(transport: str) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(30, 4), nn.Linear(30, 4)
+
+        def forward(self, x: Tensor, both: bool) -> Tensor:
+            return self.left(x) + (self.right(x) if both else 0)
+
+    def body(comm: Communicator) -> None:
+        model = wrapped(comm, Branches())
+        for _ in range(3):
+            model(batch(comm.rank)[0], both=comm.rank != 1).sum().backward()
+
+    for rank, failure in enumerate(run_ranks(body, 3, transport, return_exceptions=True)):
+        assert isinstance(failure, RuntimeError)
+        assert str(failure).startswith(f"rank {rank}: ")
+        assert "rank 1: expected to have finished reduction" in str(failure)
+        assert "no gradient came for right.weight, right.bias" in str(failure)
+
+
 def test_a_checksum_sees_what_changed_places_and_every_dtype() -> None:
     def body(comm: Communicator) -> None:
         tensors = [torch.arange(5000.0), torch.arange(7, dtype=torch.int8), torch.tensor(1 + 2j), torch.zeros(0)]
