@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,6 +26,7 @@ class Lane:
         self.comm = comm.duplicate()
         self._name = f"rank {comm.rank}: {name}"
         self._progress = Progress(f"ringred-{name}-{comm.rank}")
+        _threads.add(self._progress)
         weakref.finalize(self, _end, self._progress, self.comm)
 
     def submit(self, job: Callable[[Communicator], T]) -> Work[T]:
@@ -44,5 +46,17 @@ class Lane:
 
 
 def _end(progress: Progress, comm: Communicator) -> None:
+    """Closes a lane behind its jobs, without waiting for them."""
     progress.submit(comm.close)
+    progress.submit(lambda: _threads.discard(progress))
     progress.let_end()
+
+
+_threads: set[Progress] = set()
+
+
+@atexit.register
+def _join_all() -> None:
+    """A thread that Python's end meets within torch would end the process with an abort."""
+    for progress in list(_threads):
+        progress.close()

@@ -453,9 +453,10 @@ class ShmTransport:
     def reports(self, timeout: float) -> dict[int, str]:
         deadline = time.monotonic() + timeout
         while True:
+            # In this order: a peer that has left by now has written its report before, and it is found.
+            here = [link.rank for link in self._links.values() if self._left(link) is None]
             found = self._reports()
-            silent = [link for link in self._links.values() if link.rank not in found and self._left(link) is None]
-            if not silent or time.monotonic() >= deadline:
+            if all(rank in found for rank in here) or time.monotonic() >= deadline:
                 return found
             time.sleep(0.002)  # a collective has failed: half a second of this is all there will be
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -258,3 +259,32 @@ def test_ranks_that_are_bound_to_cores_of_their_own_have_them_all() -> None:
             os.sched_setaffinity(0, cores)
             neighbours.close()
             elsewhere.communicate(b"\n")
+
+
+def test_a_report_is_found_though_its_rank_leaves_while_it_is_looked_for() -> None:
+    def body(comm: Communicator) -> dict[int, str]:
+        transport: Any = comm.transport
+        comm.barrier()
+        if comm.rank == 1:
+            met.wait(10)
+            transport.abort("report of 1")
+            transport.close()
+            met.wait(10)
+            return {}
+        look = transport._reports
+
+        def late() -> dict[int, str]:
+            """The first look comes before the report, and what follows it after the end of rank 1."""
+            found = look()
+            if not looked:
+                looked.append(True)
+                met.wait(10)
+                met.wait(10)
+            return found
+
+        looked: list[bool] = []
+        transport._reports = late
+        return transport.reports(5.0)
+
+    met = threading.Barrier(2)
+    assert run_ranks(body, 2, "shm")[0] == {1: "report of 1"}
