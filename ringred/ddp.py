@@ -57,7 +57,7 @@ class DistributedDataParallel(nn.Module):
     None), in reverse order of the parameters, and, from the second iteration, in the order in which rank 0's
     gradients were ready. A full bucket is averaged over the ranks while backward goes on.
 
-    The arguments up to `forward_sync_buffers` are torch's by name, place and default; docs/ddp.md says of each what it
+    The arguments up to `lazy_bucket_allocation` are torch's by name, place and default; docs/ddp.md says of each what it
     does and where it differs. `process_group` is a `Communicator` or a torch process group; by default
     `ringred.init()`'s communicator. ringred's own:
 
@@ -97,6 +97,7 @@ class DistributedDataParallel(nn.Module):
         bucket_cap_mb_list: Sequence[float] | None = None,
         batched_grad_copy: bool = False,
         forward_sync_buffers: bool | None = None,
+        lazy_bucket_allocation: bool = False,
         *,
         reduce_op: str | ReduceOp = "avg",
         algorithm: str = "auto",
@@ -111,6 +112,11 @@ class DistributedDataParallel(nn.Module):
             raise ValueError(
                 "mixed_precision is not supported: torch's own needs an accelerator. torch.autocast computes in 16 "
                 "bits, ringred.hooks.Half reduces in 16 bits"
+            )
+        if lazy_bucket_allocation:
+            raise ValueError(
+                "lazy_bucket_allocation is not supported: buckets lie in memory that ranks share, and their plans are "
+                "made at construction"
             )
         if check_reduction:
             warnings.warn("check_reduction has no effect; it is deprecated in torch too", FutureWarning, stacklevel=2)

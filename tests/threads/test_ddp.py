@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import time
 import weakref
@@ -288,6 +289,7 @@ def test_arguments_are_torchs_and_what_is_not_done_is_refused_with_the_reason() 
         ({"device_ids": [0, 1]}, ValueError, "single element"),
         ({"output_device": 0}, ValueError, "output_device 0"),
         ({"mixed_precision": object()}, ValueError, "torch's own needs an accelerator"),
+        ({"lazy_bucket_allocation": True}, ValueError, "buckets lie in memory that ranks share"),
         ({"bucket_cap_mb": 0}, ValueError, "expected bucket_cap_mb > 0, got 0"),
         ({"bucket_cap_mb_list": [1, -1]}, ValueError, "expected bucket_cap_mb_list > 0, got -1"),
         ({"reduce_op": "max"}, ValueError, "expected reduce_op 'avg' or 'sum', got 'max'"),
@@ -573,3 +575,14 @@ def test_reductions_of_a_backward_that_was_given_up_do_not_disturb_the_next(tran
         return True
 
     assert all(run_ranks(body, 2, transport))
+
+
+def test_the_constructor_is_torchs_argument_by_argument() -> None:
+    """By name, place and default; torch's newest adds to the end."""
+
+    def arguments(kind: type[nn.Module]) -> list[tuple[str, object, object]]:
+        found = inspect.signature(kind.__init__).parameters.values()
+        return [(parameter.name, parameter.default, parameter.kind) for parameter in found]
+
+    theirs = arguments(nn.parallel.DistributedDataParallel)
+    assert arguments(ringred.DistributedDataParallel)[: len(theirs)] == theirs
