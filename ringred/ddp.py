@@ -57,8 +57,8 @@ class DistributedDataParallel(nn.Module):
     None), in reverse order of the parameters, and, from the second iteration, in the order in which rank 0's
     gradients were ready. A full bucket is averaged over the ranks while backward goes on.
 
-    The arguments up to `lazy_bucket_allocation` are torch's by name, place and default; docs/ddp.md says of each what it
-    does and where it differs. `process_group` is a `Communicator` or a torch process group; by default
+    The arguments up to `lazy_bucket_allocation` are torch's by name, place and default; docs/ddp.md says of each what
+    it does and where it differs. `process_group` is a `Communicator` or a torch process group; by default
     `ringred.init()`'s communicator. ringred's own:
 
     - `reduce_op`: "avg" or "sum". Batches of different sizes are averaged exactly by `weigh`.
