@@ -13,7 +13,6 @@ page in equal parts (Linux's PSS), after the last step.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from harness import KEEP_MEMORY, Spread, context, interleaved, memory_kib, on_ranks, rank_order, write_json
+from harness import KEEP_MEMORY, Spread, context, interleaved, memory_kib, on_ranks, rank_order, timed, write_json
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -129,16 +128,7 @@ def rank_main(order: dict[str, Any]) -> None:
         for step in steps.values():
             step()
 
-    def timed(step: Callable[[], None]) -> Callable[[], float]:
-        def measure() -> float:
-            comm.barrier()
-            began = time.perf_counter()
-            step()
-            return time.perf_counter() - began
-
-        return measure
-
-    samples = interleaved({system: timed(step) for system, step in steps.items()}, order["rounds"])
+    samples = interleaved({system: timed(comm, step) for system, step in steps.items()}, order["rounds"])
     table = torch.tensor([samples[system] for system in order["systems"]], dtype=torch.float64)
     comm.all_reduce(table, "max", algorithm="one_shot")
     memory = torch.tensor(memory_kib(), dtype=torch.float64)

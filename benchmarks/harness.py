@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -21,7 +22,17 @@ import torch
 import ringred
 from ringred.topology.detect import machine
 
-__all__ = ["KEEP_MEMORY", "Spread", "context", "interleaved", "memory_kib", "on_ranks", "rank_order", "write_json"]
+__all__ = [
+    "KEEP_MEMORY",
+    "Spread",
+    "context",
+    "interleaved",
+    "memory_kib",
+    "on_ranks",
+    "rank_order",
+    "timed",
+    "write_json",
+]
 
 # glibc's, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
@@ -105,6 +116,18 @@ def rank_order() -> dict[str, Any] | None:
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
     torch.set_num_threads(1)
     return dict(json.loads(os.environ["RINGRED_BENCH_ORDER"]))
+
+
+def timed(comm: ringred.Communicator, step: Callable[[], None]) -> Callable[[], float]:
+    """What measures one `step` in seconds, which all ranks begin together."""
+
+    def measure() -> float:
+        comm.barrier()
+        began = time.perf_counter()
+        step()
+        return time.perf_counter() - began
+
+    return measure
 
 
 def memory_kib() -> tuple[int, int]:

@@ -9,7 +9,6 @@ its tensors, and the ranks' from the system, one kind to a set of processes.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ddp_step import MODELS
-from harness import KEEP_MEMORY, Spread, context, interleaved, memory_kib, on_ranks, rank_order, write_json
+from harness import KEEP_MEMORY, Spread, context, interleaved, memory_kib, on_ranks, rank_order, timed, write_json
 from tabulate import tabulate
 from torch import Tensor
 
@@ -53,17 +52,8 @@ def rank_main(order: dict[str, Any]) -> None:
 
         steps[kind], optimizers[kind] = step, optimizer
 
-    def timed(step: Callable[[], None]) -> Callable[[], float]:
-        def measure() -> float:
-            comm.barrier()
-            began = time.perf_counter()
-            step()
-            return time.perf_counter() - began
-
-        return measure
-
-    interleaved({kind: timed(step) for kind, step in steps.items()}, 3)
-    samples = interleaved({kind: timed(step) for kind, step in steps.items()}, order["rounds"])
+    interleaved({kind: timed(comm, step) for kind, step in steps.items()}, 3)
+    samples = interleaved({kind: timed(comm, step) for kind, step in steps.items()}, order["rounds"])
     table = torch.tensor([samples[kind] for kind in steps], dtype=torch.float64)
     comm.all_reduce(table, "max", algorithm="one_shot")
     memory = torch.tensor([*memory_kib(), *map(state_bytes, optimizers.values())], dtype=torch.float64)
