@@ -254,8 +254,8 @@ class DistributedDataParallel(nn.Module):
             self.require_backward_grad_sync = before
 
     def weigh(self, samples: float) -> None:
-        """The next synchronised backward takes this rank's gradient as the mean over `samples` samples: the reduced
-        one is then the mean over the samples of all ranks, however many each of them has. All ranks call it.
+        """The gradient of the next synchronised forward is taken as the mean over `samples` samples: the reduced one is
+        then the mean over the samples of all ranks, however many each of them has. All ranks call it.
 
         Raises `ValueError` where weights have no meaning: beside a hook, reduce_op="sum", or within `join`.
         """
