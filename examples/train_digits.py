@@ -119,6 +119,8 @@ def main() -> None:
         parser.error("--resume needs --checkpoint")
     grid = tuple(int(extent) for extent in options.grid.split("x")) if options.grid else None
 
+    if options.checkpoint is not None:
+        options.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     comm = ringred.init()
     train, test = digits()
     model = ringred.DistributedDataParallel(

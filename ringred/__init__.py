@@ -66,9 +66,12 @@ _LAZY = {
     "Work": "ringred.work",
     "init": "ringred.bootstrap",
 }
+_SUBMODULES = frozenset({"hooks", "optim", "reports"})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"ringred.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'ringred' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
@@ -76,7 +79,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})
 
 
 def algorithms(collective: str) -> list[str]:

@@ -186,9 +186,15 @@ class Backward:
         self._launch_behind()
 
     def wait(self) -> None:
-        """Until all reductions are over; raises what they failed with."""
+        """Until all reductions are over, for they use the buckets; raises what the first one failed with."""
+        failures = []
         for work in (*self.works, *self._behind):
-            work.wait()
+            try:
+                work.wait()
+            except Exception as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
     def raise_non_finite(self) -> None:
         """Raises `NonFiniteGradient` on every rank if a gradient of any was not finite, and drops them all."""

@@ -126,6 +126,7 @@ class SparseBucket:
                 torch.empty((1, 0), dtype=torch.int64),
                 self._like.new_empty((0, *self._like.shape[1:])),
                 self._like.shape,
+                check_invariants=False,
             )
         gradient = gradient.detach().coalesce()
         self.gradient = gradient if scale is None else gradient * scale

@@ -7,7 +7,8 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast, overload
 
@@ -547,6 +548,17 @@ class Communicator:
         tracer = self._runner.tracer = Tracer(self.rank, self.size, path)
         return tracer
 
+    @contextmanager
+    def for_purpose(self, purpose: str) -> Iterator[None]:
+        """Calls that this thread makes within it only meet those for the same `purpose`: it is part of their contracts,
+        and errors tell it. One thread at a time."""
+        with self._runner.order:
+            self._runner.purpose = purpose
+            try:
+                yield
+            finally:
+                self._runner.purpose = ""
+
     # ------------------------------------------------------------------ ending
 
     @property
@@ -622,8 +634,7 @@ class PersistentAllReduce:
         return self._call.algorithm.name
 
     def start(self, purpose: str = "") -> Work[None]:
-        """Starts it, to run on the progress thread. Ranks whose `purpose` differs do not meet in it: it is part of the
-        call's contract, and errors tell it."""
+        """Starts it, to run on the progress thread. `purpose` is as in `Communicator.for_purpose`."""
         call = self._call.for_purpose(purpose) if purpose else self._call
         work = self._comm._runner.launch(call, self._prepare, async_op=True)
         assert work is not None, "asynchronous calls return their work"

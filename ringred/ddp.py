@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import time
 import warnings
@@ -36,11 +37,12 @@ from ringred.join import UnevenInputs
 from ringred.layout import Members, Settings
 from ringred.ops import ReduceOp
 from ringred.overlap import OverlapReport, forecast, report
-from ringred.policy import Policy
+from ringred.policy import Policy, comm_hook
 from ringred.reducer import Reducer
 from ringred.reductions import CommHook
 from ringred.replicas import broadcast_tensors, check_same_model, check_same_values
 from ringred.stragglers import StragglerReport, straggler_report
+from ringred.sync_batchnorm import SyncBatchNorm
 from ringred.torch_versions import compiled_in_buckets, not_compiled
 
 __all__ = ["DistributedDataParallel"]
@@ -146,7 +148,8 @@ class DistributedDataParallel(nn.Module):
         if desync_check_every < 0:
             raise ValueError(f"DistributedDataParallel: expected desync_check_every ≥ 0, got {desync_check_every}")
         alike = [
-            *(str(settings), f"desync_check_every={desync_check_every}", f"bucket plan {plan_text(bucket_plan)}"),
+            *(f"{field.name}={getattr(settings, field.name)}" for field in dataclasses.fields(settings)),
+            *(f"desync_check_every={desync_check_every}", f"bucket plan {plan_text(bucket_plan)}"),
             f"init_sync={init_sync}, {init_buffers}, forward_sync_buffers={self.forward_sync_buffers}",
             *special_parameters(module, delay_all_reduce_named_params, param_to_hook_all_reduce),
         ]
@@ -261,6 +264,13 @@ class DistributedDataParallel(nn.Module):
         """
         if self.reducer.layout.hooked or self.reducer.settings.op is ReduceOp.SUM or self._uneven is not None:
             raise ValueError("weigh goes with reduce_op='avg', without a communication hook, outside of join()")
+        if self._weight is not None or not self.require_backward_grad_sync:
+            raise ValueError("weigh: once before each synchronised forward, and not within no_sync()")
+        if any(isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) for module in self.module.modules()):
+            raise ValueError(
+                "weigh does not go with SyncBatchNorm, which adds gradients of all ranks before they are weighed: use "
+                "reduce_op='sum', and divide losses by the samples of all ranks"
+            )
         if not 0 <= samples < float("inf"):
             raise ValueError(f"weigh: expected a number of samples ≥ 0, got {samples}")
         self._weight = float(samples)
@@ -329,6 +339,12 @@ class DistributedDataParallel(nn.Module):
                 "join() does not go with a ShardedOptimizer or LocalSGD, in whose steps all ranks take part, nor with "
                 "skip_all_reduce_unused_params, for a rank without inputs does not know what is used"
             )
+        layers = (SyncBatchNorm, nn.SyncBatchNorm)
+        if not throw_on_early_termination and any(isinstance(m, layers) for m in self.module.modules()):
+            raise RuntimeError(
+                "join() does not go with SyncBatchNorm, in whose forward all ranks take part, but for "
+                "throw_on_early_termination=True"
+            )
         self._uneven = UnevenInputs(self.comm, divide_by_initial_world_size, throw_on_early_termination)
         try:
             yield
@@ -383,7 +399,7 @@ class DistributedDataParallel(nn.Module):
                 f"{type(state).__name__} does not go with find_unused_parameters or check_finite: it acts before it is "
                 "known whether gradients count"
             )
-        self.reducer.set_policy(state)
+        self.reducer.set_policy(state, None if hook is comm_hook else hook)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `Module.zero_grad`; it forgets gradients that lie in the shares of a `ShardedOptimizer` as well."""
@@ -426,10 +442,10 @@ class DistributedDataParallel(nn.Module):
         if times is None:
             raise RingredError(f"rank {self.comm.rank}: overlap_report: no synchronised backward was made yet")
         first = FIRST_BUCKET_BYTES if len(self.reducer.settings.caps) == 2 else None
-        caps = forecast(
+        caps, slowness = forecast(
             times, self.reducer.layout.entries, self.reducer.members.sparse, self.comm.predicted_seconds, first
         )
-        return report(times, caps)
+        return report(times, caps, slowness)
 
     def straggler_report(self) -> StragglerReport:
         """Which rank the others wait for, over the last iterations, alike on all ranks. Collective."""

@@ -20,7 +20,7 @@ from ringred.communicator import Communicator
 from ringred.compression import dequantised, largest, low_rank_shape, orthonormal, quantised, spread
 from ringred.futures import future_of
 from ringred.ops import ReduceOp
-from ringred.policy import Gradients, Policy
+from ringred.policy import Gradients, Policy, comm_hook
 from ringred.replicas import average_tensors
 from ringred.select import share_bounds
 
@@ -55,13 +55,6 @@ def all_reduce_hook(comm: Communicator, bucket: dist.GradBucket) -> Future[Tenso
         return gradients
 
     reduced: Future[Tensor] = future_of([work], averaged)
-    return reduced
-
-
-def comm_hook(state: "Policy", bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-    """Reduces `bucket` as the policy `state` does; for `register_comm_hook(state, comm_hook)`."""
-    work = state.submit(Gradients(bucket.index(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
-    reduced: Future[Tensor] = future_of([work], work.wait)
     return reduced
 
 

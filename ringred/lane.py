@@ -29,14 +29,16 @@ class Lane:
         _threads.add(self._progress)
         weakref.finalize(self, _end, self._progress, self.comm)
 
-    def submit(self, job: Callable[[Communicator], T]) -> Work[T]:
-        """Runs `job` on the lane's communicator behind all others. Where it raises, the other ranks do too."""
+    def submit(self, job: Callable[[Communicator], T], purpose: str = "") -> Work[T]:
+        """Runs `job` on the lane's communicator behind all others. Where it raises, the other ranks do too. `purpose`
+        is as in `Communicator.for_purpose`."""
         comm = self.comm
         work: Work[T] = Work(self._name)
 
         def done() -> T:
             try:
-                return job(comm)
+                with comm.for_purpose(purpose):
+                    return job(comm)
             except BaseException as failure:
                 comm.abort(failure)  # peers may be within the collectives that this rank does not come to
                 raise

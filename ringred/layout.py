@@ -92,9 +92,9 @@ class Layout:
         self._hook = state, hook
         self._reductions.clear()
 
-    def set_policy(self, policy: Policy) -> None:
-        """From here on `policy` reduces dense buckets."""
-        self._policy = policy
+    def set_policy(self, policy: Policy, hook: CommHook | None) -> None:
+        """From here on `policy` reduces dense buckets; by way of `hook(policy, bucket)`, if there is one."""
+        self._policy, self._hook = policy, None if hook is None else (policy, hook)
         self._reductions.clear()
 
     def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
@@ -153,10 +153,10 @@ class Layout:
             assert self._lane is not None, "there is a lane where there is a sparse bucket"
             return SparseReduction(self._lane, bucket, op)
         parameters = [self.members.parameters[at] for at in bucket.indices]
-        if self._policy is not None:
-            return PolicyReduction(self._policy, bucket, number, parameters)
         if self._hook is not None:
             return HookReduction(*self._hook, bucket, number, number == len(self.buckets) - 1, parameters)
+        if self._policy is not None:
+            return PolicyReduction(self._policy, bucket, number, parameters)
         settings = self.settings
         if self.shares is not None:
             return ShareReduction(self.comm, bucket, self.shares[number], op, settings.algorithm, settings.grid)

@@ -75,7 +75,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     In backward buckets are reduce-scattered instead of all-reduced, under backward as ever; `step` updates the own
     share of one bucket while those of the buckets before are gathered. Afterwards `.grad` is None: the mean lies in
     shares. `clip_grad_norm_` clips it. `groups` are as an optimizer of torch takes them, the model's parameters by
-    default; schedules of torch work on `param_groups`. A `GradScaler` finds no gradients to look at, and says so.
+    default; schedules of torch work on `param_groups`. A `GradScaler` finds no gradients to look at, and fails.
 
     `kind` is an optimizer of torch that treats each element by itself (`elementwise=True` vouches for others), as
     SGD and the Adams do. Raises `ValueError` otherwise, and for a model with find_unused_parameters, static_graph,

@@ -16,6 +16,7 @@ from ringred.trace import Tracer
 __all__ = ["BackwardTimes", "BucketTimes", "CapForecast", "OverlapReport", "forecast", "report", "trace"]
 
 _CAPS_MB = (1, 2, 5, 10, 25, 50, 100)  # that are tried
+SLOW = 4.0  # times the model's time, from which a reduction waited more than it worked
 
 
 @dataclass(slots=True)
@@ -65,12 +66,14 @@ class OverlapReport:
     """The last synchronised backward of this rank. `print` it, or take `as_dict()` for JSON, `scalars()` for a log.
 
     `caps` holds a forecast for other bucket caps: gradients come when they came this time, and a reduction takes what
-    the cost model says of its size, times what the model was off by in this backward.
+    the cost model says of its size, times what the model was off by in this backward. Where it was off by `slowness`
+    of 4 or more the time went to waiting for another rank, most likely, and no cap is advised.
     """
 
     backward_ms: float
     buckets: tuple[BucketTimes, ...]
     caps: tuple[CapForecast, ...] = ()
+    slowness: float = 1.0
 
     @property
     def communication_ms(self) -> float:
@@ -92,8 +95,8 @@ class OverlapReport:
 
     @property
     def best_cap(self) -> CapForecast | None:
-        """The forecast with the least exposed time, of the largest cap where several have it."""
-        return min(self.caps, key=lambda cap: (round(cap.exposed_ms, 2), -cap.cap_mb), default=None)
+        """The forecast with the least exposed time, of the smallest cap where several have it."""
+        return min(self.caps, key=lambda cap: (round(cap.exposed_ms, 2), cap.cap_mb), default=None)
 
     def scalars(self) -> dict[str, float]:
         """What a log keeps of it, by name."""
@@ -111,6 +114,7 @@ class OverlapReport:
             "communication_ms": self.communication_ms,
             "exposed_ms": self.exposed_ms,
             "hidden": self.hidden,
+            "slowness": self.slowness,
             "buckets": [asdict(bucket) for bucket in self.buckets],
             "caps": [asdict(cap) for cap in self.caps],
         }
@@ -127,18 +131,21 @@ class OverlapReport:
             f"{self.hidden:.0%} hidden"
         )
         best = self.best_cap
+        if self.slowness >= SLOW:
+            return (
+                f"{text}\nreductions took {self.slowness:.0f} times what this machine needs for them: another rank was "
+                "late, most likely (straggler_report tells)"
+            )
         if best is None:
             return text
         if best.exposed_ms >= 0.9 * self.exposed_ms:
             return f"{text}\nno other bucket_cap_mb is expected to hide more"
-        return (
-            f"{text}\nbucket_cap_mb={best.cap_mb:g} ({best.buckets} buckets) is expected to leave "
-            f"{best.exposed_ms:.2f} ms after backward"
-        )
+        buckets = f"{best.buckets} bucket{'' if best.buckets == 1 else 's'}"
+        return f"{text}\nbucket_cap_mb={best.cap_mb:g} ({buckets}) is expected to leave {best.exposed_ms:.2f} ms after backward"
 
 
-def report(times: BackwardTimes, caps: Sequence[CapForecast] = ()) -> OverlapReport:
-    """What `times` say."""
+def report(times: BackwardTimes, caps: Sequence[CapForecast] = (), slowness: float = 1.0) -> OverlapReport:
+    """What `times` say, with the forecasts and what they rest on."""
 
     def since(at_ns: int) -> float:
         return (at_ns - times.began_ns) / 1e6
@@ -150,7 +157,7 @@ def report(times: BackwardTimes, caps: Sequence[CapForecast] = ()) -> OverlapRep
         rows.append(
             BucketTimes(number, times.nbytes[number], times.parameters[number], times.algorithms[number], *at, exposed)
         )
-    return OverlapReport(since(times.ended_ns), tuple(rows), tuple(caps))
+    return OverlapReport(since(times.ended_ns), tuple(rows), tuple(caps), slowness)
 
 
 def forecast(
@@ -159,8 +166,8 @@ def forecast(
     sparse: Collection[int],
     seconds_of: Callable[[int], float],
     first_cap: int | None = None,
-) -> list[CapForecast]:
-    """What other caps would give; `seconds_of(nbytes)` is what the cost model says of one reduction.
+) -> tuple[list[CapForecast], float]:
+    """What other caps would give, and by what reductions took longer than `seconds_of(nbytes)`, the cost model, says.
 
     `entries` are the parameters by their places, as `assign` takes them. Those at `sparse`, and delayed ones, have
     buckets of their own whatever the cap, and are left out. `first_cap` is that of the first bucket in bytes, if it is
@@ -171,8 +178,9 @@ def forecast(
     own = [at for at, algorithm in enumerate(times.algorithms) if algorithm != SPARSE_ROWS]
     modelled = sum(seconds_of(times.nbytes[at]) for at in own)
     measured = sum(times.done_ns[at] - times.started_ns[at] for at in own) / 1e9
-    if not order or not modelled:
-        return []
+    slowness = measured / modelled if modelled else 1.0
+    if not order or slowness >= SLOW:
+        return [], slowness
     found = []
     for cap_mb in _CAPS_MB:
         cap = cap_mb * MIB
@@ -181,10 +189,10 @@ def forecast(
         for indices in buckets:
             full = (max(times.ready_ns[at] for at in indices) - times.began_ns) / 1e9
             nbytes = sum(entries[at].nbytes for at in indices)
-            free = max(free, full) + seconds_of(nbytes) * measured / modelled
+            free = max(free, full) + seconds_of(nbytes) * slowness
         exposed = max(0.0, free - (times.ended_ns - times.began_ns) / 1e9)
         found.append(CapForecast(cap_mb, len(buckets), exposed * 1e3))
-    return found
+    return found, slowness
 
 
 def trace(times: BackwardTimes, tracer: Tracer) -> None:

@@ -1,20 +1,22 @@
 """What reduces buckets in the place of the all-reduce: the base of the communication hooks in `ringred.hooks`."""
 
-from __future__ import annotations
-
+# No annotations from the future here: torch compares those of a hook with its own classes.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.futures import Future
 
 from ringred.communicator import Communicator
 from ringred.errors import ModelMismatch, RingredError
+from ringred.futures import future_of
 from ringred.lane import Lane
 from ringred.transports.base import Counters
 from ringred.work import Work
 
-__all__ = ["Gradients", "Policy"]
+__all__ = ["Gradients", "Policy", "comm_hook"]
 
 
 class Gradients(NamedTuple):
@@ -60,8 +62,9 @@ class Policy:
             )
         self._attached = True
 
-    def submit(self, gradients: Gradients) -> Work[Tensor]:
-        """Starts to reduce `gradients`; what fails in `reduce` is a `RingredError` that says where, on every rank."""
+    def submit(self, gradients: Gradients, purpose: str = "") -> Work[Tensor]:
+        """Starts to reduce `gradients`; what fails in `reduce` is a `RingredError` that says where, on every rank.
+        `purpose` is as in `Communicator.for_purpose`."""
 
         def job(comm: Communicator) -> Tensor:
             try:
@@ -74,7 +77,7 @@ class Policy:
                     f"{type(failure).__name__}: {failure}"
                 ) from failure
 
-        return self._lane.submit(job)
+        return self._lane.submit(job, purpose)
 
     @property
     def counters(self) -> Counters:
@@ -106,3 +109,10 @@ class Policy:
                 f"that of rank {theirs[0]} of {theirs[1]}"
             )
         self._kept = {(name, number): (None, kept.clone()) for name, number, kept in state_dict["kept"]}
+
+
+def comm_hook(state: Policy, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    """Reduces `bucket` as the policy `state` does; for `register_comm_hook(state, comm_hook)`."""
+    work = state.submit(Gradients(bucket.index(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
+    reduced: Future[Tensor] = future_of([work], work.wait)
+    return reduced

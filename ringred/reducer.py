@@ -363,11 +363,11 @@ class Reducer:
         self._expect_fresh("a communication hook is registered")
         self.layout.set_hook(state, hook)
 
-    def set_policy(self, policy: Policy) -> None:
-        """As `set_hook`, by a policy."""
+    def set_policy(self, policy: Policy, hook: CommHook | None = None) -> None:
+        """As `set_hook`, by a policy; by way of `hook`, if there is one."""
         self._expect_fresh("a communication hook is registered")
         policy.attach(self.comm, self.members.parameters)
-        self.layout.set_policy(policy)
+        self.layout.set_policy(policy, hook)
 
     def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
         """From here on each rank gets its share of the gradients alone, in buckets that stay as `plan` says. Raises

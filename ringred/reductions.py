@@ -125,7 +125,7 @@ class PolicyReduction:
         self.algorithm = type(policy).__name__
 
     def start(self, purpose: str) -> InFlight:
-        return _ByPolicy(self._policy.submit(self._gradients), self._gradients.flat)
+        return _ByPolicy(self._policy.submit(self._gradients, purpose), self._gradients.flat)
 
 
 class _ByPolicy:
@@ -201,11 +201,16 @@ class ShareReduction:
     def start(self, purpose: str) -> InFlight:
         share = self._share
         before = share.gradient.clone() if share.holds else None
-        work = self._comm.reduce_scatter(
-            share.gradient, self._parts, self._op, algorithm=self._asked[0], grid=self._asked[1], async_op=True
-        )
+        with self._comm.for_purpose(purpose):
+            work = self._scattered()
         assert work is not None, "asynchronous calls return their work"
         return _Scattering(work, share, before)
+
+    def _scattered(self) -> Work[None] | None:
+        share = self._share
+        return self._comm.reduce_scatter(
+            share.gradient, self._parts, self._op, algorithm=self._asked[0], grid=self._asked[1], async_op=True
+        )
 
 
 class _Scattering:
@@ -239,7 +244,7 @@ class SparseReduction:
             assert bucket.gradient is not None, "a bucket is full when its reduction starts"
             bucket.gradient = _sum_rows(comm, bucket.gradient, op)
 
-        return self._lane.submit(job)
+        return self._lane.submit(job, purpose)
 
 
 def _sum_rows(comm: Communicator, gradient: Tensor, op: ReduceOp) -> Tensor:
@@ -258,4 +263,6 @@ def _sum_rows(comm: Communicator, gradient: Tensor, op: ReduceOp) -> Tensor:
         total.index_add_(0, place, part)
     if op is ReduceOp.AVG:
         total /= comm.size
-    return torch.sparse_coo_tensor(present.unsqueeze(0), total, gradient.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(
+        present.unsqueeze(0), total, gradient.shape, is_coalesced=True, check_invariants=False
+    )

@@ -24,7 +24,10 @@ from ringred.work import Progress, Work
 
 __all__ = ["Runner", "contract"]
 
-_LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
+_LIBRARIES = (
+    *(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__)),
+    *(module.__file__ or "" for module in (contextlib, threading)),
+)
 _OUTGOING = 32  # asynchronous sends that may be on their way
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
 _STRIDE = 0x9E3779B97F4A7C15
@@ -39,7 +42,8 @@ class Runner:
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
         self.closed = False
-        self._order = threading.RLock()
+        self.purpose = ""  # which calls launched meanwhile have, see `Call.for_purpose`
+        self.order = threading.RLock()
         self._progress = Progress(f"ringred-{name}-{self.rank}")
         self._sequence = 0
         self._pair_sequence: dict[tuple[int, int], int] = {}
@@ -61,9 +65,11 @@ class Runner:
         `prepare` makes the plan, on the thread that runs it; None where it did all itself. `pair` is the sender
         and receiver of what only concerns two ranks. `holding` is kept until it is done, even if nobody waits.
         """
-        with self._order:
+        with self.order:
             if self._failure is not None or self.closed:
                 self._refuse(call)
+            if self.purpose:
+                call = call.for_purpose(self.purpose)
             if not async_op and self._progress.is_current():
                 raise RingredError(
                     f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
@@ -109,7 +115,7 @@ class Runner:
 
     def close(self) -> None:
         """Finishes what is in flight and closes the transport. A second call does nothing."""
-        with self._order:
+        with self.order:
             if self.closed:
                 return
             self.closed = True

@@ -70,6 +70,8 @@ class StragglerReport:
         return {"iterations": self.iterations, "waiting": self.waiting, "straggler": self.straggler, "ranks": ranks}
 
     def __str__(self) -> str:
+        if not self.iterations:
+            return "no two synchronised backwards were made yet: nothing is known of stragglers"
         rows = [(r.rank, r.host, r.busy_ms, r.waits_ms, r.last, f"{r.caused:.0%}") for r in self.ranks]
         headers = ["rank", "host", "busy ms", "waits ms", "last", "caused of all waiting"]
         table = tabulate(rows, headers=headers, floatfmt=".2f")

@@ -86,6 +86,7 @@ class ShmTransport:
         own = list(members).index(neighbours.rank)
         self.rank, self.size = names[own], len(members) if size is None else size
         self.counters = Counters()
+        self._froze = False
         self.segment_bytes = SLOT_BYTES
         self._neighbours, self._timeout = neighbours, timeout
         self._heap, self.window = neighbours.heap, neighbours.windows[neighbours.rank]
@@ -444,7 +445,8 @@ class ShmTransport:
         self._words[self._at + REPORT_LENGTH] = len(text)
         self._words[self._at + ABORTED] = 1
         self._words[self._at + ALARM] = 1
-        self._heap.freeze()  # a peer that has not heard yet may still write where it was told to
+        self._heap.freeze()  # a peer that has not heard yet may still write where it was told to, until it leaves
+        self._froze = True
         self.peer_lost()
         for link in self._links.values():
             link.words[link.words_at + ALARM] = 1
@@ -493,5 +495,7 @@ class ShmTransport:
             gone = self._member[link.rank] in self._neighbours.gone
             if not self._words[link.taken_at + LEFT] and not gone:
                 return False
+        if self._froze:
+            self._heap.thaw()
         self._heap.give_back(self._block, self._layout.nbytes)
         return True

@@ -78,7 +78,8 @@ class Heap:
         self._lock = threading.Lock()
         self._free: list[tuple[int, int]] = [(0, window.nbytes)]  # (start, end), ascending, never adjacent
         self._returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run anywhere, in `take` itself too
-        self._frozen = False
+        self._frozen = 0  # how many ask that nothing be given back
+        self._held_back: list[tuple[int, int]] = []
         _live.add(self)
 
     def take(self, nbytes: int) -> int:
@@ -102,6 +103,7 @@ class Heap:
     def give_back(self, offset: int, nbytes: int) -> None:
         """Frees the block of `nbytes` bytes at `offset`; the pages that it filled go back to the system."""
         if self._frozen:
+            self._held_back.append((offset, nbytes))
             return
         unit = _PAGE if nbytes >= _PAGE else _LINE
         end = offset + max(1, -(-nbytes // unit)) * unit
@@ -120,7 +122,13 @@ class Heap:
 
     def freeze(self) -> None:
         """From here on nothing is given back: a peer may still write where it was told to."""
-        self._frozen = True
+        self._frozen += 1
+
+    def thaw(self) -> None:
+        """The end of one `freeze`: with the last, what was held back meanwhile is given back."""
+        self._frozen -= 1
+        while not self._frozen and self._held_back:
+            self.give_back(*self._held_back.pop())
 
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor in a block of its own, which is free again once its memory is no longer used."""

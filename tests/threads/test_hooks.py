@@ -419,3 +419,22 @@ def test_what_a_policy_keeps_goes_into_a_checkpoint(name: str) -> None:
         return all(torch.equal(a, b) for a, b in zip(steps(model, 1), steps(again, 1), strict=True))
 
     assert all(run_ranks(body, 2))
+
+
+def test_a_hook_around_a_policy_is_called() -> None:
+    def body(comm: Communicator) -> tuple[int, bool]:
+        calls = []
+
+        def doubled(state: hooks.Policy, bucket: Any) -> Any:
+            calls.append(bucket.index())
+            return hooks.comm_hook(state, bucket).then(lambda future: future.value() * 2)
+
+        found = []
+        for hook in (hooks.comm_hook, doubled):
+            model = ringred.DistributedDataParallel(small(), process_group=comm, bucket_cap_mb=0.005)
+            model.register_comm_hook(hooks.Half(comm), hook)
+            F.cross_entropy(model(batch(comm, 0)[0]), batch(comm, 0)[1]).backward()
+            found.append([p.grad for p in model.parameters()])
+        return len(calls), all(torch.equal(2 * a, b) for a, b in zip(*found, strict=True))
+
+    assert run_ranks(body, 2) == [(2, True)] * 2

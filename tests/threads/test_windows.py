@@ -288,3 +288,24 @@ def test_a_report_is_found_though_its_rank_leaves_while_it_is_looked_for() -> No
 
     met = threading.Barrier(2)
     assert run_ranks(body, 2, "shm")[0] == {1: "report of 1"}
+
+
+def test_memory_is_given_back_again_once_a_failed_communicator_is_closed() -> None:
+    def body(comm: Communicator) -> tuple[int, int]:
+        heap = comm.transport._heap
+        failed = comm.duplicate()
+        with pytest.raises(CollectiveMismatch):
+            failed.all_reduce(torch.ones(1 + comm.rank))
+        comm.barrier()
+        held = comm.empty(1 << 20)
+        del held
+        frozen = len(heap._held_back)
+        comm.barrier()
+        failed.close()
+        comm.barrier()
+        comm.duplicate().close()  # whatever makes or closes one lets closed ones go
+        return frozen, len(heap._held_back)
+
+    for frozen, after in run_ranks(body, 2, "shm"):
+        assert frozen > 0
+        assert after == 0
