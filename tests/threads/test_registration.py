@@ -47,3 +47,11 @@ def test_whatever_is_imported_first(first: str) -> None:
         )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split()[-1] == "ringred"
+
+
+def test_the_modules_that_users_name_are_there_with_the_package_alone() -> None:
+    code = (
+        "import ringred; print(ringred.hooks.PowerSGD, ringred.optim.ShardedOptimizer, ringred.reports.write_scalars)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
