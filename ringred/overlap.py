@@ -141,7 +141,8 @@ class OverlapReport:
         if best.exposed_ms >= 0.9 * self.exposed_ms:
             return f"{text}\nno other bucket_cap_mb is expected to hide more"
         buckets = f"{best.buckets} bucket{'' if best.buckets == 1 else 's'}"
-        return f"{text}\nbucket_cap_mb={best.cap_mb:g} ({buckets}) is expected to leave {best.exposed_ms:.2f} ms after backward"
+        left = f"is expected to leave {best.exposed_ms:.2f} ms after backward"
+        return f"{text}\nbucket_cap_mb={best.cap_mb:g} ({buckets}) {left}"
 
 
 def report(times: BackwardTimes, caps: Sequence[CapForecast] = (), slowness: float = 1.0) -> OverlapReport:
