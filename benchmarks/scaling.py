@@ -70,18 +70,17 @@ def final_accuracy(comm: ringred.Communicator, algorithm: str, epochs: int) -> f
     model = ringred.DistributedDataParallel(
         train_digits.make_model(), process_group=comm, algorithm=algorithm, bucket_cap_mb=train_digits.BUCKET_CAP_MB
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=train_digits.BASE_RATE, momentum=0.9, weight_decay=1e-4)
     sampler = DistributedSampler(train, num_replicas=comm.size, rank=comm.rank, seed=1)
     loader = DataLoader(train, batch_size=train_digits.BATCH, sampler=sampler, drop_last=True)
+    schedule = train_digits.schedule_of(optimizer, comm.size, len(loader), epochs)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
-        for index, (images, labels) in enumerate(loader):
-            for group in optimizer.param_groups:
-                step = epoch * len(loader) + index
-                group["lr"] = train_digits.learning_rate(step, comm.size, len(loader), epochs)
+        for images, labels in loader:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
+            schedule.step()
     return float(train_digits.accuracy(model, test, comm))
 
 
