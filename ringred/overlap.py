@@ -16,6 +16,7 @@ from ringred.trace import Tracer
 __all__ = ["BackwardTimes", "BucketTimes", "CapForecast", "OverlapReport", "forecast", "report", "trace"]
 
 _CAPS_MB = (1, 2, 5, 10, 25, 50, 100)  # that are tried
+_LITTLE = 0.05  # of backward, below which nothing is worth a word
 SLOW = 4.0  # times the model's time, from which a reduction waited more than it worked
 
 
@@ -67,7 +68,7 @@ class OverlapReport:
 
     `caps` holds a forecast for other bucket caps: gradients come when they came this time, and a reduction takes what
     the cost model says of its size, times what the model was off by in this backward. Where it was off by `slowness`
-    of 4 or more the time went to waiting for another rank, most likely, and no cap is advised.
+    of 4 or more the time went to waiting, for another rank or a core, and no cap is advised.
     """
 
     backward_ms: float
@@ -131,10 +132,12 @@ class OverlapReport:
             f"{self.hidden:.0%} hidden"
         )
         best = self.best_cap
+        if self.exposed_ms <= _LITTLE * self.backward_ms:
+            return text  # there is nothing to gain
         if self.slowness >= SLOW:
             return (
-                f"{text}\nreductions took {self.slowness:.0f} times what this machine needs for them: another rank was "
-                "late, most likely (straggler_report tells)"
+                f"{text}\nreductions took {self.slowness:.0f} times what the cost model says: they waited, for a rank that "
+                "came late (straggler_report tells) or for a core"
             )
         if best is None:
             return text
