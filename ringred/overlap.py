@@ -136,8 +136,8 @@ class OverlapReport:
             return text  # there is nothing to gain
         if self.slowness >= SLOW:
             return (
-                f"{text}\nreductions took {self.slowness:.0f} times what the cost model says: they waited, for a rank that "
-                "came late (straggler_report tells) or for a core"
+                f"{text}\nreductions took {self.slowness:.0f} times what the cost model says: they waited, for a rank "
+                "that came late (straggler_report tells) or for a core"
             )
         if best is None:
             return text
