@@ -162,8 +162,9 @@ class Backward:
             self._behind.append(self.layout.comm.all_reduce(self.used_somewhere, ReduceOp.MAX, async_op=True))
         if self.layout.settings.check_finite:
             self._found = torch.empty(3 * self.layout.comm.size, dtype=torch.int64)
-            mine = torch.tensor(self._non_finite)
-            self._behind.append(self.layout.comm.all_gather(self._found, mine, async_op=True))  # type: ignore[arg-type]
+            work = self.layout.comm.all_gather(self._found, torch.tensor(self._non_finite), async_op=True)
+            assert work is not None, "asynchronous calls return their work"
+            self._behind.append(work)
 
     def _note_non_finite(self, bucket: Bucket | SparseBucket) -> None:
         """Where a gradient holds NaN or infinity, the bucket counts as zeros, so that nobody else gets them."""

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,7 @@ class DistributedDataParallel(nn.Module):
             turn = self._uneven.next((syncing, copying))
             root = turn.root
             if self._scales(self._uneven):
-                active = len(turn.active)
-                scale = lambda: 1 / active  # noqa: E731
+                scale = partial(float, 1 / len(turn.active))
         if syncing:
             reducer.rebuild()
             if self._weight is not None:
