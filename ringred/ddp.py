@@ -214,7 +214,8 @@ class DistributedDataParallel(nn.Module):
         reducer = self.reducer
         syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
         copying = self.forward_sync_buffers and self._sync_buffers_next
-        root, scale = 0, None
+        root = 0
+        scale: Callable[[], float] | None = None
         if syncing:
             reducer.check_finished()
             self._check_unchanged()
