@@ -42,13 +42,6 @@ class Proof:
     put_safe: frozenset[tuple[int, int, int]]
 
 
-class _Value(NamedTuple):
-    """An expression: the ranks in it as a bit mask, and what tells it apart from every other one."""
-
-    ranks: int
-    key: object  # a rank for a contribution, a tuple of keys' ids for a fold
-
-
 class _Message(NamedTuple):
     sender: int
     step: int
@@ -59,34 +52,43 @@ class _Message(NamedTuple):
 _Node = tuple[int, int]  # (rank, step): all receives of one step of one rank
 
 
-class _Interner:
-    """Gives every distinct expression one object, so that comparing two is comparing identities."""
+class _Expressions:
+    """Numbers every distinct expression: values of one number have the same bits.
+
+    Of expression n, `ranks[n]` are the ranks in it as a bit mask; `whole[n]` says that a mean was divided there, by a
+    fold that is the last write of units that are kept; `rank_ordered[n]`, that it is one fold of contributions in rank
+    order, or one contribution.
+    """
 
     def __init__(self) -> None:
-        self._values: dict[tuple[int, object], _Value] = {}
-        self._in_order: set[int] = set()
+        self.ranks: list[int] = []
+        self.whole: list[bool] = []
+        self.rank_ordered: list[bool] = []
+        self._folds: dict[tuple[tuple[int, ...], bool], int] = {}
 
-    def leaf(self, rank: int, index: int) -> _Value:
-        value = self._intern(_Value(1 << rank, (rank, index)))
-        self._in_order.add(id(value))
-        return value
+    def contribution(self, rank: int) -> int:
+        return self._add(1 << rank, False, True)
 
-    def fold(self, operands: list[_Value]) -> _Value:
-        masks = [operand.ranks for operand in operands]
-        ids = [id(operand) for operand in operands]
+    def fold(self, operands: tuple[int, ...], whole: bool) -> int:
         pair = len(operands) == 2
-        value = self._intern(_Value(sum(masks), tuple(sorted(ids) if pair else ids)))
-        leaves = all(mask & (mask - 1) == 0 for mask in masks)
-        if leaves and (pair or masks == sorted(masks)):
-            self._in_order.add(id(value))
-        return value
+        if pair and operands[0] > operands[1]:
+            operands = operands[::-1]
+        number = self._folds.get((operands, whole))
+        if number is None:
+            masks = [self.ranks[operand] for operand in operands]
+            contributions = all(mask & (mask - 1) == 0 for mask in masks)
+            number = self._add(sum(masks), whole, contributions and (pair or masks == sorted(masks)))
+            self._folds[operands, whole] = number
+        return number
 
-    def in_rank_order(self, value: _Value) -> bool:
-        """Whether the value is one fold of contributions in rank order, or one contribution itself."""
-        return id(value) in self._in_order
+    def _add(self, ranks: int, whole: bool, rank_ordered: bool) -> int:
+        self.ranks.append(ranks)
+        self.whole.append(whole)
+        self.rank_ordered.append(rank_ordered)
+        return len(self.ranks) - 1
 
-    def _intern(self, value: _Value) -> _Value:
-        return self._values.setdefault((value.ranks, value.key), value)
+
+_NOTHING = -1  # in the place of an expression: the rank does not hold the unit
 
 
 def verify(spec: Spec, schedule: Callable[[int], Iterable[Step]], *, puts: bool = False) -> Proof:
@@ -211,13 +213,15 @@ def _order(spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, in
             for chunk, _, _ in fold_groups(step):
                 written.update(chunk.units)
                 for u in chunk.units:
-                    waits.update((reader, chunk) for reader in unread.pop(u, ()))
+                    for reader in unread.pop(u, ()):
+                        waits[reader] = chunk
             overwrites[node] = waits
             for at, op in enumerate(step):
                 # A chunk that is sent and received in one step is sent from a slot: nobody reads it here.
                 if isinstance(op, Send) and written.isdisjoint(op.chunk.units):
+                    reader = consumer[rank, index, at]
                     for u in op.chunk.units:
-                        unread[u].append(consumer[rank, index, at])
+                        unread[u].append(reader)
     order, stuck = _topological(data, overwrites)
     if not stuck:
         return order
@@ -261,103 +265,99 @@ def _run(
     spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
 ) -> bool:
     """Runs the schedule on expressions and checks the end; True if every fold is one sum in rank order."""
-    interner = _Interner()
-    held: list[dict[int, _Value]] = [{} for _ in range(spec.size)]
+    expressions = _Expressions()
+    held = [[_NOTHING] * spec.units for _ in range(spec.size)]
     for u, sources in enumerate(spec.sources):
         for rank in sources:
-            held[rank][u] = interner.leaf(rank, u)
-    # What a mean was divided in: it must be all that is wanted, and nothing that is added to once more.
-    divided: list[set[int]] = [set() for _ in range(spec.size)]
+            held[rank][u] = expressions.contribution(rank)
     last_write = [last_writes(rank_steps) for rank_steps in steps]
-    in_flight: dict[tuple[int, int, int], tuple[tuple[_Value, bool], ...]] = {}
+    in_flight: dict[tuple[int, int, int], list[int]] = {}
 
     def post_sends(rank: int, index: int) -> None:
         if index >= len(steps[rank]):
             return
         for at, op in enumerate(steps[rank][index]):
             if isinstance(op, Send):
-                missing = [u for u in op.chunk.units if u not in held[rank]]
-                if missing:
+                values = held[rank][op.chunk.start : op.chunk.stop]
+                if _NOTHING in values:
+                    missing = op.chunk.start + values.index(_NOTHING)
                     raise ScheduleError(
-                        f"{_where(spec, rank, index, op.chunk)}: sends unit {missing[0]}, which it does not hold"
+                        f"{_where(spec, rank, index, op.chunk)}: sends unit {missing}, which it does not hold"
                     )
-                in_flight[rank, index, at] = tuple((held[rank][u], u in divided[rank]) for u in op.chunk.units)
+                in_flight[rank, index, at] = values
 
     for rank in range(spec.size):
         post_sends(rank, 0)
     for rank, index in order:
         mine = held[rank]
-        step = steps[rank][index]
-        arrived: dict[tuple[Chunk, bool], list[tuple[int, tuple[tuple[_Value, bool], ...]]]] = defaultdict(list)
-        for at, op in enumerate(step):
+        folds: dict[Chunk, list[tuple[int, list[int]]]] = {}
+        for at, op in enumerate(steps[rank][index]):
             if not isinstance(op, Send):
                 message = matched[rank, index, at]
                 values = in_flight.pop((message.sender, message.step, message.op))
-                arrived[op.chunk, op.reduce].append((op.peer, values))
-        for (chunk, reduce), values_by_peer in arrived.items():
-            final = reduce and is_final(chunk, index, last_write[rank], spec.wants[rank].__contains__)
-            for at, u in enumerate(chunk.units):
-                if not reduce:
-                    mine[u], is_divided = values_by_peer[0][1][at]
-                    (divided[rank].add if is_divided else divided[rank].discard)(u)
-                    continue
-                if u not in mine:
-                    raise ScheduleError(
-                        f"{_where(spec, rank, index, chunk)}: reduces into unit {u}, which it does not hold"
-                    )
-                if u in divided[rank] or any(values[at][1] for _, values in values_by_peer):
-                    raise ScheduleError(
-                        f"{_where(spec, rank, index, chunk)}: unit {u} is added to although it was whole: a mean "
-                        "would have been divided already"
-                    )
-                if final:
-                    divided[rank].add(u)
-                operands = [(rank, mine[u]), *((peer, values[at][0]) for peer, values in values_by_peer)]
-                operands.sort(key=lambda operand: operand[0])
-                seen = 0
-                for peer, value in operands:
-                    if seen & value.ranks:
-                        doubled = [r for r in range(spec.size) if seen & value.ranks & (1 << r)]
-                        raise ScheduleError(
-                            f"{_where(spec, rank, index, chunk)}: the contribution of rank {doubled[0]} to "
-                            f"unit {u} is added twice (again by rank {peer})"
-                        )
-                    seen |= value.ranks
-                mine[u] = interner.fold([value for _, value in operands])
+                if op.reduce:
+                    folds.setdefault(op.chunk, []).append((op.peer, values))
+                else:
+                    mine[op.chunk.start : op.chunk.stop] = values
+        for chunk, operands in folds.items():
+            operands.append((rank, mine[chunk.start : chunk.stop]))
+            final = is_final(chunk, index, last_write[rank], spec.wants[rank].__contains__)
+            try:
+                mine[chunk.start : chunk.stop] = _fold(expressions, chunk, sorted(operands), final)
+            except ScheduleError as fault:
+                raise ScheduleError(f"{_where(spec, rank, index, chunk)}: {fault}") from None
         post_sends(rank, index + 1)
-    return _check_end(spec, steps, held, divided, interner)
+    return _check_end(spec, steps, held, expressions)
 
 
-def _check_end(
-    spec: Spec,
-    steps: list[list[Step]],
-    held: list[dict[int, _Value]],
-    divided: list[set[int]],
-    interner: _Interner,
-) -> bool:
+def _fold(expressions: _Expressions, chunk: Chunk, operands: list[tuple[int, list[int]]], final: bool) -> list[int]:
+    """What the values of `chunk`, by rank, come to: an expression a unit."""
+    ranks, whole = expressions.ranks, expressions.whole
+    result = []
+    for u, values in zip(chunk.units, zip(*(values for _, values in operands), strict=True), strict=True):
+        if _NOTHING in values:
+            raise ScheduleError(f"reduces into unit {u}, which it does not hold")
+        seen = 0
+        for at, value in enumerate(values):
+            if whole[value]:
+                raise ScheduleError(
+                    f"unit {u} is added to although it was whole: a mean would have been divided already"
+                )
+            if seen & ranks[value]:
+                twice = seen & ranks[value]
+                raise ScheduleError(
+                    f"the contribution of rank {(twice & -twice).bit_length() - 1} to "
+                    f"unit {u} is added twice (again by rank {operands[at][0]})"
+                )
+            seen |= ranks[value]
+        result.append(expressions.fold(values, final))
+    return result
+
+
+def _check_end(spec: Spec, steps: list[list[Step]], held: list[list[int]], expressions: _Expressions) -> bool:
     whole = [sum(1 << rank for rank in sources) for sources in spec.sources]
-    agreed: dict[int, tuple[int, _Value]] = {}
+    agreed: dict[int, tuple[int, int]] = {}
     rank_ordered = True
     for rank, wanted in enumerate(spec.wants):
         for u in sorted(wanted):
-            value = held[rank].get(u)
-            if value is None or value.ranks != whole[u]:
+            value = held[rank][u]
+            ranks = 0 if value == _NOTHING else expressions.ranks[value]
+            if ranks != whole[u]:
                 where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
-                ranks = 0 if value is None else value.ranks
                 missing = [r for r in spec.sources[u] if not ranks & (1 << r)]
                 extra = [r for r in range(spec.size) if ranks & ~whole[u] & (1 << r)]
                 raise ScheduleError(f"{where}: misses the contribution of ranks {missing}, has that of {extra} besides")
-            other, expression = agreed.setdefault(u, (rank, value))
-            if expression is not value:
-                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
-                raise ScheduleError(f"{where}: was added in another order than on rank {other}; bits would differ")
-            if len(spec.sources[u]) > 1 and u not in divided[rank]:
+            if len(spec.sources[u]) > 1 and not expressions.whole[value]:
                 where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
                 raise ScheduleError(
                     f"{where}: whole, but made by no fold that is the last write of all its units on a rank that "
                     "keeps them: a mean would not have been divided"
                 )
-            rank_ordered &= interner.in_rank_order(value)
+            other, expression = agreed.setdefault(u, (rank, value))
+            if expression != value:
+                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
+                raise ScheduleError(f"{where}: was added in another order than on rank {other}; bits would differ")
+            rank_ordered &= expressions.rank_ordered[value]
     return rank_ordered
 
 
