@@ -78,17 +78,18 @@ def test_a_killed_rank_is_named_and_training_goes_on_from_the_checkpoint(tmp_pat
             assert line["raised"] - died < 1.0
 
 
+@cache
+def losses(example: str, backend: str) -> list[str]:
+    path = ROOT / "examples" / "gpt" / f"{example}.py"
+    ended = launch("torchrun", 2, path, "--steps", "20", "--backend", backend)
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.left_behind == []
+    return [line for line in ended.output.splitlines() if line.startswith("step ")]
+
+
 @pytest.mark.parametrize("framework", ["fsdp2", "lightning_ddp", "accelerate_ddp"])
 def test_the_examples_train_alike(framework: str) -> None:
     """FSDP2, Lightning and Accelerate come to the losses of torch's own DDP on Gloo."""
-
-    def losses(example: str, backend: str) -> list[str]:
-        path = ROOT / "examples" / "gpt" / f"{example}.py"
-        ended = launch("torchrun", 2, path, "--steps", "20", "--backend", backend)
-        assert ended.status == 0, ended.output[-3000:]
-        assert ended.left_behind == []
-        return [line for line in ended.output.splitlines() if line.startswith("step ")]
-
     found = losses(framework, "ringred")
     assert [line.split(":")[0] for line in found] == ["step 1", "step 20"]
     assert found == losses("torch_ddp", "gloo")
