@@ -1,3 +1,3 @@
-"""`torch.testing.assert_close` imports this when it is first called, which ranks that are threads must not do at once."""
+"""Imports what `torch.testing.assert_close` imports at its first call: ranks that are threads must not do so at once."""
 
 import torch.distributed.tensor  # noqa: F401
