@@ -23,8 +23,8 @@ demo: $(STAMP)
 	launch/mpirun.sh 2 benchmarks/scaling.py --short --json out/scaling.json --plot out/scaling.png
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical tests/pure tests/threads
-	$(BIN)/python -m pytest tests/procs
+	$(BIN)/python -m pytest -n $$(nproc) --ignore tests/procs; others=$$?; \
+	$(BIN)/python -m pytest tests/procs && exit $$others
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

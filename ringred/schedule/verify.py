@@ -55,35 +55,35 @@ _Node = tuple[int, int]  # (rank, step): all receives of one step of one rank
 class _Expressions:
     """Numbers every distinct expression: values of one number have the same bits.
 
-    Of expression n, `ranks[n]` are the ranks in it as a bit mask; `whole[n]` says that a mean was divided there, by a
+    Of expression n, `ranks[n]` are the ranks in it as a bit mask; `divided[n]` says that a mean was divided there, by a
     fold that is the last write of units that are kept; `rank_ordered[n]`, that it is one fold of contributions in rank
     order, or one contribution.
     """
 
     def __init__(self) -> None:
         self.ranks: list[int] = []
-        self.whole: list[bool] = []
+        self.divided: list[bool] = []
         self.rank_ordered: list[bool] = []
         self._folds: dict[tuple[tuple[int, ...], bool], int] = {}
 
     def contribution(self, rank: int) -> int:
         return self._add(1 << rank, False, True)
 
-    def fold(self, operands: tuple[int, ...], whole: bool) -> int:
+    def fold(self, operands: tuple[int, ...], divided: bool) -> int:
         pair = len(operands) == 2
         if pair and operands[0] > operands[1]:
             operands = operands[::-1]
-        number = self._folds.get((operands, whole))
+        number = self._folds.get((operands, divided))
         if number is None:
             masks = [self.ranks[operand] for operand in operands]
             contributions = all(mask & (mask - 1) == 0 for mask in masks)
-            number = self._add(sum(masks), whole, contributions and (pair or masks == sorted(masks)))
-            self._folds[operands, whole] = number
+            number = self._add(sum(masks), divided, contributions and (pair or masks == sorted(masks)))
+            self._folds[operands, divided] = number
         return number
 
-    def _add(self, ranks: int, whole: bool, rank_ordered: bool) -> int:
+    def _add(self, ranks: int, divided: bool, rank_ordered: bool) -> int:
         self.ranks.append(ranks)
-        self.whole.append(whole)
+        self.divided.append(divided)
         self.rank_ordered.append(rank_ordered)
         return len(self.ranks) - 1
 
@@ -94,11 +94,12 @@ _NOTHING = -1  # in the place of an expression: the rank does not hold the unit
 def verify(spec: Spec, schedule: Callable[[int], Iterable[Step]], *, puts: bool = False) -> Proof:
     """Proves that `schedule(rank)`, run by all ranks, turns what `spec` says before into what it says after.
 
-    Raises `ScheduleError` with rank, step and chunk: a malformed operation, an unmatched send or receive, a
+    Raises `ScheduleError` with rank, step and chunk: a malformed spec or operation, an unmatched send or receive, a
     doubled or missing contribution, a chunk that ranks end up with in different bits; `DeadlockError` where
     the operations wait for each other; `OverwriteError` where they only do because a chunk would be
     overwritten while a peer may still read it. `puts=True` works out `Proof.put_safe` as well.
     """
+    _check_spec(spec)
     steps = [list(schedule(rank)) for rank in range(spec.size)]
     _check_operations(spec, steps)
     matched = _match(spec, steps)
@@ -120,6 +121,18 @@ def verify(spec: Spec, schedule: Callable[[int], Iterable[Step]], *, puts: bool 
 def _where(spec: Spec, rank: int, step: int, chunk: Chunk | None = None) -> str:
     at = f"{spec.collective} on {spec.size} ranks: rank {rank}, step {step}"
     return at if chunk is None else f"{at}, chunk {chunk}"
+
+
+def _check_spec(spec: Spec) -> None:
+    if (len(spec.sources), len(spec.wants)) != (spec.units, spec.size):
+        raise ScheduleError(
+            f"{spec.collective}: a spec of {spec.units} units and {spec.size} ranks names the sources of "
+            f"{len(spec.sources)} units and what {len(spec.wants)} ranks want"
+        )
+    for what, sets, end in (("source", spec.sources, spec.size), ("wanted unit", spec.wants, spec.units)):
+        for index in frozenset[int]().union(*sets):
+            if not 0 <= index < end:
+                raise ScheduleError(f"{spec.collective}: {what} {index} is none of 0..{end - 1}")
 
 
 def _check_operations(spec: Spec, steps: list[list[Step]]) -> None:
@@ -302,32 +315,31 @@ def _run(
         for chunk, operands in folds.items():
             operands.append((rank, mine[chunk.start : chunk.stop]))
             final = is_final(chunk, index, last_write[rank], spec.wants[rank].__contains__)
-            try:
-                mine[chunk.start : chunk.stop] = _fold(expressions, chunk, sorted(operands), final)
-            except ScheduleError as fault:
-                raise ScheduleError(f"{_where(spec, rank, index, chunk)}: {fault}") from None
+            where = _where(spec, rank, index, chunk)
+            mine[chunk.start : chunk.stop] = _fold(expressions, chunk, sorted(operands), final, where)
         post_sends(rank, index + 1)
     return _check_end(spec, steps, held, expressions)
 
 
-def _fold(expressions: _Expressions, chunk: Chunk, operands: list[tuple[int, list[int]]], final: bool) -> list[int]:
+def _fold(
+    expressions: _Expressions, chunk: Chunk, operands: list[tuple[int, list[int]]], final: bool, where: str
+) -> list[int]:
     """What the values of `chunk`, by rank, come to: an expression a unit."""
-    ranks, whole = expressions.ranks, expressions.whole
+    ranks, divided = expressions.ranks, expressions.divided
     result = []
     for u, values in zip(chunk.units, zip(*(values for _, values in operands), strict=True), strict=True):
         if _NOTHING in values:
-            raise ScheduleError(f"reduces into unit {u}, which it does not hold")
+            raise ScheduleError(f"{where}: reduces into unit {u}, which it does not hold")
+        if any(divided[value] for value in values):
+            raise ScheduleError(
+                f"{where}: unit {u} is added to although it was whole: a mean would have been divided already"
+            )
         seen = 0
-        for at, value in enumerate(values):
-            if whole[value]:
+        for (peer, _), value in zip(operands, values, strict=True):
+            if twice := seen & ranks[value]:
                 raise ScheduleError(
-                    f"unit {u} is added to although it was whole: a mean would have been divided already"
-                )
-            if seen & ranks[value]:
-                twice = seen & ranks[value]
-                raise ScheduleError(
-                    f"the contribution of rank {(twice & -twice).bit_length() - 1} to "
-                    f"unit {u} is added twice (again by rank {operands[at][0]})"
+                    f"{where}: the contribution of rank {(twice & -twice).bit_length() - 1} to "
+                    f"unit {u} is added twice (again by rank {peer})"
                 )
             seen |= ranks[value]
         result.append(expressions.fold(values, final))
@@ -342,12 +354,12 @@ def _check_end(spec: Spec, steps: list[list[Step]], held: list[list[int]], expre
         for u in sorted(wanted):
             value = held[rank][u]
             ranks = 0 if value == _NOTHING else expressions.ranks[value]
-            if ranks != whole[u]:
+            if value == _NOTHING or ranks != whole[u]:
                 where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
                 missing = [r for r in spec.sources[u] if not ranks & (1 << r)]
                 extra = [r for r in range(spec.size) if ranks & ~whole[u] & (1 << r)]
                 raise ScheduleError(f"{where}: misses the contribution of ranks {missing}, has that of {extra} besides")
-            if len(spec.sources[u]) > 1 and not expressions.whole[value]:
+            if len(spec.sources[u]) > 1 and not expressions.divided[value]:
                 where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
                 raise ScheduleError(
                     f"{where}: whole, but made by no fold that is the last write of all its units on a rank that "

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +71,7 @@ def run_to_its_end(command: list[str], limit: float, variables: dict[str, str]) 
     try:
         output, _ = job.communicate(timeout=limit)
     except BaseException as stopped:  # its time is over, or that of the test, or somebody's patience
-        os.killpg(job.pid, signal.SIGTERM)
-        output, _ = job.communicate(timeout=20)
+        output = end(job)
         if not isinstance(stopped, subprocess.TimeoutExpired):
             raise
         raise AssertionError(f"{' '.join(command)} did not end within {limit} s:\n{output.decode()}") from None
@@ -79,6 +79,16 @@ def run_to_its_end(command: list[str], limit: float, variables: dict[str, str]) 
     left = processes_with(token)
     left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before - mapped_names()]
     return Ended(job.returncode, output.decode(errors="replace").replace("\0", ""), seconds, at, left)
+
+
+def end(job: subprocess.Popen[bytes]) -> bytes:
+    """Ends `job` and all of its process group, by force if it must be, and returns what was printed meanwhile."""
+    for how, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
+        if job.returncode is None:  # else its number may be another's
+            os.killpg(job.pid, how)
+        with suppress(subprocess.TimeoutExpired):
+            return job.communicate(timeout=patience)[0]
+    return b"(somebody outside its process group still holds its output)"
 
 
 def processes_with(token: str, patience: float = 3.0) -> list[str]:

@@ -133,6 +133,31 @@ def test_a_doubled_contribution_names_whose() -> None:
         verify(ONE_UNIT, lambda rank: steps[rank])
 
 
+def test_a_unit_of_nobody_is_no_unit_that_a_rank_holds() -> None:
+    spec = Spec("all_gather", 2, 2, (frozenset({0}), frozenset()), (frozenset({0}), frozenset({1})))
+    with pytest.raises(ScheduleError, match=r"rank 1, step 0 \(the end\), unit 1: misses the contribution"):
+        verify(spec, lambda rank: [])
+
+
+@pytest.mark.parametrize(
+    ("sources", "wants", "said"),
+    [
+        (
+            (EVERYONE,) * 2,
+            (frozenset({0}),) * 2,
+            "1 units and 2 ranks names the sources of 2 units and what 2 ranks want",
+        ),
+        ((frozenset({2}),), (frozenset({0}),) * 2, r"source 2 is none of 0\.\.1"),
+        ((EVERYONE,), (frozenset({-1}),) * 2, r"wanted unit -1 is none of 0\.\.0"),
+    ],
+)
+def test_a_spec_of_other_ranks_or_units(
+    sources: tuple[frozenset[int], ...], wants: tuple[frozenset[int], ...], said: str
+) -> None:
+    with pytest.raises(ScheduleError, match=said):
+        verify(Spec("all_reduce", 2, 1, sources, wants), lambda rank: [])
+
+
 def test_ranks_that_add_in_another_order_are_caught() -> None:
     """Three ranks that each hold the whole sum, associated differently: their bits would differ."""
     everyone = frozenset(range(3))
