@@ -206,12 +206,6 @@ def test_an_operation_that_is_none_is_refused_by_name() -> None:
 
 def test_a_finalizer_that_runs_while_a_block_is_taken_gives_its_own_back() -> None:
     """The garbage collector may end a tensor of a cycle inside `take`, on the thread that holds the heap's lock."""
-    descriptor, window = create(2)
-    os.close(descriptor)
-    heap = Heap(window)
-    in_a_cycle: list[object] = [heap.empty(1 << 12, torch.uint8)]
-    in_a_cycle.append(in_a_cycle)
-    del in_a_cycle
 
     class Collects(list):  # type: ignore[type-arg]
         """Stands for a collection at the worst moment."""
@@ -220,9 +214,19 @@ def test_a_finalizer_that_runs_while_a_block_is_taken_gives_its_own_back() -> No
             gc.collect()
             return super().__iter__()
 
-    heap._free = Collects(heap._free)
-    assert heap.take(10) == 1 << 12
-    assert heap.take(10) == 0, "given back by the finalizer"
+    descriptor, window = create(2)
+    os.close(descriptor)
+    heap = Heap(window)
+    gc.disable()  # at no other moment
+    try:
+        in_a_cycle: list[object] = [heap.empty(1 << 12, torch.uint8)]
+        in_a_cycle.append(in_a_cycle)
+        del in_a_cycle
+        heap._free = Collects(heap._free)
+        assert heap.take(10) == 1 << 12
+        assert heap.take(10) == 0, "given back by the finalizer"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("memory", ["window", "tensor"])
