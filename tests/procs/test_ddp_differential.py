@@ -26,8 +26,8 @@ def test_every_model_and_argument_trains_as_with_torch(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6])
 def test_deterministic_bits_are_those_of_any_transport(ranks: int) -> None:
-    """Caps of 1, 5 and 25 MiB, direct and one_shot, over MPI and threads' memory; on two ranks also over shared memory
-    and Gloo, which tests of threads have on up to six."""
+    """Caps of 1, 5 and 25 MiB, direct and one_shot, over MPI and threads' memory; on two and six ranks also over
+    shared memory and Gloo, which tests of threads have on two to six."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -35,7 +35,7 @@ def test_deterministic_bits_are_those_of_any_transport(ranks: int) -> None:
     finally:
         torch.set_num_threads(threads)
     assert len(expected) == 1
-    for way in ("mpi", "torch_p2p", "shm by torchrun") if ranks == 2 else ("mpi",):
+    for way in ("mpi", "torch_p2p", "shm by torchrun") if ranks in (2, 6) else ("mpi",):
         launcher, variables = WAYS[way]
         ended = launch(launcher, ranks, "deterministic.py", **variables)
         assert ended.status == 0, ended.output
