@@ -351,24 +351,26 @@ def _check_end(spec: Spec, steps: list[list[Step]], held: list[list[int]], expre
     agreed: dict[int, tuple[int, int]] = {}
     rank_ordered = True
     for rank, wanted in enumerate(spec.wants):
+        end = f"{_where(spec, rank, len(steps[rank]))} (the end)"
         for u in sorted(wanted):
             value = held[rank][u]
             ranks = 0 if value == _NOTHING else expressions.ranks[value]
             if value == _NOTHING or ranks != whole[u]:
-                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
                 missing = [r for r in spec.sources[u] if not ranks & (1 << r)]
                 extra = [r for r in range(spec.size) if ranks & ~whole[u] & (1 << r)]
-                raise ScheduleError(f"{where}: misses the contribution of ranks {missing}, has that of {extra} besides")
-            if len(spec.sources[u]) > 1 and not expressions.divided[value]:
-                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
                 raise ScheduleError(
-                    f"{where}: whole, but made by no fold that is the last write of all its units on a rank that "
-                    "keeps them: a mean would not have been divided"
+                    f"{end}, unit {u}: misses the contribution of ranks {missing}, has that of {extra} besides"
+                )
+            if len(spec.sources[u]) > 1 and not expressions.divided[value]:
+                raise ScheduleError(
+                    f"{end}, unit {u}: whole, but made by no fold that is the last write of all its units on a rank "
+                    "that keeps them: a mean would not have been divided"
                 )
             other, expression = agreed.setdefault(u, (rank, value))
             if expression != value:
-                where = f"{_where(spec, rank, len(steps[rank]))} (the end), unit {u}"
-                raise ScheduleError(f"{where}: was added in another order than on rank {other}; bits would differ")
+                raise ScheduleError(
+                    f"{end}, unit {u}: was added in another order than on rank {other}; bits would differ"
+                )
             rank_ordered &= expressions.rank_ordered[value]
     return rank_ordered
 
