@@ -34,7 +34,7 @@ from harness import context, write_json
 from peers import SYSTEMS
 from tabulate import tabulate
 
-from ringred.config import mpirun_environment
+from ringred.runtime.config import mpirun_environment
 
 HERE = Path(__file__).parent
 BUS = {  # nccl-tests: bytes over a link for each byte of the collective

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import ringred
 from ringred.collectives.registry import lookup
 from ringred.errors import RingredError
-from ringred.select import predict
+from ringred.runtime.select import predict
 from ringred.topology.model import flat
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -29,10 +29,10 @@ from ringred.errors import (
 if TYPE_CHECKING:
     from ringred.bootstrap import init
     from ringred.communicator import Communicator
+    from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
     from ringred.ddp import DistributedDataParallel
-    from ringred.ops import ReduceOp
-    from ringred.sync_batchnorm import SyncBatchNorm
-    from ringred.work import Work
+    from ringred.runtime.folds import ReduceOp
+    from ringred.runtime.work import Work
 
 __all__ = [
     "CollectiveMismatch",
@@ -61,17 +61,22 @@ __version__ = "0.1.0"
 _LAZY = {
     "Communicator": "ringred.communicator",
     "DistributedDataParallel": "ringred.ddp",
-    "ReduceOp": "ringred.ops",
-    "SyncBatchNorm": "ringred.sync_batchnorm",
-    "Work": "ringred.work",
+    "ReduceOp": "ringred.runtime.folds",
+    "SyncBatchNorm": "ringred.data_parallel.sync_batchnorm",
+    "Work": "ringred.runtime.work",
     "init": "ringred.bootstrap",
 }
-_SUBMODULES = frozenset({"hooks", "optim", "reports"})
+_SUBMODULES = {
+    "hooks": "ringred.hooks",
+    "optim": "ringred.optim",
+    "reports": "ringred.data_parallel.reports",
+    "torch_backend": "ringred.torch_backend",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
-        return importlib.import_module(f"ringred.{name}")
+        return importlib.import_module(_SUBMODULES[name])
     if name not in _LAZY:
         raise AttributeError(f"module 'ringred' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from ringred.communicator import Communicator, abort_all
-from ringred.config import Config, Launch, detect_launch
 from ringred.errors import TransportUnavailable
+from ringred.runtime.config import Config, Launch, detect_launch
 from ringred.transports.local import Hub
 
 __all__ = ["default_communicator", "init"]

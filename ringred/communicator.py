@@ -16,20 +16,20 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from ringred import probe, tensors
-from ringred.config import Config
 from ringred.errors import TransportUnavailable, UnknownAlgorithm, UnsupportedTensor
-from ringred.ops import ReduceOp, reduce_op
-from ringred.planner import Call, Planner, Prepared, adjacent
-from ringred.runner import Runner
-from ringred.select import candidates, choose, decided_as, machine_model
+from ringred.runtime import probe, tensors
+from ringred.runtime.config import Config, mpi_environment
+from ringred.runtime.folds import ReduceOp, reduce_op
+from ringred.runtime.planner import Call, Planner, Prepared, adjacent
+from ringred.runtime.runner import Runner
+from ringred.runtime.select import candidates, choose, decided_as, machine_model
+from ringred.runtime.trace import Tracer
+from ringred.runtime.work import Work
 from ringred.topology.calibrate import Tuning
 from ringred.topology.detect import host_indices, host_name
 from ringred.topology.model import Topology
-from ringred.trace import Tracer
 from ringred.transports import routed
 from ringred.transports.base import Counters, Gather, Transport, Windowed
-from ringred.work import Work
 
 __all__ = ["Communicator", "PersistentAllReduce", "abort_all"]
 
@@ -44,7 +44,7 @@ class Communicator:
     communicator; calls from several threads are put in one order, which must be the same on all ranks. After
     a failure a communicator stays unusable: each further call raises and says why.
 
-    Tensors are dense CPU tensors of the dtypes in `ringred.ops.SUPPORTED`. Every collective takes
+    Tensors are dense CPU tensors of the dtypes in `ringred.runtime.folds.SUPPORTED`. Every collective takes
     `async_op=True`, and then returns a `Work`; until that is done its tensors must not be touched.
     """
 
@@ -80,6 +80,7 @@ class Communicator:
 
         Raises `TransportUnavailable` where mpi4py or an MPI library is missing.
         """
+        mpi_environment()  # MPI reads its settings when it starts, which importing it does
         try:
             from ringred.transports import mpi
         except (ImportError, RuntimeError) as failure:

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringred.arguments import (
+from ringred.bootstrap import default_communicator
+from ringred.buckets import FIRST_BUCKET_BYTES
+from ringred.communicator import Communicator
+from ringred.data_parallel.arguments import (
     BucketPlan,
     algorithm_of,
     bucket_caps,
@@ -30,21 +33,18 @@ from ringred.arguments import (
     read_plan,
     special_parameters,
 )
-from ringred.bootstrap import default_communicator
-from ringred.buckets import FIRST_BUCKET_BYTES
-from ringred.communicator import Communicator
+from ringred.data_parallel.join import UnevenInputs
+from ringred.data_parallel.layout import Members, Settings
+from ringred.data_parallel.overlap import OverlapReport, forecast, report
+from ringred.data_parallel.policy import Policy, comm_hook
+from ringred.data_parallel.reducer import Reducer
+from ringred.data_parallel.reductions import CommHook
+from ringred.data_parallel.replicas import broadcast_tensors, check_same_model, check_same_values
+from ringred.data_parallel.stragglers import StragglerReport, straggler_report
+from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
 from ringred.errors import RingredError
-from ringred.join import UnevenInputs
-from ringred.layout import Members, Settings
-from ringred.ops import ReduceOp
-from ringred.overlap import OverlapReport, forecast, report
-from ringred.policy import Policy, comm_hook
-from ringred.reducer import Reducer
-from ringred.reductions import CommHook
-from ringred.replicas import broadcast_tensors, check_same_model, check_same_values
-from ringred.stragglers import StragglerReport, straggler_report
-from ringred.sync_batchnorm import SyncBatchNorm
-from ringred.torch_versions import compiled_in_buckets, not_compiled
+from ringred.runtime.compiling import compiled_in_buckets, not_compiled
+from ringred.runtime.folds import ReduceOp
 
 __all__ = ["DistributedDataParallel"]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.futures import Future
 
 from ringred.communicator import Communicator
-from ringred.compression import dequantised, largest, low_rank_shape, orthonormal, quantised, spread
-from ringred.futures import future_of
-from ringred.ops import ReduceOp
-from ringred.policy import Gradients, Policy, comm_hook
-from ringred.replicas import average_tensors
-from ringred.select import share_bounds
+from ringred.data_parallel.compression import dequantised, largest, low_rank_shape, orthonormal, quantised, spread
+from ringred.data_parallel.policy import Gradients, Policy, comm_hook
+from ringred.data_parallel.replicas import average_tensors
+from ringred.runtime.folds import ReduceOp
+from ringred.runtime.futures import future_of
+from ringred.runtime.select import share_bounds
 
 __all__ = [
     "FusedOptimizer",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringred.collectives.registry import algorithms
 from ringred.communicator import Communicator
-from ringred.ops import SUPPORTED, ReduceOp
+from ringred.runtime.folds import SUPPORTED, ReduceOp
 
 SIZES = (0, 1, 3, 1000, 65537)
 

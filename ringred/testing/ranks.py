@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ringred.communicator import Communicator
-from ringred.config import Config
 from ringred.errors import TransportUnavailable
+from ringred.runtime.config import Config
 from ringred.transports.base import Counters, Request, Transport, Windowed
 from ringred.transports.local import Hub
 

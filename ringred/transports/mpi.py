@@ -9,7 +9,8 @@ overruns it in some MPI libraries before they report the truncation.)
 
 Waiting is `Waitany` on the message and on a receive of a control communicator, which a peer's abort completes. MPI
 has no deadlines: while a wait lasts, a watchdog thread sends this rank itself a tick, to look at the clock and at
-the peers. MPI libraries poll inside `Waitany`; `config.mpi_environment` asks them to yield the core.
+the peers. MPI libraries poll inside `Waitany`; `runtime.config.mpi_environment`,
+called before this module is imported, asks them to yield the core.
 """
 
 from __future__ import annotations
@@ -22,14 +23,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
-from ringred.config import mpi_environment
 from ringred.errors import TransportUnavailable
 from ringred.transports.base import Counters, Fault, FaultKind, Gather, mixed
-
-mpi_environment()  # MPI reads its settings when it starts, which importing it does
-from mpi4py import MPI  # noqa: E402
 
 __all__ = ["MpiTransport", "abort_job", "gatherer", "library", "world"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ringred.collectives.registry import lookup
+from ringred.runtime.select import candidates, choose, machine_model, share_bounds
 from ringred.schedule.cost import simulate
-from ringred.select import candidates, choose, machine_model, share_bounds
 from ringred.topology.calibrate import Sample, fit, load, store
 
 ALPHA, BETA, GAMMA, LATENCY = 12e-6, 0.11e-9, 0.07e-9, 40e-6

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ringred.cli import main
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups
+from ringred.testing.cli import main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ringred.config import Config, Launch, detect_launch, mpi_environment, mpirun_environment
+from ringred.runtime.config import Config, Launch, detect_launch, mpi_environment, mpirun_environment
 
 
 def test_defaults_and_settings() -> None:

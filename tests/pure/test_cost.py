@@ -7,9 +7,9 @@ from math import log2
 import pytest
 
 from ringred.collectives.registry import algorithms, lookup
+from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
 from ringred.schedule.cost import simulate
-from ringred.select import candidates, predict, segments_for, share_bounds
 from ringred.topology.model import flat, grid_links, hosts
 from ringred.topology.torus import factorisations
 

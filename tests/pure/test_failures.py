@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringred.errors import CollectiveMismatch, CollectiveTimeout, PeerFailed
-from ringred.failures import RAISED, Report, diagnose
+from ringred.runtime.failures import RAISED, Report, diagnose
 
 CALL, OTHER = "all_reduce #17 (sum, float32, 10 elements, ring)", "broadcast #17 (float32, 10 elements, root 0, tree)"
 

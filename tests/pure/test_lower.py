@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup
+from ringred.runtime.select import share_bounds
 from ringred.schedule.ir import Chunk, Recv, Send, unit
 from ringred.schedule.lower import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent, in_step, lower
-from ringred.select import share_bounds
 
 
 def ring(rank: int, size: int, count: int, segment: int) -> list:

@@ -93,19 +93,19 @@ def test_each_dependency_has_one_importer_and_the_environment_one_reader() -> No
     for path in PACKAGE.rglob("*.py"):
         where = path.relative_to(PACKAGE).as_posix()
         assert (where == "transports/mpi.py") or not any(name.startswith("mpi4py") for name in imported(path)), where
-        if where not in ("config.py",):
+        if where not in ("runtime/config.py",):
             assert "environ" not in path.read_text().replace("environment", ""), where
 
 
 def test_the_executor_names_no_transport_and_no_algorithm() -> None:
-    text = (PACKAGE / "executor.py").read_text()
+    text = (PACKAGE / "runtime" / "executor.py").read_text()
     names = {*ringred.algorithms("all_reduce"), "mpi", "gloo", "shm", "torch_p2p"} - {"direct", "tree", "native"}
     assert not [name for name in names if f'"{name}"' in text or f".{name} " in text]
 
 
 def test_schedules_need_no_torch_and_the_package_no_mpi() -> None:
     script = """
-import sys, ringred, ringred.cli, ringred.schedule.draw, ringred.select
+import sys, ringred, ringred.testing.cli, ringred.schedule.draw, ringred.runtime.select
 from ringred.collectives import registry
 assert len(registry.algorithms("all_reduce")) > 8
 assert "torch" not in sys.modules, "torch was imported"

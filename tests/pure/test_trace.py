@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ringred.trace import Tracer, trace_path
+from ringred.runtime.trace import Tracer, trace_path
 
 
 def test_a_trace_is_chrome_json(tmp_path: Path) -> None:

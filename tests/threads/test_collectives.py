@@ -10,10 +10,10 @@ import torch
 
 from ringred.collectives.registry import algorithms, lookup
 from ringred.communicator import Communicator
-from ringred.executor import Piece, bind, run
-from ringred.ops import Folder, ReduceOp
+from ringred.runtime.executor import Piece, bind, run
+from ringred.runtime.folds import Folder, ReduceOp
+from ringred.runtime.select import share_bounds
 from ringred.schedule.lower import lower
-from ringred.select import share_bounds
 from ringred.testing import run_ranks
 from tests.table import check_all_reduce, check_others
 

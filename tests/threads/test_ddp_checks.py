@@ -177,7 +177,7 @@ def test_a_checksum_sees_what_changed_places_and_every_dtype() -> None:
     def body(comm: Communicator) -> None:
         tensors = [torch.arange(5000.0), torch.arange(7, dtype=torch.int8), torch.tensor(1 + 2j), torch.zeros(0)]
         tensors.append(torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)).bfloat16().permute(2, 0, 1))
-        from ringred.replicas import check_same_values
+        from ringred.data_parallel.replicas import check_same_values
 
         names = list(map(str, range(len(tensors))))
         check_same_values(comm, names, tensors)

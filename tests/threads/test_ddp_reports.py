@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ringred.buckets import Entry
 from ringred.communicator import Communicator
-from ringred.overlap import BackwardTimes, forecast, report
-from ringred.reports import write_scalars
+from ringred.data_parallel.overlap import BackwardTimes, forecast, report
+from ringred.data_parallel.reports import write_scalars
 from ringred.testing import run_ranks
 from tests.threads.wrapping import MODEL, backward, wrapped
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ringred
 from ringred import hooks
 from ringred.communicator import Communicator
-from ringred.compression import dequantised, largest, quantised
+from ringred.data_parallel.compression import dequantised, largest, quantised
 from ringred.testing import run_ranks
 
 torch.manual_seed(0)

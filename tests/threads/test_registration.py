@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ringred.registration import register
+from ringred.torch_backend.registration import register
 
 
 def test_torch_finds_it_and_knows_the_backend() -> None:
@@ -37,7 +37,7 @@ def test_what_goes_wrong_is_a_warning_and_no_error(monkeypatch: pytest.MonkeyPat
         register()
 
 
-@pytest.mark.parametrize("first", ["torch", "ringred", "ringred.registration"])
+@pytest.mark.parametrize("first", ["torch", "ringred", "ringred.torch_backend.registration"])
 def test_whatever_is_imported_first(first: str) -> None:
     program = f"import {first}, torch, ringred; import torch.distributed as dist; print(dist.Backend('ringred'))"
     with warnings.catch_warnings():

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-import ringred.planner
+import ringred.runtime.planner
 from ringred.communicator import Communicator
 from ringred.errors import RingredError
 from ringred.schedule.lower import lower
@@ -70,7 +70,7 @@ def test_two_hundred_mixed_collectives(size: int, transport: str, slots: int | N
 
 def test_without_snapshots_the_same_stress_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule that a chunk sent and received in one step is sent from a copy is not there for beauty."""
-    monkeypatch.setattr(ringred.planner, "lower", functools.partial(lower, snapshots=False))
+    monkeypatch.setattr(ringred.runtime.planner, "lower", functools.partial(lower, snapshots=False))
     body = functools.partial(mixed, count=200, seed=4)
     with pytest.raises((AssertionError, RingredError)):
         run_ranks(body, 4, segment_bytes=8, delay=(0.0005, 4), timeout=3)

@@ -83,7 +83,7 @@ def load(backend: str) -> Any:
     if backend == "ringred":
         import torch.distributed as dist
 
-        from ringred.c10d import monitored_barrier
+        from ringred.torch_backend.group import monitored_barrier
 
         dist.monitored_barrier = monitored_barrier  # torch's takes no other backend than Gloo
     return distributed_test

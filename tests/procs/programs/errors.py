@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import ringred
-from ringred.config import detect_launch
 from ringred.errors import CollectiveMismatch, CollectiveTimeout, PeerFailed, RingredError
+from ringred.runtime.config import detect_launch
 
 world = ringred.init()
 

@@ -4,7 +4,7 @@ import torch
 
 import ringred
 from ringred.collectives.registry import algorithms
-from ringred.config import detect_launch
+from ringred.runtime.config import detect_launch
 from ringred.testing.conformance import BREAKING, CHECKS
 from ringred.transports.base import Fault
 from tests.table import check_all_reduce, check_others

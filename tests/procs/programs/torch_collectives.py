@@ -183,7 +183,7 @@ def sparse(rank, size):
 
 
 def futures(rank, size):
-    from ringred.c10d import monitored_barrier
+    from ringred.torch_backend.group import monitored_barrier
 
     tensor = torch.full((3,), rank + 1.0)
     future = dist.all_reduce(tensor, async_op=True).get_future().then(lambda done: done.value()[0] * 2)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ringred
-from ringred.c10d import monitored_barrier
+from ringred.torch_backend.group import monitored_barrier
 
 
 def raises(kind, words, action):

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 import ringred
-from ringred.torch_versions import Backend
+from ringred.torch_backend.versions import Backend
 
 
 def main():

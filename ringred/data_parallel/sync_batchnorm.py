@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ringred.bootstrap import default_communicator
 from ringred.communicator import Communicator
-from ringred.torch_versions import not_compiled
+from ringred.runtime.compiling import not_compiled
 
 __all__ = ["SyncBatchNorm"]
 

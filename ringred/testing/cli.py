@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup, prove
-from ringred.config import mpirun_environment
 from ringred.errors import RingredError
+from ringred.runtime.config import mpirun_environment
+from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
 from ringred.schedule.draw import draw
-from ringred.select import candidates, predict, segments_for, share_bounds
 from ringred.topology.detect import machine
 from ringred.topology.model import flat
 from ringred.topology.torus import near_square
@@ -194,8 +194,8 @@ def _check_machine() -> tuple[bool, str, str]:
 
 _MPI_SELF_TEST = """
 import torch, ringred
-from ringred.transports import mpi
 comm, data = ringred.init(), torch.ones(1000)
+from ringred.transports import mpi
 comm.all_reduce(data, algorithm="ring")
 assert data.sum() == 2000, f"wrong sum: {data.sum()}"
 print(mpi.library() if comm.rank == 0 else "", end="")
@@ -226,7 +226,7 @@ def _check_mpi() -> tuple[bool, str, str]:
 def _self_test(transport: str) -> None:
     import torch
 
-    from ringred.testing import run_ranks
+    from ringred.testing.ranks import run_ranks
 
     def reduce(comm: Communicator) -> float:
         data = torch.ones(1000)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ringred.work import Work
+from ringred.runtime.work import Work
 
 __all__ = ["future_of"]
 

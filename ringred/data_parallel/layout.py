@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ringred.buckets import Bucket, Entry, SparseBucket, assign
 from ringred.communicator import Communicator
-from ringred.lane import Lane
-from ringred.ops import ReduceOp
-from ringred.policy import Policy
-from ringred.reductions import (
+from ringred.data_parallel.lane import Lane
+from ringred.data_parallel.policy import Policy
+from ringred.data_parallel.reductions import (
     CommHook,
     HookReduction,
     PolicyReduction,
@@ -22,7 +21,8 @@ from ringred.reductions import (
     ShareReduction,
     SparseReduction,
 )
-from ringred.select import share_bounds
+from ringred.runtime.folds import ReduceOp
+from ringred.runtime.select import share_bounds
 
 __all__ = ["Layout", "Members", "Settings"]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ringred.buckets import FIRST_BUCKET_BYTES, MIB
 from ringred.collectives.registry import algorithms, lookup
+from ringred.data_parallel.layout import Members
 from ringred.errors import UnknownAlgorithm, UnsupportedTensor
-from ringred.layout import Members
-from ringred.ops import ReduceOp, reduce_op
-from ringred.select import AUTOMATIC, RANK_ORDER
+from ringred.runtime.folds import ReduceOp, reduce_op
+from ringred.runtime.select import AUTOMATIC, RANK_ORDER
 
 __all__ = [
     "BucketPlan",

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ringred.ops import Folder
+from ringred.runtime.folds import Folder
+from ringred.runtime.trace import Tracer
 from ringred.schedule.lower import Fold, PostReceive, PostSend, Program, Snapshot, Take, WaitSent
-from ringred.trace import Tracer
 from ringred.transports.base import Request, Transport, Windowed
 
 __all__ = ["Piece", "Plan", "bind", "run"]

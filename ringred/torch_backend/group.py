@@ -22,13 +22,14 @@ import torch.distributed as _distributed
 from torch import Tensor
 
 from ringred.communicator import Communicator
-from ringred.config import Config, restart_count
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable, UnsupportedTensor
-from ringred.futures import future_of
-from ringred.ops import ReduceOp
-from ringred.torch_versions import Backend, among_others, group_of, never_compiled
+from ringred.runtime.compiling import never_compiled
+from ringred.runtime.config import Config, restart_count
+from ringred.runtime.folds import ReduceOp
+from ringred.runtime.futures import future_of
+from ringred.runtime.work import Work
+from ringred.torch_backend.versions import Backend, among_others, group_of
 from ringred.transports.torch_p2p import bind_address, corner, gloo_group
-from ringred.work import Work
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 

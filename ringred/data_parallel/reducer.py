@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringred.backward import Backward, Forward
 from ringred.buckets import Bucket, SparseBucket
 from ringred.communicator import Communicator
-from ringred.graph import leaves_behind, tensors_in
-from ringred.layout import Layout, Members, Settings
-from ringred.ops import ReduceOp
-from ringred.overlap import BackwardTimes, trace
-from ringred.policy import Policy
-from ringred.reductions import CommHook, Nothing, Share
+from ringred.data_parallel.backward import Backward, Forward
+from ringred.data_parallel.graph import leaves_behind, tensors_in
+from ringred.data_parallel.layout import Layout, Members, Settings
+from ringred.data_parallel.overlap import BackwardTimes, trace
+from ringred.data_parallel.policy import Policy
+from ringred.data_parallel.reductions import CommHook, Nothing, Share
+from ringred.runtime.folds import ReduceOp
 
 __all__ = ["Reducer"]
 

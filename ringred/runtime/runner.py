@@ -9,23 +9,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor
 
 from ringred.errors import PeerFailed, RingredError
-from ringred.executor import run
-from ringred.failures import RAISED, Report, diagnose
-from ringred.planner import Call, Prepared
-from ringred.trace import Tracer
+from ringred.runtime.executor import run
+from ringred.runtime.failures import RAISED, Report, diagnose
+from ringred.runtime.planner import Call, Prepared
+from ringred.runtime.trace import Tracer
+from ringred.runtime.work import Progress, Work
 from ringred.transports.base import Fault, Request, Transport
-from ringred.work import Progress, Work
 
 __all__ = ["Runner", "contract"]
 
 _LIBRARIES = (
-    *(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__)),
+    str(Path(__file__).resolve().parents[1]) + os.sep,
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
     *(module.__file__ or "" for module in (contextlib, threading)),
 )
 _OUTGOING = 32  # asynchronous sends that may be on their way

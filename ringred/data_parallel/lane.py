@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ringred.communicator import Communicator
-from ringred.work import Progress, Work
+from ringred.runtime.work import Progress, Work
 
 __all__ = ["Lane"]
 

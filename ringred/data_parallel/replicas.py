@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ringred.communicator import Communicator
 from ringred.errors import ModelMismatch, ReplicasDiverged
-from ringred.ops import ReduceOp
+from ringred.runtime.folds import ReduceOp
 
 __all__ = ["average_tensors", "broadcast_tensors", "check_same_model", "check_same_values"]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ringred.buckets import Bucket, SparseBucket
+from ringred.data_parallel.layout import Layout
+from ringred.data_parallel.reductions import InFlight, Nothing
 from ringred.errors import NonFiniteGradient, UnsupportedTensor
-from ringred.layout import Layout
-from ringred.ops import ReduceOp
-from ringred.reductions import InFlight, Nothing
-from ringred.work import Work
+from ringred.runtime.folds import ReduceOp
+from ringred.runtime.work import Work
 
 __all__ = ["Backward", "Forward"]
 

@@ -26,6 +26,6 @@ def register() -> None:
 
 
 def _create(options: Any, backend_options: Any = None) -> Any:
-    from ringred.c10d import create
+    from ringred.torch_backend.group import create
 
     return create(options, backend_options)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ringred.collectives.registry import lookup
+from ringred.runtime.select import share_bounds
 from ringred.schedule.cost import simulate
-from ringred.select import share_bounds
 from ringred.topology import calibrate
 from ringred.topology.calibrate import KINDS, Costs, Sample, Tuning, fit, rounded
 from ringred.topology.detect import machine

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ringred.buckets import Bucket, SparseBucket
 from ringred.communicator import Communicator
-from ringred.lane import Lane
-from ringred.ops import ReduceOp
-from ringred.policy import Gradients, Policy
-from ringred.work import Work
+from ringred.data_parallel.lane import Lane
+from ringred.data_parallel.policy import Gradients, Policy
+from ringred.runtime.folds import ReduceOp
+from ringred.runtime.work import Work
 
 __all__ = [
     "SPARSE_ROWS",

@@ -1,4 +1,7 @@
-"""What differs between versions of torch, or is not public in any. Tried with 2.11, 2.13 and 2.15."""
+"""What torch.compile is told of ringred's code: what to leave alone, and where to cut what it compiles.
+
+torch has no public way to say either without importing the compiler. Tried with torch 2.11, 2.13 and 2.15.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +12,12 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.parallel import distributed as _torch_ddp
 
-__all__ = ["Backend", "among_others", "compiled_in_buckets", "group_of", "never_compiled", "not_compiled"]
+__all__ = ["compiled_in_buckets", "never_compiled", "not_compiled"]
 
-
-def _version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-Backend: Any = torch._C._distributed_c10d.Backend if _version() >= (2, 14) else None
-"""What serves one device within torch's process group, to be subclassed in Python; None before torch 2.14."""
-
-
-def among_others() -> bool:
-    """Whether the group that torch is making has another backend too ("cpu:ringred,cuda:nccl"). It does not say so to
-    those whom it asks to make one, so this looks at what it is doing."""
-    frame = sys._getframe()
-    while frame.f_code.co_name != "_new_process_group_helper":
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    config = frame.f_locals.get("backend_config")
-    return config is not None and len(set(config.get_device_backend_map().values())) > 1
-
-
-def group_of(process_group: Any) -> Any:
-    """What serves the CPU tensors of a process group of torch."""
-    try:
-        return process_group._get_backend(torch.device("cpu"))
-    except (AttributeError, RuntimeError):  # not a member of it, or no backend for the CPU
-        return None
-
+# Taken now: programs put ringred's class in the place of torch's name later on.
+_TorchDDP: Any = _torch_ddp.DistributedDataParallel
 
 _C = TypeVar("_C", bound=type)
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -84,13 +61,12 @@ def compiled_in_buckets(bucket_bytes: int) -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled
         yield
         return
-    theirs: Any = torch.nn.parallel.DistributedDataParallel
-    before = theirs._active_ddp_module
-    theirs._active_ddp_module = _Buckets(bucket_bytes)
+    before = _TorchDDP._active_ddp_module
+    _TorchDDP._active_ddp_module = _Buckets(bucket_bytes)
     try:
         yield
     finally:
-        theirs._active_ddp_module = before
+        _TorchDDP._active_ddp_module = before
 
 
 class _Buckets:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ringred.buckets import Bucket
 from ringred.collectives.registry import lookup
+from ringred.data_parallel.reductions import Share
 from ringred.ddp import DistributedDataParallel
 from ringred.errors import ModelMismatch
-from ringred.reductions import Share
-from ringred.select import AUTOMATIC
+from ringred.runtime.select import AUTOMATIC
 
 __all__ = ["LinearScaling", "ShardedOptimizer"]
 

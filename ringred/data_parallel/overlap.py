@@ -10,8 +10,8 @@ from typing import Any
 from tabulate import tabulate
 
 from ringred.buckets import MIB, Entry, assign
-from ringred.reductions import SPARSE_ROWS
-from ringred.trace import Tracer
+from ringred.data_parallel.reductions import SPARSE_ROWS
+from ringred.runtime.trace import Tracer
 
 __all__ = ["BackwardTimes", "BucketTimes", "CapForecast", "OverlapReport", "forecast", "report", "trace"]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ringred.collectives.registry import ROOTED, Algorithm, lookup, prove
 from ringred.errors import GridError, UnknownAlgorithm
-from ringred.executor import Piece, Plan, bind
-from ringred.ops import Folder, ReduceOp
+from ringred.runtime.executor import Piece, Plan, bind
+from ringred.runtime.folds import Folder, ReduceOp
+from ringred.runtime.select import AUTOMATIC, RANK_ORDER, choose, segments_for, share_bounds
+from ringred.runtime.tensors import WriteBack, unowned
 from ringred.schedule.ir import Group, Recv
 from ringred.schedule.lower import Program, in_step, lower
-from ringred.select import AUTOMATIC, RANK_ORDER, choose, segments_for, share_bounds
-from ringred.tensors import WriteBack, unowned
 from ringred.topology.calibrate import Costs
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology

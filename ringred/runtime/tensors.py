@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ringred.errors import UnsupportedTensor
-from ringred.ops import ReduceOp, check_dtype
-from ringred.select import share_bounds
+from ringred.runtime.folds import ReduceOp, check_dtype
+from ringred.runtime.select import share_bounds
 
 __all__ = ["WriteBack", "expect", "flat", "in_turn", "is_plain", "outputs", "shares", "unowned"]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.futures import Future
 
 from ringred.communicator import Communicator
+from ringred.data_parallel.lane import Lane
 from ringred.errors import ModelMismatch, RingredError
-from ringred.futures import future_of
-from ringred.lane import Lane
+from ringred.runtime.futures import future_of
+from ringred.runtime.work import Work
 from ringred.transports.base import Counters
-from ringred.work import Work
 
 __all__ = ["Gradients", "Policy", "comm_hook"]
 

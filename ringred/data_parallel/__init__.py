@@ -1,0 +1,1 @@
+"""What is behind `ringred.DistributedDataParallel`: buckets, backwards, reductions, checks and reports."""
