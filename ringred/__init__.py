@@ -27,8 +27,7 @@ from ringred.errors import (
 )
 
 if TYPE_CHECKING:
-    from ringred.bootstrap import init
-    from ringred.communicator import Communicator
+    from ringred.communicator import Communicator, init
     from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
     from ringred.ddp import DistributedDataParallel
     from ringred.runtime.folds import ReduceOp
@@ -64,7 +63,7 @@ _LAZY = {
     "ReduceOp": "ringred.runtime.folds",
     "SyncBatchNorm": "ringred.data_parallel.sync_batchnorm",
     "Work": "ringred.runtime.work",
-    "init": "ringred.bootstrap",
+    "init": "ringred.communicator",
 }
 _SUBMODULES = {
     "hooks": "ringred.hooks",

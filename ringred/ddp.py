@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringred.bootstrap import default_communicator
 from ringred.buckets import FIRST_BUCKET_BYTES
-from ringred.communicator import Communicator
+from ringred.communicator import Communicator, default_communicator
 from ringred.data_parallel.arguments import (
     BucketPlan,
     algorithm_of,

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ringred.bootstrap import default_communicator
-from ringred.communicator import Communicator
+from ringred.communicator import Communicator, default_communicator
 from ringred.runtime.compiling import not_compiled
 
 __all__ = ["SyncBatchNorm"]

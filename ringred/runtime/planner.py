@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ringred.collectives.registry import ROOTED, Algorithm, lookup, prove
-from ringred.errors import GridError, UnknownAlgorithm
+from ringred.errors import GridError, UnknownAlgorithm, UnsupportedTensor
+from ringred.runtime.calls import Call, Copies, Native, Prepared, digest
 from ringred.runtime.executor import Piece, Plan, bind
 from ringred.runtime.folds import Folder, ReduceOp
 from ringred.runtime.select import AUTOMATIC, RANK_ORDER, choose, segments_for, share_bounds
-from ringred.runtime.tensors import WriteBack, unowned
-from ringred.schedule.ir import Group, Recv
+from ringred.runtime.tensors import Flat
+from ringred.schedule.ir import Recv
 from ringred.schedule.lower import Program, in_step, lower
 from ringred.topology.calibrate import Costs
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology
 from ringred.transports.base import Windowed
 
-__all__ = ["Call", "Planner", "Prepared", "adjacent"]
+__all__ = ["Planner", "adjacent"]
 
 _T = TypeVar("_T")
 
@@ -37,28 +37,6 @@ _PUTS = frozenset({"all_reduce", "broadcast", "reduce"})  # the others lie in se
 _ONE_TENSOR = frozenset({"all_reduce", "broadcast", "reduce", "barrier"})
 
 
-class Call(NamedTuple):
-    """A collective with its algorithm settled. `digest` stands for all that every rank must ask for alike."""
-
-    collective: str
-    text: str
-    algorithm: Algorithm
-    group: Group
-    digest: int
-
-    def for_purpose(self, purpose: str) -> Call:
-        """The same call, which only meets those for the same `purpose`."""
-        return self._replace(text=f"{self.text} for {purpose}", digest=self.digest ^ _digest(purpose))
-
-
-class Prepared(NamedTuple):
-    """A plan, and what is done on either side of it."""
-
-    plan: Plan
-    before: Callable[[], None] | None = None
-    after: WriteBack = None
-
-
 def adjacent(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Bounds of units of these lengths, one behind the other."""
     bounds, lo = [], 0
@@ -66,10 +44,6 @@ def adjacent(lengths: Sequence[int]) -> list[tuple[int, int]]:
         bounds.append((lo, lo + length))
         lo += length
     return bounds
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 class Planner:
@@ -85,6 +59,7 @@ class Planner:
         segment_bytes: int,
         windows: Windowed | None = None,
         buffers: bool = False,
+        can_native: Callable[[torch.dtype], bool] | None = None,
     ) -> None:
         self.name, self.rank, self.size = name, rank, size
         self._windows, self._buffers = windows, buffers
@@ -93,16 +68,23 @@ class Planner:
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self._steady: OrderedDict[tuple[Any, ...], bool] = OrderedDict()
         self._own_only: OrderedDict[tuple[Any, ...], bool] = OrderedDict()
-        self.native: tuple[Costs, Callable[[torch.dtype], bool]] | None = None
-        """Costs of the transport's own all-reduce, and the dtypes that it takes, where "auto" may choose it."""
-        self.ready: OrderedDict[tuple[Any, ...], tuple[Call, Callable[[], Prepared | None]]] = OrderedDict()
+        self.can_native = can_native
+        """Whether the transport's own all-reduce takes a dtype, where it has one."""
+        self.native: Costs | None = None
+        """The measured costs of that, where "auto" may choose it."""
+        self.ready: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
+        """All-reduces of plain tensors that were made before, by all that distinguishes them."""
+
+    def where(self, collective: str) -> str:
+        """How messages about a call begin."""
+        return f"rank {self.rank}: {collective}"
 
     # ------------------------------------------------------------------ calls
 
     def call(
         self,
         collective: str,
-        like: Tensor,
+        like: Flat,
         count: int | None,
         op: ReduceOp | None,
         *,
@@ -117,13 +99,13 @@ class Planner:
         """
         shape = tuple(grid) if grid is not None else None
         lengths = None if bounds is None else tuple(hi for _, hi in bounds)
-        memory = self.memory_of(like) if collective in _WHOLE else "tensor"
+        memory = self.memory_of(like.memory) if collective in _WHOLE else "tensor"
         key = (collective, like.dtype, count, op, algorithm, shape, root, lengths, memory)
         known = self._calls.get(key)
         if known is not None:
             self._calls.move_to_end(key)
             return known
-        nbytes = (count or 0) * like.element_size()
+        nbytes = (count or 0) * like.dtype.itemsize
         try:
             entry, shape = self._settle(collective, algorithm, shape, nbytes, root, like.dtype, memory)
             group = entry.group(self.size, root, shape, segments_for(nbytes, self.segment_bytes))
@@ -141,8 +123,8 @@ class Planner:
         text = f"{collective} ({', '.join(parts)})"
         # Where a tensor lies is no part of what must be alike, only of what "auto" made of it.
         alike = text.replace("in a window, ", "")
-        digest = _digest(f"{self.name} {alike} {group} {lengths} {self.segment_bytes}")
-        return _keep(self._calls, key, Call(collective, text, entry, group, digest))
+        stands_for = digest(f"{self.name} {alike} {group} {lengths} {self.segment_bytes}")
+        return _keep(self._calls, key, Call(collective, text, entry, group, stands_for))
 
     def _settle(
         self,
@@ -166,7 +148,7 @@ class Planner:
                     f"{RANK_ORDER!r} takes no grid, got {shape}: a torus adds row by row, not in rank order"
                 )
             return lookup(collective, "torus"), shape
-        native = self.native[0] if self.native is not None and self.native[1](dtype) else None
+        native = self.native if self.can_native is not None and self.can_native(dtype) else None
         entry, best = choose(collective, nbytes, self.models[memory], root, native, rank_order)
         return entry, best.grid
 
@@ -174,13 +156,14 @@ class Planner:
         """The kind of memory that `tensor` lies in, which "auto" goes by: "window" or "tensor"."""
         return "window" if self._windows is not None and self._windows.holds(tensor) else "tensor"
 
-    def pair_call(self, like: Tensor, src: int, dst: int) -> Call:
+    def pair_call(self, like: Flat, src: int, dst: int) -> Call:
         """The call of a send from `src` to `dst`, as both of them see it."""
         entry = lookup("send_recv", "direct")
         dtype = str(like.dtype).removeprefix("torch.")
-        text = f"send {src}→{dst} ({dtype}, {like.numel()} element{'' if like.numel() == 1 else 's'})"
+        count = like.memory.numel()
+        text = f"send {src}→{dst} ({dtype}, {count} element{'' if count == 1 else 's'})"
         group = entry.group(2, root=int(src > dst))
-        return Call("send_recv", text, entry, group, _digest(f"{self.name} {text} {self.segment_bytes}"))
+        return Call("send_recv", text, entry, group, digest(f"{self.name} {text} {self.segment_bytes}"))
 
     def forget(self) -> None:
         """Settles every call anew."""
@@ -189,35 +172,45 @@ class Planner:
 
     # ------------------------------------------------------------------ plans
 
-    def whole(self, call: Call, tensor: Tensor, op: ReduceOp | None, after: WriteBack = None) -> Prepared:
-        """The plan of a collective on one flat tensor that every rank holds whole. It holds the tensor's memory."""
-        folder = None if op is None else Folder(op, tensor.dtype, self.size)
-        bounds = share_bounds(tensor.numel(), call.algorithm.units(call.group))
-        plan = self._bind(self._program(call, bounds, tensor), tensor, folder)
-        return Prepared(plan, self._scaling(folder, tensor), after)
-
-    def whole_again(self, key: tuple[Any, ...], call: Call, tensor: Tensor, op: ReduceOp | None) -> Prepared:
-        """As `whole`, and it is `ready` under `key`, which tells the call and the tensor's address.
-
-        It does not hold the tensor's memory; whoever finds it there holds a tensor of that address.
-        """
-        prepared = self.whole(call, unowned(tensor), op)
-        if prepared.plan.own_bytes <= _PLAN_BYTES:
-            self.remember(key, call, lambda: prepared)
-        return prepared
-
-    def remember(self, key: tuple[Any, ...], call: Call, prepare: Callable[[], Prepared | None]) -> None:
-        """Makes `call` and its preparation `ready` under `key`."""
-        _keep(self.ready, key, (call, prepare), _PLANS)
+    def whole(self, call: Call, tensor: Tensor, op: ReduceOp | None, **around: Any) -> Prepared:
+        """The plan of a collective on one flat tensor that every rank has. `around` are fields of `Prepared`."""
+        if call.algorithm.native:
+            assert op is not None, "only an all-reduce may be the transport's own"
+            self._check_native(call, tensor)
+            return Prepared(call, Native(tensor, op), **around)
+        return self._in_one_tensor(
+            call, tensor, share_bounds(tensor.numel(), call.algorithm.units(call.group)), op, around
+        )
 
     def reduced_shares(
-        self, call: Call, tensor: Tensor, bounds: Sequence[tuple[int, int]], op: ReduceOp, after: WriteBack
+        self, call: Call, tensor: Tensor, bounds: Sequence[tuple[int, int]], op: ReduceOp, **around: Any
     ) -> Prepared:
         """The plan of a reduce-scatter in `tensor`, in which the share of rank r is `bounds[r]`."""
-        folder = Folder(op, tensor.dtype, self.size)
         units = [bounds[owner] for owner in call.algorithm.home(call.group)]
-        plan = self._bind(self._program(call, units, tensor), tensor, folder)
-        return Prepared(plan, self._scaling(folder, tensor), after)
+        return self._in_one_tensor(call, tensor, units, op, around)
+
+    def _in_one_tensor(
+        self,
+        call: Call,
+        tensor: Tensor,
+        units: Sequence[tuple[int, int]],
+        op: ReduceOp | None,
+        around: dict[str, Any],
+    ) -> Prepared:
+        folder = None if op is None else Folder(op, tensor.dtype, self.size)
+        program = self._program(call, units, tensor)
+        slots = None
+        if self._windows is not None:  # in a window a plan's own memory is there as well
+            slots = self._windows.empty(program.slot_elements, tensor.dtype)
+        exposed = None if self._windows is None else tensor
+        plan = bind(program, [Piece(0, tensor)], folder, slots, exposed=exposed)
+        scaled = tensor if folder is not None and folder.scales_first and self.size > 1 else None
+        return Prepared(call, plan, scaled=scaled, **around)
+
+    def remember(self, key: tuple[Any, ...], prepared: Prepared) -> None:
+        """Makes `prepared` `ready` under `key`, unless its plan holds much memory of its own."""
+        if not isinstance(prepared.plan, Plan) or prepared.plan.own_bytes <= _PLAN_BYTES:
+            _keep(self.ready, key, prepared, _PLANS)
 
     def leaves_others(self, call: Call, op: ReduceOp, dtype: torch.dtype) -> bool:
         """Whether a reduce-scatter on this rank writes to no share but its own, and needs no copy of the rest."""
@@ -232,61 +225,50 @@ class Planner:
         written = {unit for step in steps for each in step if isinstance(each, Recv) for unit in each.chunk.units}
         return all(home[unit] == self.rank for unit in written)
 
-    def reduced_pieces(
-        self, call: Call, shares: Sequence[Tensor], op: ReduceOp, before: Callable[[], None], after: WriteBack
+    def in_pieces(
+        self, call: Call, shares: Sequence[Tensor], op: ReduceOp | None, fill: Copies, back: Copies
     ) -> Prepared:
-        """The plan of a reduce-scatter that `leaves_others`, of one tensor a rank; its own is where the result goes."""
+        """The plan of an all-gather into `shares`, one a rank, whose lengths all ranks know; or of a reduce-scatter
+        which `leaves_others`, and whose result goes to the own share."""
         bounds = adjacent([share.numel() for share in shares])
         units = [bounds[owner] for owner in call.algorithm.home(call.group)]
         pieces = [Piece(lo, share) for (lo, _), share in zip(bounds, shares, strict=True)]
-        folder = Folder(op, shares[0].dtype, self.size)
-        return Prepared(bind(self._program(call, units, shares[0]), pieces, folder), before, after)
+        folder = None if op is None else Folder(op, shares[0].dtype, self.size)
+        return Prepared(call, bind(self._program(call, units, shares[0]), pieces, folder), fill, back)
 
-    def gathered_shares(
-        self, call: Call, shares: Sequence[Tensor], before: Callable[[], None], after: WriteBack
-    ) -> Prepared:
-        """The plan of an all-gather into `shares`, one a rank, whose lengths all ranks know."""
-        bounds = adjacent([share.numel() for share in shares])
-        units = [bounds[owner] for owner in call.algorithm.home(call.group)]
-        pieces = [Piece(lo, share) for (lo, _), share in zip(bounds, shares, strict=True)]
-        return Prepared(bind(self._program(call, units, shares[0]), pieces, None), before, after)
-
-    def pieces(
-        self, call: Call, units: Sequence[Tensor], before: Callable[[], None] | None, after: WriteBack
-    ) -> Prepared:
+    def by_units(self, call: Call, units: Sequence[Tensor], **around: Any) -> Prepared:
         """The plan of a collective whose unit `u` is the tensor `units[u]`, of which ranks may know few.
 
-        Each is one message: their lengths are no part of the contract, so only whole ones can be compared.
+        Each unit is one message: their lengths are no part of the contract, so only whole ones can be compared.
         """
         bounds = adjacent([unit.numel() for unit in units])
         held = [Piece(lo, unit) for (lo, hi), unit in zip(bounds, units, strict=True) if hi > lo]
         program = self._program(call, bounds, units[0], whole_messages=True)
-        return Prepared(bind(program, held or [Piece(0, units[0])], None), before, after)
+        return Prepared(call, bind(program, held or [Piece(0, units[0])], None), **around)
 
-    def pair(self, call: Call, tensor: Tensor, src: int, dst: int, after: WriteBack) -> Prepared:
+    def pair(self, call: Call, tensor: Tensor, src: int, dst: int, back: Copies) -> Prepared:
         """The plan of a send, or of its receive."""
         # The schedule is written for ranks 0 and 1; `place` gives them their real numbers.
         place = (min(src, dst), max(src, dst))
         steps = call.algorithm.steps(call.group)(place.index(self.rank))
         renamed = [tuple(op._replace(peer=place[op.peer]) for op in step) for step in steps]
         program = lower(self.rank, renamed, [(0, tensor.numel())], self.segment_elements(tensor))
-        return Prepared(bind(program, [Piece(0, tensor)], None), None, after)
+        return Prepared(call, bind(program, [Piece(0, tensor)], None), back=back, pair=(src, dst))
 
-    def _bind(self, program: Program, tensor: Tensor, folder: Folder | None) -> Plan:
-        """Binds what lies in one tensor; in a window its slots are there as well."""
-        if self._windows is None:
-            return bind(program, [Piece(0, tensor)], folder)
-        slots = self._windows.empty(program.slot_elements, tensor.dtype)
-        return bind(program, [Piece(0, tensor)], folder, slots, exposed=tensor)
+    def _check_native(self, call: Call, tensor: Tensor) -> None:
+        where = self.where(call.text)
+        if self.can_native is None:
+            raise UnknownAlgorithm(f"{where}: this transport has no all-reduce of its own; MPI has")
+        if not self.can_native(tensor.dtype):
+            raise UnsupportedTensor(f"{where}: MPI does not reduce {tensor.dtype} by itself")
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor, uninitialised, in this rank's window where it has one."""
+        return torch.empty(elements, dtype=dtype) if self._windows is None else self._windows.empty(elements, dtype)
 
     def segment_elements(self, tensor: Tensor) -> int:
         """The greatest number of elements in one message of the dtype of `tensor`."""
         return max(1, self.segment_bytes // tensor.element_size())
-
-    def _scaling(self, folder: Folder | None, tensor: Tensor) -> Callable[[], None] | None:
-        if folder is None or not folder.scales_first or self.size == 1:
-            return None
-        return lambda: folder.scale_first(tensor)
 
     def _program(
         self, call: Call, bounds: Sequence[tuple[int, int]], like: Tensor, whole_messages: bool = False

@@ -9,23 +9,21 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from ringred.collectives.registry import lookup
+from ringred.runtime.config import Config
 from ringred.runtime.select import share_bounds
 from ringred.schedule.cost import simulate
 from ringred.topology import calibrate
 from ringred.topology.calibrate import KINDS, Costs, Sample, Tuning, fit, rounded
 from ringred.topology.detect import machine
-from ringred.transports.base import Gather
+from ringred.transports.base import Gather, Transport
 
-if TYPE_CHECKING:
-    from ringred.communicator import Communicator
-
-__all__ = ["measure", "probe", "seconds_of", "tuned"]
+__all__ = ["Measured", "measure", "probe", "seconds_of", "tune"]
 
 _ALGORITHMS = ("one_shot", "direct")
 _IN_TURN = "halving_doubling"  # of more than two ranks: one peer after another, where those above talk to all at once
@@ -34,7 +32,40 @@ _SHORT, _LONG = 15, 5  # calls up to 64 KiB, and above
 _MANY_RANKS = 16  # beyond, one call each: every rank talks to all
 
 
-def tuned(comm: Communicator, gather: Gather) -> Communicator:
+class Measured(Protocol):
+    """A communicator, as far as it is needed to measure it."""
+
+    rank: int
+    size: int
+    hosts: tuple[int, ...]
+    config: Config
+    transport: Transport
+    tuning: Tuning
+
+    @property
+    def local_ranks(self) -> list[int]:
+        """The ranks on this rank's host."""
+
+    def tune(self, tuning: Tuning) -> None:
+        """From here on "auto" decides by `tuning`."""
+
+    def empty(self, shape: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory that ranks of a host share."""
+
+    def all_reduce(self, tensor: torch.Tensor, *, algorithm: str = "auto") -> object:
+        """The sum over the ranks, in place."""
+
+    def barrier(self) -> object:
+        """Returns once every rank has called it."""
+
+    def split(self, color: int | None) -> Measured | None:
+        """The ranks of one color."""
+
+    def close(self) -> None:
+        """Gives everything back."""
+
+
+def tune(comm: Measured, gather: Gather) -> None:
     """Gives `comm` the costs of this machine: those that rank 0 has kept, or new ones, which it then keeps."""
     path = comm.config.tuning
     here = machine()
@@ -46,19 +77,18 @@ def tuned(comm: Communicator, gather: Gather) -> Communicator:
     # Every rank may have a file of its own, and settings of its own: what rank 0 has counts.
     said = gather("off" if path is None or comm.size == 1 else json.dumps(known))[0]
     if said == "off":
-        return comm
+        return
     if said != "null":
         comm.tune({name: tuple(costs) for name, costs in json.loads(said).items()})
-        return comm
+        return
     comm.tune(probe(comm))
     if comm.rank == 0 and path is not None:
         trouble = calibrate.store(path, key, comm.tuning)
         if trouble is not None:
             warnings.warn(f"ringred: measured costs are not kept for the next start: {trouble}", stacklevel=2)
-    return comm
 
 
-def probe(comm: Communicator) -> Tuning:
+def probe(comm: Measured) -> Tuning:
     """The costs of `comm`'s links, the same on every rank. Collective."""
     found: dict[str, Costs] = {}
     hosts = len(set(comm.hosts))
@@ -78,7 +108,7 @@ def probe(comm: Communicator) -> Tuning:
     return _agreed(comm, found)
 
 
-def _inside(comm: Communicator, found: dict[str, Costs]) -> None:
+def _inside(comm: Measured, found: dict[str, Costs]) -> None:
     found["tensor"] = _fitted(comm, "tensor")
     if comm.transport.windows:
         found["window"] = _fitted(comm, "window")
@@ -87,7 +117,7 @@ def _inside(comm: Communicator, found: dict[str, Costs]) -> None:
         found["native"] = fit([Sample(1, nbytes, 0, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])
 
 
-def _fitted(comm: Communicator, memory: str) -> Costs:
+def _fitted(comm: Measured, memory: str) -> Costs:
     measured = [(name, nbytes) for name in _ALGORITHMS for nbytes in _BYTES]
     if comm.size > 2:
         measured += [(_IN_TURN, nbytes) for nbytes in _BYTES]
@@ -106,22 +136,22 @@ def _fitted(comm: Communicator, memory: str) -> Costs:
     return fit(samples)
 
 
-def _calls(comm: Communicator, nbytes: int) -> int:
+def _calls(comm: Measured, nbytes: int) -> int:
     if comm.size > _MANY_RANKS:
         return 1
     return _SHORT if nbytes <= 64 << 10 else _LONG
 
 
-def _tensor(comm: Communicator, nbytes: int, memory: str) -> torch.Tensor:
+def _tensor(comm: Measured, nbytes: int, memory: str) -> torch.Tensor:
     return comm.empty(nbytes // 4, torch.float32) if memory == "window" else torch.empty(nbytes // 4)
 
 
-def seconds_of(comm: Communicator, tensor: torch.Tensor, algorithm: str, calls: int) -> float:
+def seconds_of(comm: Measured, tensor: torch.Tensor, algorithm: str, calls: int) -> float:
     """The median time of an all-reduce of `tensor`, which is written before each. Collective."""
     return measure(comm, lambda: tensor.fill_(1.0), lambda: comm.all_reduce(tensor, algorithm=algorithm), calls)
 
 
-def measure(comm: Communicator, before: Callable[[], object], call: Callable[[], object], calls: int) -> float:
+def measure(comm: Measured, before: Callable[[], object], call: Callable[[], object], calls: int) -> float:
     """The median of the times that `call` takes, after one for nothing; `before` it all ranks meet. Collective."""
     times = []
     for _ in range(calls + 1):
@@ -133,7 +163,7 @@ def measure(comm: Communicator, before: Callable[[], object], call: Callable[[],
     return statistics.median(times[1:])
 
 
-def _agreed(comm: Communicator, found: dict[str, Costs]) -> Tuning:
+def _agreed(comm: Measured, found: dict[str, Costs]) -> Tuning:
     """The mean over the ranks that have measured a kind: every rank must decide by the same numbers."""
     table = torch.tensor([(*found[kind], 1.0) if kind in found else (0.0,) * 5 for kind in KINDS], dtype=torch.float64)
     comm.all_reduce(table, algorithm="one_shot")

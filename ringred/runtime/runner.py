@@ -8,17 +8,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ringred.errors import PeerFailed, RingredError
-from ringred.runtime.executor import run
+from ringred.errors import CollectiveMismatch, PeerFailed, RingredError
+from ringred.runtime.calls import Call, Native, Post, Prepared
+from ringred.runtime.executor import Plan, run
 from ringred.runtime.failures import RAISED, Report, diagnose
-from ringred.runtime.planner import Call, Prepared
 from ringred.runtime.trace import Tracer
 from ringred.runtime.work import Progress, Work
 from ringred.transports.base import Fault, Request, Transport
@@ -31,47 +31,50 @@ _LIBRARIES = (
     *(module.__file__ or "" for module in (contextlib, threading)),
 )
 _OUTGOING = 32  # asynchronous sends that may be on their way
+_ONE_WAY = 64  # collectives that this rank may have left before others began, and that are remembered
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
 _STRIDE = 0x9E3779B97F4A7C15
 _62_BITS = (1 << 62) - 1
 
 
+class _OneWay(NamedTuple):
+    """A collective that this rank has done, perhaps before others began it."""
+
+    number: int
+    text: str
+    site: str
+
+
 class Runner:
-    """The order, the thread and the fate of a communicator's calls; `timeout` is that of each, in seconds."""
+    """Puts the calls of a communicator in one order, and runs one at a time; each may take `timeout` seconds."""
 
     def __init__(self, transport: Transport, timeout: float, name: str) -> None:
         self.transport, self.timeout = transport, timeout
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
         self.closed = False
-        self.purpose = ""  # which calls launched meanwhile have, see `Call.for_purpose`
+        self.purpose = ""  # the purpose of the calls that are launched from now on, see `Call.for_purpose`
         self.order = threading.RLock()
         self._progress = Progress(f"ringred-{name}-{self.rank}")
         self._sequence = 0
         self._pair_sequence: dict[tuple[int, int], int] = {}
         self._outgoing: deque[list[Request]] = deque()
-        self._started: deque[Work[None]] = deque()  # to find those that failed and that nobody asked
+        self._started: deque[Work[None]] = deque()  # to find those that failed while nobody waited for them
         self._current: tuple[int, Call, str | FrameType, bool] | None = None
+        self._one_way: deque[_OneWay] = deque(maxlen=_ONE_WAY)  # since the last collective that all ranks had begun
         self._failure: RingredError | None = None
 
-    def launch(
-        self,
-        call: Call,
-        prepare: Callable[[], Prepared | None],
-        async_op: bool = False,
-        pair: tuple[int, int] | None = None,
-        holding: object = None,
-    ) -> Work[None] | None:
-        """Runs `call` behind all that was launched before: here if nothing is in flight, else on the progress thread.
+    def launch(self, prepared: Prepared, async_op: bool = False, holding: object = None) -> Work[None] | None:
+        """Runs `prepared` after all calls before it: here if nothing is in flight, else on the progress thread.
 
-        `prepare` makes the plan, on the thread that runs it; None where it did all itself. `pair` is the sender
-        and receiver of what only concerns two ranks. `holding` is kept until it is done, even if nobody waits.
+        `holding` is kept until it is done, even if nobody waits.
         """
+        call, pair = prepared.call, prepared.pair
         with self.order:
             if self._failure is not None or self.closed:
                 self._refuse(call)
             if self.purpose:
-                call = call.for_purpose(self.purpose)
+                prepared = prepared._replace(call=call.for_purpose(self.purpose))
             if not async_op and self._progress.is_current():
                 raise RingredError(
                     f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
@@ -84,14 +87,14 @@ class Runner:
                 number = self._pair_sequence[pair] = self._pair_sequence.get(pair, 0) + 1
 
             if not async_op and self._progress.idle():
-                self._run(call, number, sys._getframe(1), prepare, pair is not None)
+                self._run(prepared, number, sys._getframe(1))
                 return None
             site = _call_site(sys._getframe(1))
 
             def job(held: object = holding) -> None:
-                self._run(call, number, site, prepare, pair is not None)
+                self._run(prepared, number, site)
 
-            work: Work[None] = Work(f"rank {self.rank}: {_numbered(call, number)} at {site}")
+            work: Work[None] = Work(f"rank {self.rank}: {_numbered(prepared.call, number)} at {site}")
             self._started.append(work)
             self._progress.submit(lambda: work.finish(job))
             while self._started and self._started[0].is_completed() and self._started[0].exception() is None:
@@ -100,12 +103,6 @@ class Runner:
             return work
         work.wait()
         return None
-
-    def post(self, peer: int, parts: Sequence[Tensor]) -> None:
-        """Sends memory that nobody else writes to, and waits for it later."""
-        self._outgoing.append([self.transport.isend(peer, part) for part in parts])
-        if len(self._outgoing) > _OUTGOING:
-            self._wait_sent(self._outgoing.popleft())
 
     def abort(self, cause: BaseException) -> None:
         """Tells every rank that this one failed with `cause` and takes no further part."""
@@ -116,16 +113,22 @@ class Runner:
             self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, what).dump())
 
     def close(self) -> None:
-        """Finishes what is in flight and closes the transport. A second call does nothing."""
+        """Finishes what is in flight and closes the transport. A second call does nothing.
+
+        Raises `CollectiveMismatch` where this rank was done with a collective, and now hears that another rank called
+        something else in its place.
+        """
         with self.order:
             if self.closed:
                 return
             self.closed = True
         self._progress.close()
+        mismatch: CollectiveMismatch | None = None
         if self._failure is None:
             with contextlib.suppress(Fault):  # a peer that no longer receives is not this rank's trouble
                 while self._outgoing:
                     self._wait_sent(self._outgoing.popleft())
+            mismatch = self._settle()
         self.transport.close()
         for work in self._started:
             if work.failed_unheard():
@@ -133,6 +136,21 @@ class Runner:
                 break
         if self.tracer is not None:
             self.tracer.write()
+        if mismatch is not None:
+            raise mismatch
+
+    def _settle(self) -> CollectiveMismatch | None:
+        """Waits until the peers have received what this rank sent in its last collectives, if they may not have yet."""
+        if not self._one_way:
+            return None
+        began = time.monotonic()
+        try:
+            self.transport.settle(began + self.timeout)
+        except Fault as fault:
+            error = self._diagnosed(fault, time.monotonic() - began)
+            if isinstance(error, CollectiveMismatch):
+                return error
+        return None
 
     def _wait_sent(self, requests: Sequence[Request]) -> None:
         deadline = time.monotonic() + self.timeout
@@ -156,27 +174,20 @@ class Runner:
         # Ranks count collectives alike; what two of them do between themselves has the number of the one before.
         return (self._sequence if of_a_pair else number), text, site if isinstance(site, str) else _call_site(site)
 
-    def _run(
-        self,
-        call: Call,
-        number: int,
-        site: str | FrameType,
-        prepare: Callable[[], Prepared | None],
-        of_a_pair: bool,
-    ) -> None:
+    def _run(self, prepared: Prepared, number: int, site: str | FrameType) -> None:
+        call, of_a_pair = prepared.call, prepared.pair is not None
         if self._failure is not None:
             self._refuse(call)
         self._current = (number, call, site, of_a_pair)
+        sent = self.transport.counters.messages_sent
         began = time.monotonic()
         try:
             self.transport.begin(contract(call.digest, number), -1 if of_a_pair else number)
-            prepared = prepare()
-            if prepared is not None:
-                if prepared.before is not None:
-                    prepared.before()
-                run(prepared.plan, self.transport, began + self.timeout, self.tracer)
-                if prepared.after is not None:
-                    prepared.after()
+            for target, source in prepared.fill:
+                target.copy_(source)
+            self._play(prepared, began + self.timeout)
+            for target, source in prepared.back:
+                target.copy_(source)
         except Fault as fault:
             self._failure = self._diagnosed(fault, time.monotonic() - began)
             raise self._failure from fault
@@ -186,15 +197,40 @@ class Runner:
             self.abort(failure)
             raise
         else:
+            if prepared.one_way:
+                if self.transport.counters.messages_sent > sent:
+                    self._one_way.append(_OneWay(*self._doing()))
+            elif self._one_way and not of_a_pair:
+                self._one_way.clear()
             if self.tracer is not None:
                 _, text, where = self._doing()
                 self.tracer.span("collective", text, int(began * 1e9), time.monotonic_ns(), site=where)
         finally:
             self._current = None
 
+    def _play(self, prepared: Prepared, deadline: float) -> None:
+        plan = prepared.plan
+        if type(plan) is Plan:
+            if prepared.scaled is not None:
+                assert plan.folder is not None, "only a reduction scales"
+                plan.folder.scale_first(prepared.scaled)
+            run(plan, self.transport, deadline, self.tracer)
+        elif isinstance(plan, Native):
+            native: Any = self.transport
+            native.native_all_reduce(plan.tensor, plan.op.value, deadline)
+        elif isinstance(plan, Post):
+            self._outgoing.append([self.transport.isend(plan.peer, part) for part in plan.parts])
+            if len(self._outgoing) > _OUTGOING:
+                self._wait_sent(self._outgoing.popleft())
+
     def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
         """Publishes what this rank saw, reads what the others saw, and makes one exception of it."""
         number, call, site = self._doing()
+        if self._current is None and self._one_way:
+            # Peers fail in the first collective that they see differently, which may not be the last one here.
+            heard = [report for report in map(Report.load, self.transport.reports(0.0).values()) if report is not None]
+            turns = {report.number for report in heard}
+            number, call, site = next((done for done in self._one_way if done.number in turns), self._one_way[-1])
         mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, fault.detail[:1000])
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}

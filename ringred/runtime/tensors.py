@@ -6,20 +6,38 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringred.errors import UnsupportedTensor
-from ringred.runtime.folds import ReduceOp, check_dtype
+from ringred.runtime.calls import Copies
+from ringred.runtime.folds import SUPPORTED, ReduceOp, check_dtype
 from ringred.runtime.select import share_bounds
 
-__all__ = ["WriteBack", "expect", "flat", "in_turn", "is_plain", "outputs", "shares", "unowned"]
+__all__ = ["Flat", "Shares", "copies", "expect", "flat", "is_apart", "is_plain", "outputs", "shares", "unowned"]
 
-WriteBack: TypeAlias = Callable[[], None] | None
-"""What brings a result from the flat copy back to the user's tensor; None where there is no copy."""
+# What is only moved travels as integers of the same width where no kernel takes its own dtype.
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Flat(NamedTuple):
+    """A user's tensor as 1-D contiguous `memory`. `back` brings a result to the tensor where `memory` is a copy of it.
+    `dtype` is the user's; that of `memory` may be an integer of the same width."""
+
+    memory: Tensor
+    back: Copies
+    dtype: torch.dtype
+
+
+class Shares(NamedTuple):
+    """As `Flat`, with one memory a rank."""
+
+    parts: list[Tensor]
+    back: Copies
+    dtype: torch.dtype
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -34,13 +52,11 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def flat(
-    where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, written: bool = True
-) -> tuple[Tensor, WriteBack]:
-    """`tensor` as 1-D contiguous memory, and what writes it back where that is a copy.
+def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, written: bool = True) -> Flat:
+    """`tensor` as flat memory.
 
-    `op` is what it will be combined by, if anything; `fill` says that its values count, `written` that it will be
-    written to. Raises `UnsupportedTensor`.
+    `op` is what it will be combined by; None if it is only moved, which every dtype can be. `fill` says that its values
+    count, `written` that it will be written to. Raises `UnsupportedTensor`.
     """
     if not isinstance(tensor, Tensor):
         raise UnsupportedTensor(f"{where}: expected a tensor, got {type(tensor).__name__}")
@@ -48,42 +64,56 @@ def flat(
         raise UnsupportedTensor(f"{where}: expected a dense (strided) tensor, got layout {tensor.layout}")
     if tensor.device.type != "cpu":
         raise UnsupportedTensor(f"{where}: expected a CPU tensor, got one on {tensor.device}")
-    check_dtype(where, tensor.dtype, op)
+    if tensor.is_quantized:
+        raise UnsupportedTensor(f"{where}: expected a tensor of plain numbers, got a quantized one of {tensor.dtype}")
+    if op is not None:
+        check_dtype(where, tensor.dtype, op)
     if written and any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
         raise UnsupportedTensor(f"{where}: expected memory of its own for each element, got an expanded tensor")
     detached = tensor.detach()
+    if tensor.dtype not in SUPPORTED and not detached.is_conj():
+        detached = detached.view(_CARRIERS[tensor.element_size()])
     if detached.is_contiguous() and not detached.is_conj() and not detached.is_neg():
         # as_strided, for view(-1) keeps an odd stride where there is at most one element.
-        return detached.as_strided((detached.numel(),), (1,)), None
+        return Flat(detached.as_strided((detached.numel(),), (1,)), (), tensor.dtype)
     copy = torch.empty_like(detached, memory_format=torch.contiguous_format)
     if fill:
         copy.copy_(detached)
-    return copy.view(-1), lambda: _write(detached, copy)
+    memory = copy.view(-1)
+    if memory.dtype not in SUPPORTED:
+        memory = memory.view(_CARRIERS[tensor.element_size()])
+    return Flat(memory, ((detached, copy),), tensor.dtype)
 
 
-def _write(target: Tensor, source: Tensor) -> None:
-    target.copy_(source)
-
-
-def shares(where: str, tensors: Tensor | Sequence[Tensor], size: int, op: ReduceOp | None) -> list[Tensor]:
+def shares(where: str, tensors: Tensor | Sequence[Tensor], size: int, op: ReduceOp | None) -> Shares:
     """The flat tensors to read from, one a rank: of one tensor in equal shares, or of a list."""
     if isinstance(tensors, Tensor):
         _expect_equal_shares(where, tensors, size)
-        whole, _ = flat(where, tensors, op, written=False)
-        return [whole[lo:hi] for lo, hi in share_bounds(whole.numel(), size)]
+        whole = flat(where, tensors, op, written=False)
+        return Shares(_cut(whole.memory, size), (), whole.dtype)
     _expect_list(where, tensors, size)
-    return [flat(where, tensor, op, written=False)[0] for tensor in tensors]
+    each = [flat(where, tensor, op, written=False) for tensor in tensors]
+    return Shares([one.memory for one in each], (), each[0].dtype)
 
 
-def outputs(where: str, tensors: Tensor | Sequence[Tensor], size: int) -> tuple[list[Tensor], WriteBack]:
-    """The flat tensors to write to, one a rank, and what writes back those that are copies."""
+def outputs(where: str, tensors: Tensor | Sequence[Tensor], size: int) -> Shares:
+    """The flat tensors to write to, one a rank."""
     if isinstance(tensors, Tensor):
         _expect_equal_shares(where, tensors, size)
-        whole, back = flat(where, tensors, None, fill=False)
-        return [whole[lo:hi] for lo, hi in share_bounds(whole.numel(), size)], back
+        whole = flat(where, tensors, None, fill=False)
+        return Shares(_cut(whole.memory, size), whole.back, whole.dtype)
     _expect_list(where, tensors, size)
-    pairs = [flat(where, tensor, None, fill=False) for tensor in tensors]
-    return [part for part, _ in pairs], in_turn(*(back for _, back in pairs))
+    each = [flat(where, tensor, None, fill=False) for tensor in tensors]
+    return Shares([one.memory for one in each], sum((one.back for one in each), ()), each[0].dtype)
+
+
+def _cut(whole: Tensor, size: int) -> list[Tensor]:
+    return [whole[lo:hi] for lo, hi in share_bounds(whole.numel(), size)]
+
+
+def copies(*pairs: tuple[Tensor, Tensor]) -> Copies:
+    """Those of `pairs`, (target, source), in which the two are not the same memory."""
+    return tuple((target, source) for target, source in pairs if target.data_ptr() != source.data_ptr())
 
 
 def is_apart(output: Tensor, shares: Sequence[Tensor], own: int) -> bool:
@@ -104,25 +134,10 @@ def unowned(tensor: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype)
 
 
-def expect(where: str, what: str, tensor: Tensor, elements: int, dtype: torch.dtype) -> None:
-    """Raises `ValueError` unless `tensor`, which is called `what`, has so many elements of `dtype`."""
-    if tensor.numel() != elements or tensor.dtype != dtype:
-        raise ValueError(
-            f"{where}: {what} expected {elements} elements of {dtype}, got {tensor.numel()} of {tensor.dtype}"
-        )
-
-
-def in_turn(*actions: WriteBack) -> WriteBack:
-    """All of `actions` that there are, one after the other."""
-    present = [action for action in actions if action is not None]
-    if not present:
-        return None
-
-    def all_of_them() -> None:
-        for action in present:
-            action()
-
-    return all_of_them
+def expect(where: str, what: str, got: tuple[int, torch.dtype], elements: int, dtype: torch.dtype) -> None:
+    """Raises `ValueError` unless `what` has `elements` elements of `dtype`; `got` is how many it has, and of which."""
+    if got != (elements, dtype):
+        raise ValueError(f"{where}: {what} expected {elements} elements of {dtype}, got {got[0]} of {got[1]}")
 
 
 def _expect_equal_shares(where: str, tensor: Tensor, size: int) -> None:

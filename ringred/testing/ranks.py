@@ -73,6 +73,9 @@ class Faulty:
         self._delay()
         self.inner.release(request)
 
+    def settle(self, deadline: float) -> None:
+        self.inner.settle(deadline)
+
     def abort(self, report: str) -> None:
         self.inner.abort(report)
 

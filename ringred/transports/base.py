@@ -19,11 +19,24 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Counters", "Fault", "FaultKind", "Gather", "Request", "Transport", "Windowed", "mixed"]
+__all__ = [
+    "UNSETTLED_SECONDS",
+    "Counters",
+    "Fault",
+    "FaultKind",
+    "Gather",
+    "Request",
+    "Transport",
+    "Windowed",
+    "mixed",
+]
 
 Request: TypeAlias = Any
 """A pending send or receive; only the transport that gave it out looks inside."""
 
+
+UNSETTLED_SECONDS = 2.0
+"""How long a rank that closes waits for word from its peers, where messages are not acknowledged."""
 
 _64_BITS = (1 << 64) - 1
 
@@ -111,6 +124,13 @@ class Transport(Protocol):
 
     def release(self, request: Request) -> None:
         """Ends the loan of a lending receive."""
+
+    def settle(self, deadline: float) -> None:
+        """Called once, before `close`: returns when the peers have received all that this rank has sent to them.
+
+        Raises `Fault` as `wait` does. Where nothing tells a sender that its message was received, it returns when the
+        peers are closing too, or after `UNSETTLED_SECONDS`.
+        """
 
     def abort(self, report: str) -> None:
         """Publishes this rank's report and makes every wait on every rank raise, now and for ever. Never raises."""

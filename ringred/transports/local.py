@@ -202,6 +202,11 @@ class LocalTransport:
                 channel.slots_used -= 1
             self.hub.wake[peer].notify_all()
 
+    def settle(self, deadline: float) -> None:
+        for peer in range(self.size):
+            channel = self.hub.channels[self.rank, peer]
+            self._sleep_until(lambda: not channel.sent, peer, deadline)  # noqa: B023  # called before the next peer's
+
     def abort(self, report: str) -> None:
         with self.hub.lock:
             self.hub.reports.setdefault(self.rank, report)

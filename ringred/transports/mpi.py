@@ -27,7 +27,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.transports.base import Counters, Fault, FaultKind, Gather, mixed
+from ringred.transports.base import UNSETTLED_SECONDS, Counters, Fault, FaultKind, Gather, mixed
 
 __all__ = ["MpiTransport", "abort_job", "gatherer", "library", "world"]
 
@@ -152,6 +152,7 @@ class MpiTransport:
         self._abandoned: list[Any] = []
         self._reports: dict[int, str] = {}
         self._left: set[int] = set()
+        self._leaves = False
         self._closed = False
         self._waiting_since: float | None = None
         self._active, self._ending = threading.Event(), threading.Event()
@@ -302,6 +303,19 @@ class MpiTransport:
             if peer != self.rank:
                 self._notices.append((self._control.Isend([message, MPI.BYTE], peer, tag), message))
 
+    def settle(self, deadline: float) -> None:
+        self._leave()
+        until = min(deadline, time.monotonic() + UNSETTLED_SECONDS)
+        while len(self._left | {self.rank}) < self.size and time.monotonic() < until:
+            self.progress()
+            time.sleep(0.001)
+
+    def _leave(self) -> None:
+        """Tells the peers that this rank is closing."""
+        if not self._leaves and not self._reports:
+            self._leaves = True
+            self._notify(_LEFT, "")
+
     def abort(self, report: str) -> None:
         if self.rank not in self._reports and not self._closed:
             self._reports[self.rank] = report
@@ -350,8 +364,7 @@ class MpiTransport:
     def close(self) -> None:
         if self._closed:
             return
-        if not self._reports:
-            self._notify(_LEFT, "")
+        self._leave()
         self._closed = True
         self._ending.set()
         self._active.set()

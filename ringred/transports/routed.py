@@ -145,6 +145,11 @@ class RoutedTransport:
         native: Any = self.far
         native.native_all_reduce(tensor, op, deadline)
 
+    def settle(self, deadline: float) -> None:
+        self.near.settle(deadline)
+        if not self._all_near:
+            self.far.settle(deadline)
+
     def abort(self, report: str) -> None:
         self.near.abort(report)
         self.far.abort(report)

@@ -416,6 +416,12 @@ class ShmTransport:
         self._words[self._at + SLEEPING] = 0
         futex.wake(self._base + self._block + 8 * SLEEPING)
 
+    def settle(self, deadline: float) -> None:
+        for link in self._links.values():
+            while link.queue or link.acked_words[link.acked_at] < link.sent:
+                self.drain()
+                self._until(link, link.acked_words, link.acked_at, link.sent, deadline)
+
     # ------------------------------------------------------------------ failing
 
     def _check_aborted(self) -> None:

@@ -24,7 +24,7 @@ import torch.distributed as _distributed
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.transports.base import Counters, Fault, FaultKind, Gather
+from ringred.transports.base import UNSETTLED_SECONDS, Counters, Fault, FaultKind, Gather
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
@@ -175,7 +175,7 @@ class TorchP2PTransport:
         self._pool: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
         self._in_flight: set[_Send | _Receive] = set()
         self._fault: Fault | None = None
-        self._closed = False
+        self._closed = self._leaves = False
 
     def begin(self, contract: int, turn: int) -> None:
         self._contract = contract
@@ -341,6 +341,25 @@ class TorchP2PTransport:
                     if "Timed out" in str(failure):
                         return
 
+    def settle(self, deadline: float) -> None:
+        self._leave()
+        until = min(deadline, time.monotonic() + UNSETTLED_SECONDS)
+        missing = set(range(self.size)) - {self.rank}
+        with contextlib.suppress(RuntimeError):  # the rank that served the store is gone: nothing more will be said
+            while missing and time.monotonic() < until:
+                for peer in sorted(missing):
+                    if self._board.check([f"abort/{peer}"]):
+                        raise Fault(FaultKind.ABORTED, peer, self._board.get(f"abort/{peer}").decode(errors="replace"))
+                missing -= {peer for peer in missing if self._board.check([f"left/{peer}"])}
+                time.sleep(0.002 if missing else 0.0)
+
+    def _leave(self) -> None:
+        """Tells the peers that this rank is closing."""
+        if not self._leaves:
+            self._leaves = True
+            with contextlib.suppress(RuntimeError):
+                self._board.set(f"left/{self.rank}", "")
+
     def reports(self, timeout: float) -> dict[int, str]:
         deadline = time.monotonic() + timeout
         found: dict[int, str] = {}
@@ -364,6 +383,7 @@ class TorchP2PTransport:
     def close(self) -> None:
         if self._closed:
             return
+        self._leave()
         self._closed = True
         if self._in_flight:
             self._hang_up()

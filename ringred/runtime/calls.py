@@ -1,0 +1,68 @@
+"""A collective in its prepared form: what `communicator` hands down to `runner`, which plays it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from ringred.collectives.registry import Algorithm
+from ringred.runtime.executor import Plan
+from ringred.runtime.folds import ReduceOp
+from ringred.schedule.ir import Group
+
+__all__ = ["Call", "Copies", "Native", "Post", "Prepared", "digest"]
+
+Copies: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
+"""Pairs of a target and the source that is copied into it, in this order."""
+
+
+class Call(NamedTuple):
+    """A collective whose algorithm is settled. `digest` stands for everything that all ranks must ask for alike."""
+
+    collective: str
+    text: str
+    algorithm: Algorithm
+    group: Group
+    digest: int
+
+    def for_purpose(self, purpose: str) -> Call:
+        """The same call, which only meets calls for the same `purpose` on the other ranks."""
+        return self._replace(text=f"{self.text} for {purpose}", digest=self.digest ^ digest(purpose))
+
+
+class Native(NamedTuple):
+    """In the place of a plan: the transport's own all-reduce of `tensor`, in place."""
+
+    tensor: Tensor
+    op: ReduceOp
+
+
+class Post(NamedTuple):
+    """In the place of a plan: `parts`, which nobody else writes to, are sent to `peer` and waited for later."""
+
+    peer: int
+    parts: tuple[Tensor, ...]
+
+
+class Prepared(NamedTuple):
+    """A call with its plan, and the copies that are made before (`fill`) and after it (`back`).
+
+    `scaled` is divided by the number of ranks between `fill` and the plan, where a mean is scaled first. `pair` is the
+    sender and the receiver of what concerns two ranks only. `one_way` says that this rank may be done before others
+    have begun, so that it does not see whether they make the same call.
+    """
+
+    call: Call
+    plan: Plan | Native | Post
+    fill: Copies = ()
+    back: Copies = ()
+    scaled: Tensor | None = None
+    pair: tuple[int, int] | None = None
+    one_way: bool = False
+
+
+def digest(text: str) -> int:
+    """56 bits that stand for `text`."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")

@@ -1,0 +1,128 @@
+"""How the ranks of a job find each other: by MPI, by a torch store, by a torch process group, or by the launcher."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ringred.errors import TransportUnavailable
+from ringred.runtime.config import Config, detect_launch, mpi_environment
+from ringred.topology.detect import host_indices, host_name
+from ringred.transports import routed
+from ringred.transports.base import Gather, Transport
+from ringred.transports.local import Hub
+
+__all__ = ["Connected", "by_launcher", "by_mpi", "by_process_group", "by_store", "end_job"]
+
+
+_GRACE_SECONDS = 1.0  # in which peers can say what they saw, before MPI ends them
+
+
+class Connected(NamedTuple):
+    """The ranks of a job, connected. `hosts` has the host of each rank as a number; `gather` gives a text to all ranks;
+    `leave` is called once nothing needs `gather` any more."""
+
+    transport: Transport
+    hosts: tuple[int, ...]
+    gather: Gather
+    leave: Callable[[], None]
+
+
+def by_mpi(comm: Any, config: Config) -> Connected:
+    """The ranks of an mpi4py communicator, of which duplicates are taken; None is `COMM_WORLD`. Collective."""
+    mpi_environment()  # MPI reads its settings when it starts, which importing it does
+    try:
+        from ringred.transports import mpi
+    except (ImportError, RuntimeError) as failure:
+        raise TransportUnavailable(
+            f"MPI cannot be used: {failure}; pip install 'ringred[mpi]' brings mpi4py and an MPI"
+        ) from failure
+    comm = mpi.world() if comm is None else comm
+    gather = mpi.gatherer(comm)
+    names = gather(host_name())
+    transport = _nearest(gather, comm.Get_rank(), len(names), lambda: mpi.MpiTransport(comm), config, "mpi")
+    return Connected(transport, host_indices(names), gather, _nothing)
+
+
+def by_store(store: Any, rank: int, size: int, config: Config) -> Connected:
+    """`size` ranks that share a torch store; Gloo connects them. Collective."""
+    from ringred.transports import torch_p2p
+
+    store = torch_p2p.corner(store, rank)
+    gather = torch_p2p.gatherer(store, rank, size, config.timeout)
+    names = gather(host_name())
+    address = torch_p2p.bind_address(names, config.interface)
+
+    def far() -> Transport:
+        return torch_p2p.TorchP2PTransport(store, rank, size, config.timeout, address)
+
+    transport = _nearest(gather, rank, size, far, config, "torch_p2p")
+    return Connected(transport, host_indices(names), gather, lambda: torch_p2p.leave(store, rank, size, config.timeout))
+
+
+def by_process_group(group: Any, config: Config) -> Connected:
+    """The ranks of a torch process group, the default one if None, through its store. Collective."""
+    from ringred.transports import torch_p2p
+
+    return by_store(*torch_p2p.group_store(group), config)
+
+
+def by_launcher(config: Config) -> Connected:
+    """The ranks of torch's default process group where the program has made it; else those that the launcher started.
+
+    Raises `TransportUnavailable`, and `ValueError` where the launcher started several ranks and left no way for them to
+    find each other.
+    """
+    if config.transport is None and _torch_group_exists():
+        return by_process_group(None, config)  # whatever a launcher left in the environment: the ranks are connected
+    launch = detect_launch()
+    kind = {"mpi": "mpi", "torch_p2p": "store"}.get(config.transport or "", launch.kind)
+    if kind == "mpi":
+        connected = by_mpi(None, config)
+    elif kind == "store":
+        from ringred.transports.torch_p2p import rendezvous
+
+        connected = by_store(rendezvous(config.timeout, launch.restart), launch.rank, launch.size, config)
+    else:
+        connected = Connected(Hub(1).transport(0), (0,), lambda text: [text], _nothing)
+    transport = connected.transport
+    if transport.size != launch.size and not _torch_group_exists():
+        transport.close()
+        raise TransportUnavailable(
+            f"the launcher started {launch.size} ranks, but {transport.name} connects {transport.size}: is this "
+            "mpirun of another MPI than mpi4py's (ringred doctor tells), or RINGRED_TRANSPORT set for another launcher?"
+        )
+    return connected
+
+
+def end_job(transport: Transport) -> None:
+    """Ends the whole job where `transport` is MPI's, whose own end waits for all ranks, which may wait for this one."""
+    if getattr(transport, "far", transport).name == "mpi":
+        from ringred.transports.mpi import abort_job
+
+        time.sleep(_GRACE_SECONDS)
+        abort_job(1)
+
+
+def _nearest(
+    gather: Gather, rank: int, size: int, far: Callable[[], Transport], config: Config, name: str
+) -> Transport:
+    """Shared memory within a host and `far()`, which is called `name`, between hosts; or what the settings say."""
+    if config.transport == name or (size == 1 and config.transport is None):
+        return far()
+    only_near = config.transport == "shm"
+    # MPI's own all-reduce is an algorithm like others.
+    return routed.join(
+        gather, rank, size, far, config.timeout, only_near=only_near, keep_far=name == "mpi" and not only_near
+    )
+
+
+def _torch_group_exists() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _nothing() -> None:
+    pass

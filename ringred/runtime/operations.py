@@ -1,0 +1,237 @@
+"""The collectives and messages of a communicator, as users call them; each is prepared, and handed to the runner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Concatenate, Literal, ParamSpec, overload
+
+import torch
+from torch import Tensor
+
+from ringred.errors import RingredError
+from ringred.runtime import rooted, symmetric, tensors
+from ringred.runtime.calls import Prepared
+from ringred.runtime.folds import ReduceOp
+from ringred.runtime.persistent import PersistentAllReduce
+from ringred.runtime.planner import Planner
+from ringred.runtime.runner import Runner
+from ringred.runtime.work import Work
+
+__all__ = ["Operations"]
+
+_P = ParamSpec("_P")
+
+
+class Operations:
+    """What `Communicator` can do with tensors.
+
+    Tensors are dense CPU tensors: of any dtype where they are only moved, of the dtypes in
+    `ringred.runtime.folds.SUPPORTED` where they are reduced. Every collective takes `async_op=True`, and then returns a
+    `Work`; its tensors must not be touched until that is done.
+    """
+
+    _planner: Planner
+    _runner: Runner
+
+    def abort(self, cause: BaseException) -> None:
+        """Tells every rank that this one failed with `cause` and takes no further part; they all raise."""
+        self._runner.abort(cause)
+
+    @overload
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        op: object = ...,
+        *,
+        algorithm: str = ...,
+        grid: Sequence[int] | None = ...,
+        async_op: Literal[False] = ...,
+    ) -> None: ...
+    @overload
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        op: object = ...,
+        *,
+        algorithm: str = ...,
+        grid: Sequence[int] | None = ...,
+        async_op: Literal[True],
+    ) -> Work[None]: ...
+    @overload
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        op: object = ...,
+        *,
+        algorithm: str = ...,
+        grid: Sequence[int] | None = ...,
+        async_op: bool,
+    ) -> Work[None] | None: ...
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        op: object = ReduceOp.SUM,
+        *,
+        algorithm: str = "auto",
+        grid: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work[None] | None:
+        """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits.
+
+        `algorithm` is a name of `ringred.algorithms("all_reduce")`, "auto", or "rank_order": the fastest of those that
+        add every element in rank order, so that a sum has the same bits on any transport and however it is cut.
+        """
+        if async_op or grid is not None or not tensors.is_plain(tensor):
+            return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
+        key = (tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm)
+        try:
+            prepared = self._planner.ready.get(key)
+        except TypeError:  # `op` is no operation, and not even hashable
+            prepared = None
+        if prepared is None:
+            prepared = self._prepare(symmetric.all_reduce_again, tensor, op, algorithm, key)
+        return self._runner.launch(prepared, holding=tensor)
+
+    def all_reduce_init(
+        self,
+        tensor: Tensor,
+        op: object = ReduceOp.SUM,
+        *,
+        algorithm: str = "auto",
+        grid: Sequence[int] | None = None,
+    ) -> PersistentAllReduce:
+        """An all-reduce of one contiguous `tensor` to be started many times: its plan is made now, once.
+
+        As MPI-4's persistent collectives. It holds the tensor's memory.
+        """
+        prepared = self._prepare(symmetric.all_reduce_in_place, tensor, op, algorithm, grid)
+        return PersistentAllReduce(self._runner, prepared)
+
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        input: Tensor | Sequence[Tensor],
+        op: object = ReduceOp.SUM,
+        *,
+        algorithm: str = "auto",
+        grid: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work[None] | None:
+        """Combines over all ranks and leaves share r on rank r, in `output`; `input` is not changed.
+
+        `input` is one tensor of equal shares in rank order, or a list of one tensor a rank, whose lengths may
+        differ.
+        """
+        return self._launch(async_op, symmetric.reduce_scatter, output, input, op, algorithm, grid)
+
+    def all_gather(
+        self,
+        output: Tensor | Sequence[Tensor],
+        tensor: Tensor,
+        *,
+        algorithm: str = "auto",
+        grid: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work[None] | None:
+        """Gathers `tensor` of every rank into `output` on all: one tensor of equal shares in rank order, or a
+        list of one tensor a rank, whose lengths may differ."""
+        return self._launch(async_op, symmetric.all_gather, output, tensor, algorithm, grid)
+
+    def broadcast(
+        self, tensor: Tensor, src: int = 0, *, algorithm: str = "auto", async_op: bool = False
+    ) -> Work[None] | None:
+        """Copies `tensor` of rank `src` into that of every rank.
+
+        The root of a short one is done once it has sent it. If another rank calls something else in its place, the root
+        hears of that at its next collective or at `close()`.
+        """
+        return self._launch(async_op, rooted.broadcast, tensor, src, algorithm)
+
+    def reduce(
+        self,
+        tensor: Tensor,
+        dst: int = 0,
+        op: object = ReduceOp.SUM,
+        *,
+        algorithm: str = "auto",
+        async_op: bool = False,
+    ) -> Work[None] | None:
+        """Combines `tensor` over all ranks into that of rank `dst`; the others keep theirs."""
+        return self._launch(async_op, rooted.reduce, tensor, dst, op, algorithm)
+
+    def gather(
+        self,
+        tensor: Tensor,
+        output: Tensor | Sequence[Tensor] | None = None,
+        dst: int = 0,
+        *,
+        async_op: bool = False,
+    ) -> Work[None] | None:
+        """Gathers `tensor` of every rank into `output` on rank `dst`: one tensor of equal shares, or a list of
+        one tensor a rank, whose lengths may differ. The other ranks give no `output`."""
+        return self._launch(async_op, rooted.gather, tensor, output, dst)
+
+    def scatter(
+        self,
+        tensor: Tensor,
+        input: Tensor | Sequence[Tensor] | None = None,
+        src: int = 0,
+        *,
+        async_op: bool = False,
+    ) -> Work[None] | None:
+        """Gives every rank its share of `input` of rank `src`, into `tensor`; the counterpart of `gather`."""
+        return self._launch(async_op, rooted.scatter, tensor, input, src)
+
+    def all_to_all(
+        self, output: Tensor | Sequence[Tensor], input: Tensor | Sequence[Tensor], *, async_op: bool = False
+    ) -> Work[None] | None:
+        """Share j of `input` on rank i becomes share i of `output` on rank j. One tensor of equal shares, or a
+        list of one tensor a rank, whose lengths may differ as long as both ends agree."""
+        return self._launch(async_op, symmetric.all_to_all, output, input)
+
+    def barrier(self, *, async_op: bool = False) -> Work[None] | None:
+        """Returns once every rank has called it."""
+        return self._launch(async_op, symmetric.barrier)
+
+    def send(self, tensor: Tensor, dst: int, *, async_op: bool = False) -> Work[None] | None:
+        """Sends `tensor` to rank `dst`, which calls `recv`. Calls between two ranks are matched in their order.
+
+        With `async_op` the tensor is copied and the call done at once, so that ranks may send to each other
+        before they receive. Without, they wait for each other: one thread does everything, in order.
+        """
+        return self._launch(async_op, rooted.send_later if async_op else rooted.send, tensor, dst)
+
+    def recv(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work[None] | None:
+        """Receives into `tensor` what rank `src` sends."""
+        return self._launch(async_op, rooted.recv, tensor, src)
+
+    def empty(self, shape: int | Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor in memory that this rank's peers on the same host can read and write.
+
+        Collectives on it need no copies to other memory. It is freed as any tensor is; no other rank need do
+        the same. Where ranks share no memory it is an ordinary tensor. `dtype` defaults to torch's default.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        return self._planner.empty(math.prod(shape), dtype).view(shape)
+
+    def _prepare(
+        self, prepare: Callable[Concatenate[Planner, _P], Prepared], *arguments: _P.args, **options: _P.kwargs
+    ) -> Prepared:
+        try:
+            return prepare(self._planner, *arguments, **options)
+        except (RingredError, ValueError, TypeError):
+            raise  # arguments that were refused: nothing has happened
+        except BaseException as failure:
+            self.abort(failure)
+            raise
+
+    def _launch(
+        self,
+        async_op: bool,
+        prepare: Callable[Concatenate[Planner, _P], Prepared],
+        *arguments: _P.args,
+        **options: _P.kwargs,
+    ) -> Work[None] | None:
+        return self._runner.launch(self._prepare(prepare, *arguments, **options), async_op)
