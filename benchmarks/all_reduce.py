@@ -2,14 +2,14 @@
 
     python benchmarks/all_reduce.py --ranks 2 --systems ringred,gloo,mpi,deepspeed --json out.json --plot out.png
 
-Every rank rewrites its buffer before each call and reads it afterwards, as a training step does; `time` is the
-call's own (of the slowest rank), `whole` the time with writing and reading. All systems run in the same minutes:
-their ranks live side by side, asleep but for the one whose turn it is, pinned alike, behind the same barrier. Each
-figure is the median over `--starts` separate starts of the medians of all their calls; low and high are the least
-and the greatest start. Every element of every result is checked.
+Every rank rewrites its buffer before each call and reads it afterwards, as a training step does; `time` is
+that of the call alone (on the slowest rank), `whole` includes writing and reading. All systems run in the same
+minutes: the processes of all exist side by side, but only one system is awake at a time; all are pinned alike and use
+the same barrier. Each start gives the median of its calls; a figure is the median over `--starts` separate starts, low
+and high are the least and the greatest of them. Every element of every result is checked.
 
-`SYSTEM@PYTHON` runs a peer from another environment: `mpi@/opt/mpich/bin/python`. `limit` is no system: every rank
-copies as many bytes as the collective must move, at once, in memory of its own.
+`SYSTEM@PYTHON` runs a peer from another environment: `mpi@/opt/mpich/bin/python`. `limit` is not a system: all
+ranks at once copy as many bytes as the collective must move, each in its own memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PATIENCE = 120.0  # seconds that one order may take
 
 
 class Row(NamedTuple):
-    """A system and memory at one size: microseconds, over all starts."""
+    """One system with one kind of memory at one size; times in microseconds, over all starts."""
 
     system: str
     algorithm: str
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 class Group:
-    """The ranks of one system, each on a connection. Context: they end with it."""
+    """The processes of one system, one per rank, each with a connection."""
 
     def __init__(self, spec: str, ranks: int, folder: Path, number: int) -> None:
         self.spec, self.ranks = spec, ranks
@@ -134,7 +134,7 @@ class Group:
         return dict(json.loads(line))
 
     def order(self, **order: Any) -> list[dict[str, Any]]:
-        """What every rank answers to one order."""
+        """Sends one order to every rank and returns their answers."""
         for connection in self.connections:
             connection.write(json.dumps(order) + "\n")
             connection.flush()
@@ -156,11 +156,11 @@ class Group:
         self.output.close()
         if self.name == "deepspeed":
             for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
-                left.unlink()  # it has no end of its own
+                left.unlink()  # DeepSpeed does not remove it
 
 
 def version(mpirun: Path) -> str:
-    """What an mpirun says of itself."""
+    """The version text of an mpirun."""
     return subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
 
 
@@ -194,7 +194,7 @@ def bytes_of(text: str) -> int:
 
 
 def iterations_for(nbytes: int) -> int:
-    """Calls in a turn: many where they are short."""
+    """The number of calls in a turn: more for small messages."""
     return max(2, min(60, (32 << 20) // max(nbytes, 1)))
 
 
@@ -265,7 +265,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str], d
 
 
 def table(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
-    """As nccl-tests print it, with the system, its memory and the whole time."""
+    """A table like that of nccl-tests, with columns for the system, its memory and the whole time."""
     bus = BUS[arguments.collective](arguments.ranks)
     operation = "sum" if arguments.collective in ("all_reduce", "reduce_scatter") else "none"
     root = 0 if arguments.collective == "broadcast" else -1

@@ -1,9 +1,9 @@
-"""Communication hooks: bytes that a rank sends for one step, relative to an all-reduce, and what a step takes.
+"""Communication hooks: bytes that a rank sends for one step, relative to an all-reduce, and the time of a step.
 
     python benchmarks/compression.py --ranks 2 --json out/compression.json
 
-The models are those of ddp_step.py. Within a host memory is faster than arithmetic, and compression costs time; between
-hosts at 1 Gbit/s what it saves can be told from the bytes: `link ms` is what they take there.
+The models are those of ddp_step.py. Within a host, memory is faster than the arithmetic of compression, which
+therefore costs time. Between hosts, the saving follows from the bytes: `link ms` is their time at 1 Gbit/s.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def rank_main(order: dict[str, Any]) -> None:
 
         return measure
 
-    interleaved({name: timed(name) for name in steps}, 3)  # buckets are laid out anew
+    interleaved({name: timed(name) for name in steps}, 3)  # warm-up: buckets are laid out anew
     samples = interleaved({name: timed(name) for name in steps}, order["rounds"])
     table = torch.tensor([samples[name] for name in steps], dtype=torch.float64)
     comm.all_reduce(table, "max", algorithm="one_shot")

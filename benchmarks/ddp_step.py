@@ -2,12 +2,13 @@
 
     python benchmarks/ddp_step.py --ranks 2 --json out/ddp-step.json
 
-They take turns, step by step, on the same ranks with the same batches; `local` is the same step on every rank
-at once without communication, so that its overhead is communication's alone. All wrappers keep gradients as views of
-their buckets. The C library is told to keep what is freed: else pages come and go between the systems, and their
-faults fall on whichever has its turn. Memory is measured apart, without that, one system to a set of processes: `peak`
-is the greatest resident set of a rank, in which pages that ranks share count for each of them; `share` counts a shared
-page in equal parts (Linux's PSS), after the last step.
+They take turns, step by step, on the same ranks with the same batches; `local` is the same step on all ranks
+at once without communication, so that the overhead of the others is that of communication alone. All wrappers keep
+gradients as views of their buckets. The C library is told to keep freed memory: otherwise pages are returned and
+fetched again, and the page faults are counted for whichever system runs then. Memory is measured separately, without
+that setting, in one set of processes per system. `peak` is the greatest resident set of a rank, in which a page that
+ranks share counts fully for each of them; `share` divides a shared page equally among them (Linux's PSS), after the
+last step.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def main() -> None:
             order = {"model": name, "width": width, "systems": [system], "rounds": 5}
             alone = on_ranks(__file__, arguments.ranks, {}, order)["kib"]
             step = Spread.of([second for start in starts for second in start[at]])
-            # Of each round what it costs more than the local step beside it: what disturbs one disturbs both.
+            # The overhead over the local step of the same round: a disturbance affects both.
             over = Spread.of([a / b - 1 for start in starts for a, b in zip(start[at], start[0], strict=True)])
             rows.append(
                 {

@@ -34,7 +34,7 @@ __all__ = [
     "write_json",
 ]
 
-# glibc's, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
+# Settings of glibc, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
@@ -63,7 +63,7 @@ def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dic
 
 
 def context() -> dict[str, Any]:
-    """Machine, versions and command: what a figure is worth nothing without."""
+    """Machine, versions and command: without them a figure means nothing."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     here = asdict(machine())
@@ -109,7 +109,7 @@ def on_ranks(script: str, ranks: int, environment: Mapping[str, str], order: Map
 
 
 def rank_order() -> dict[str, Any] | None:
-    """What this process is to do as a rank, on a core of its own; None if it is none."""
+    """The order for this process if it is a rank, which is then pinned to a core of its own; None otherwise."""
     if "RINGRED_BENCH_ORDER" not in os.environ:
         return None
     cores = sorted(os.sched_getaffinity(0))
@@ -119,7 +119,7 @@ def rank_order() -> dict[str, Any] | None:
 
 
 def timed(comm: ringred.Communicator, step: Callable[[], None]) -> Callable[[], float]:
-    """What measures one `step` in seconds, which all ranks begin together."""
+    """Returns a function that times one `step` in seconds; all ranks begin it together."""
 
     def measure() -> float:
         comm.barrier()

@@ -39,7 +39,7 @@ class Barrier:
 
 
 class System:
-    """What is common: a rank's number and group, and how memory comes about. `prepare` gives the call to time."""
+    """Base class: a rank's number, the number of ranks, how to allocate. `prepare` returns the call to time."""
 
     label = "limit"
     memories = ("tensor",)
@@ -53,7 +53,7 @@ class System:
         return torch.empty(elements, dtype=dtype)
 
     def prepare(self, collective: str, algorithm: str, memory: str, buffer: Any, spare: Any) -> Call:
-        """All-reduces `buffer`; or gathers into it from its own share, scatters its sum into `spare`, ..."""
+        """The call: all-reduces `buffer`, all-gathers into it, or reduce-scatters it into `spare`, ..."""
         raise NotImplementedError
 
     def describe(self, buffer: Any, collective: str, algorithm: str) -> tuple[str, str]:
@@ -247,7 +247,7 @@ class Trial:
         self.system, self.barrier, self.order = system, barrier, order
         self.collective = order["collective"]
         dtype = getattr(torch, order["dtype"])
-        # A whole number of elements for every rank, where the collective deals in shares.
+        # For collectives with one share per rank, a multiple of the number of ranks.
         shares = self.collective in ("reduce_scatter", "all_gather")
         elements = max(1, order["bytes"] // dtype.itemsize)
         if shares:
@@ -280,7 +280,7 @@ class Trial:
         return {"calls": calls, "wholes": wholes, "wrong": wrong}
 
     def check(self, index: int) -> int:
-        """Reads the result, as an optimizer does; the number of wrong elements."""
+        """Reads the result, as an optimizer does, and returns the number of wrong elements."""
         import torch
 
         size, rank = self.system.size, self.system.rank
@@ -319,7 +319,7 @@ def main() -> None:
         lines.write(json.dumps(message) + "\n")
         lines.flush()
 
-    # MPI says which rank this is only once it runs; its threads are to stay on the rank's core.
+    # MPI gives the rank only after its start, but its threads must start pinned: read it from the environment.
     guess = next(
         (int(os.environ[k]) for k in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK") if k in os.environ), rank
     )

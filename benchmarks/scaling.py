@@ -4,8 +4,8 @@
 
 Weak scaling: every rank has the same batch on 1 and on N ranks. Efficiency is the time of a step of one rank,
 alone on its machine and without any communication, over the time of a step on N. `central` is the baseline that
-rings replace: everybody to rank 0 and back. An efficiency counts only with the accuracy beside it, so each
-algorithm also trains the digits example to its end.
+rings replace: all ranks send to rank 0, which sends the result back. Efficiency means nothing without accuracy, so each
+algorithm also trains the digits example completely.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
                 "efficiency": baseline.median / spread.median,
                 "speedup": comm.size * baseline.median / spread.median,
                 "overhead_ms": (spread.median - baseline.median) * 1e3,
-                # What a library moves by itself, no counter sees.
+                # The counters do not include bytes that a library moves itself.
                 "bytes_sent_by_the_busiest": None if lookup("all_reduce", name).native else int(sent.item()),
                 "hidden": model.overlap_report().hidden,
                 "accuracy": final_accuracy(comm, name, options.epochs),

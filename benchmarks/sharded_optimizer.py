@@ -1,9 +1,10 @@
-"""A training step with Adam: DistributedDataParallel with the optimizer whole on every rank, and in shares (ZeRO-1).
+"""A training step with Adam: DistributedDataParallel with the whole optimizer on every rank, and sharded (ZeRO-1).
 
     python benchmarks/sharded_optimizer.py --ranks 2 --json out/sharded-optimizer.json
 
-Both take turns, step by step, on the same ranks; `ratio` is that of each round. The optimizer's memory is counted from
-its tensors, and the ranks' from the system, one kind to a set of processes.
+Both take turns, step by step, on the same ranks; `ratio` compares their times of the same round. The optimizer's
+memory is the size of its state tensors; the ranks' memory is that of the operating system, in one set of processes per
+kind of optimizer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ KINDS = ("adam", "sharded adam")
 
 
 def state_bytes(optimizer: Any) -> int:
-    """What the optimizer keeps on this rank."""
+    """The bytes of the optimizer's state on this rank."""
     states = optimizer.kept() if isinstance(optimizer, ShardedOptimizer) else optimizer.state.values()
     held = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     return sum(value.numel() * value.element_size() for value in held)

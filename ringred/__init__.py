@@ -1,10 +1,10 @@
 """ringred: collective communication and data-parallel training for PyTorch.
 
     comm = ringred.init()                                  # mpirun, torchrun, or one rank
-    comm.all_reduce(tensor, "avg", algorithm="torus")      # in place, on every rank the same bits
+    comm.all_reduce(tensor, "avg", algorithm="torus")      # in place; every rank ends with the same bits
     model = ringred.DistributedDataParallel(model)         # gradients reduced while backward runs
 
-Collectives: `Communicator`. Algorithms by name: `algorithms("all_reduce")`. Exceptions: `RingredError` and below.
+Collectives: `Communicator`. Algorithms by name: `algorithms("all_reduce")`. Exceptions: subclasses of `RingredError`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Imported at first use: schedules, topologies and their tools need no torch, and start in milliseconds without.
+# Imported on first use: schedules, topologies and their tools work without torch, and without importing it they start
+# in milliseconds.
 _LAZY = {
     "Communicator": "ringred.communicator",
     "DistributedDataParallel": "ringred.ddp",

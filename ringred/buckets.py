@@ -11,23 +11,23 @@ from torch import Tensor
 __all__ = ["FIRST_BUCKET_BYTES", "MIB", "Bucket", "Entry", "SparseBucket", "assign"]
 
 MIB = 1 << 20
-# torch's: a first bucket that is soon full starts the reduction early.
+# The value that torch uses: a small first bucket is full early, so that the reduction starts early.
 FIRST_BUCKET_BYTES = MIB
 
 
 class Entry(NamedTuple):
-    """A parameter as bucket assignment sees it: bytes of its gradient, and what must be alike in a bucket."""
+    """A parameter for bucket assignment: the bytes of its gradient, and a `key` that all of a bucket must share."""
 
     nbytes: int
     key: Hashable
 
 
 def assign(entries: Sequence[Entry], order: Sequence[int], caps: Sequence[int]) -> list[list[int]]:
-    """Fills buckets with the parameters `order` (indices of `entries`), one open bucket for each key.
+    """Assigns the parameters in `order` (indices into `entries`) to buckets; each key has one open bucket.
 
-    A bucket is closed once it holds ≥ its cap in bytes: `caps[i]` is that of the i-th bucket of each key, the last one
-    also of all that follow, as in torch's DistributedDataParallel. Buckets come in the order in which their last
-    parameter does: the order in which they will be full.
+    A bucket is closed once it holds at least its cap in bytes. `caps[i]` is the cap of the i-th bucket of each key, and
+    the last cap also applies to all later buckets, as in torch's DistributedDataParallel. Buckets are returned in the
+    order of their last parameters, which is the order in which they will be full.
     """
     closed: list[list[int]] = []
     open_buckets: dict[Hashable, list[int]] = {}
@@ -50,9 +50,9 @@ def assign(entries: Sequence[Entry], order: Sequence[int], caps: Sequence[int]) 
 class Bucket:
     """One flat tensor with a view for the gradient of each of its parameters.
 
-    `parameters` are indices into the model's list; `views[i]` has the shape and strides of the i-th one's
-    gradient. `missing` counts the parameters whose gradients are not there yet. `empty(elements, dtype)` gives the
-    memory.
+    `parameters` are indices into the model's list; `views[i]` has the shape and strides of the gradient of
+    the i-th parameter. `missing` counts the parameters whose gradients are not there yet. `empty(elements, dtype)`
+    allocates the memory.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Bucket:
         self.missing = len(self.indices)
 
     def views_in(self, flat: Tensor) -> list[Tensor]:
-        """A view for each parameter, in its shape and strides, of another tensor of as many elements."""
+        """For each parameter a view, in its shape and strides, of `flat`, a tensor as long as this bucket's own."""
         parts = flat.split([member.numel() for member in self._members])
         return [_view_like(part, member) for part, member in zip(parts, self._members, strict=True)]
 
@@ -81,8 +81,10 @@ class Bucket:
         return self.flat.numel() * self.flat.element_size()
 
     def put(self, place: int, gradient: Tensor | None, scale: float | None = None) -> None:
-        """Copies the gradient of the `place`-th parameter in, unless it lies there already; None counts as zeros.
-        With `scale` it is multiplied by that."""
+        """Copies the gradient of the `place`-th parameter into the bucket, unless it is already there.
+
+        None counts as zeros. If `scale` is given, the gradient is multiplied by it.
+        """
         view = self.views[place]
         if gradient is None:
             view.zero_()
@@ -93,7 +95,7 @@ class Bucket:
 
 
 class SparseBucket:
-    """The place of one parameter whose gradient is sparse (COO), as `Bucket` is of those of dense ones."""
+    """Holds one sparse (COO) gradient of one parameter, as `Bucket` holds the dense gradients of its parameters."""
 
     def __init__(self, index: int, parameter: Tensor) -> None:
         self.indices = [index]
@@ -103,7 +105,7 @@ class SparseBucket:
 
     @property
     def nbytes(self) -> int:
-        """Of the last gradient: its values and their indices."""
+        """The bytes of the last gradient: its values and their indices."""
         if self.gradient is None:
             return 0
         return sum(part.numel() * part.element_size() for part in (self.gradient._values(), self.gradient._indices()))
@@ -116,11 +118,11 @@ class SparseBucket:
 
     @property
     def views(self) -> list[Tensor]:
-        """The values, as those of the only parameter."""
+        """A list that contains only `values`, because there is only one parameter."""
         return [self.values]
 
     def put(self, place: int, gradient: Tensor | None, scale: float | None = None) -> None:
-        """Keeps the gradient, coalesced; None counts as no rows."""
+        """Stores the gradient, coalesced and multiplied by `scale` if given; None counts as a gradient without rows."""
         if gradient is None:
             gradient = torch.sparse_coo_tensor(
                 torch.empty((1, 0), dtype=torch.int64),

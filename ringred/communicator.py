@@ -1,4 +1,4 @@
-"""The user's object: collectives over a group of ranks, synchronous or as `Work`, by any algorithm."""
+"""The public `Communicator`: collectives over a group of ranks, blocking or asynchronous, by any algorithm."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _MEMORIES = ("tensor", "window")
 class Communicator(Operations):
     """`size` ranks that reach each other over `transport`; this process is `rank`.
 
-    Made by `ringred.init()`, `from_mpi`, `from_store` or `from_process_group`. All ranks call the same
-    collectives in the same order; where they do not, every rank raises. One thread at a time drives a
-    communicator; calls from several threads are put in one order, which must be the same on all ranks. After
-    a failure a communicator stays unusable: each further call raises and says why.
+    Create it with `ringred.init()`, `from_mpi`, `from_store` or `from_process_group`. All ranks must call the same
+    collectives in the same order; if they do not, every rank raises an exception. Calls run one at a time: calls
+    from several threads are put into one order, which must be the same on all ranks. After a failure a communicator
+    stays unusable: each further call raises an exception that gives the reason.
 
     The collectives are in `Operations`; this class makes communicators, chooses algorithms, and ends.
     """
@@ -75,7 +75,7 @@ class Communicator(Operations):
 
     @classmethod
     def from_mpi(cls, comm: Any = None, *, config: Config | None = None) -> Communicator:
-        """From an mpi4py communicator (`COMM_WORLD` by default), of which it takes duplicates. Collective.
+        """Makes a communicator from duplicates of an mpi4py communicator (default: `COMM_WORLD`). Collective.
 
         Raises `TransportUnavailable` where mpi4py or an MPI library is missing.
         """
@@ -84,16 +84,19 @@ class Communicator(Operations):
 
     @classmethod
     def from_store(cls, store: Any, rank: int, size: int, *, config: Config | None = None) -> Communicator:
-        """From a torch store (`torch.distributed.Store`) that all `size` ranks share. Collective.
+        """Makes a communicator from a torch store (`torch.distributed.Store`) shared by all `size` ranks. Collective.
 
-        Gloo connects the ranks. Raises `TransportUnavailable` if not all of them come before the timeout.
+        Gloo connects the ranks. Raises `TransportUnavailable` if not all ranks join before the timeout.
         """
         config = config or Config.from_environment()
         return cls._tuned(connect.by_store(store, rank, size, config), config)
 
     @classmethod
     def from_process_group(cls, group: Any = None, *, config: Config | None = None) -> Communicator:
-        """With the ranks of a torch process group (the default one if None), through its store. Collective."""
+        """Makes a communicator of the ranks of a torch process group (default group if None), using its store.
+
+        Collective.
+        """
         config = config or Config.from_environment()
         return cls._tuned(connect.by_process_group(group, config), config)
 
@@ -105,9 +108,9 @@ class Communicator(Operations):
         return comm
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
-        """The ranks that give the same `color` form a communicator, ordered by (`key`, rank). Collective.
+        """Makes one communicator for each `color`, of the ranks that pass it, ordered by (`key`, rank). Collective.
 
-        Returns None to those that give None. As `MPI_Comm_split`.
+        Like `MPI_Comm_split`. Returns None on ranks that pass None as `color`.
         """
         mine = torch.tensor([-1 if color is None else color, key], dtype=torch.int64)
         if color is not None and color < 0:
@@ -138,11 +141,11 @@ class Communicator(Operations):
         return self.subset(range(self.size), f"{self.name}/{self._splits}")
 
     def set_timeout(self, seconds: float) -> None:
-        """From here on a collective fails after `seconds`."""
+        """From now on, a collective fails if it takes longer than `seconds`."""
         self.config = replace(self.config, timeout=seconds)
         self._runner.timeout = seconds
 
-    # ------------------------------------------------------------------ what it says of itself
+    # ------------------------------------------------------------------ properties, costs and traces
 
     @property
     def local_ranks(self) -> list[int]:
@@ -155,14 +158,14 @@ class Communicator(Operations):
         return self.transport.counters
 
     def tune(self, tuning: Tuning) -> None:
-        """From here on "auto" decides by `tuning`, which must be the same on every rank; {}: by built-in costs."""
+        """Makes "auto" use the costs in `tuning`, the same on every rank; {} means the built-in costs."""
         self.tuning = dict(tuning)
         self._planner.models = self._models()
         self._planner.native = self.tuning.get("native")
         self._planner.forget()
 
     def choice(self, nbytes: int, collective: str = "all_reduce", memory: str = "tensor") -> str:
-        """The algorithm that "auto" takes for `nbytes` bytes in such `memory`."""
+        """The algorithm that "auto" chooses for `nbytes` bytes in memory of kind `memory` (see `memory_of`)."""
         return choose(collective, nbytes, self._planner.models[memory], native=self._native_costs(collective))[0].name
 
     def predicted_seconds(self, nbytes: int) -> float:
@@ -180,8 +183,8 @@ class Communicator(Operations):
     ) -> str:
         """The algorithms for `nbytes` bytes with their predicted times; the first is what "auto" takes.
 
-        `memory` is "tensor" for ordinary tensors, "window" for those of `empty`. With `measured`, which is
-        collective and for all-reduce only, each is timed as well, on float32.
+        `memory` is "tensor" for ordinary tensors, "window" for those from `empty`. With `measured=True` each
+        algorithm is also timed, on float32; this is collective and works for all-reduce only.
         """
         elements = max(1, nbytes // 4)
         tensor = self.empty(elements, torch.float32) if measured and memory == "window" else torch.empty(elements)
@@ -206,7 +209,7 @@ class Communicator(Operations):
         return self._runner.tracer
 
     def start_trace(self, path: str) -> Tracer:
-        """From here on events are kept; `close()` writes them as a Chrome trace to `path` (the rank goes in)."""
+        """Starts recording events; `close()` writes them as a Chrome trace to `path` (see `trace.trace_path`)."""
         tracer = self._runner.tracer = Tracer(self.rank, self.size, path)
         return tracer
 
@@ -253,7 +256,7 @@ class Communicator(Operations):
         self.close()
 
     def __deepcopy__(self, memo: Any) -> Communicator:
-        return self  # a module that communicates is copied, its communicator is not
+        return self  # a copy of a module uses the same communicator as the original
 
     def __repr__(self) -> str:
         return f"<Communicator {self.name}: rank {self.rank} of {self.size} over {self.transport.name}>"

@@ -51,28 +51,29 @@ _wrappers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDiction
 
 
 class DistributedDataParallel(nn.Module):
-    """Trains `module` on every rank with the mean of the gradients of all: torch's DDP over ringred.
+    """Trains `module` on every rank with the gradients averaged over all ranks: torch's DDP over ringred.
 
     Parameters and buffers of rank 0 are copied to all ranks at the start (`init_sync`), after a check that all
     ranks built the same model (`ModelMismatch` names what differs, on every rank). In backward a gradient is
-    ready when it is accumulated; gradients fill buckets of `bucket_cap_mb` MiB (25, the first 1, where it is
-    None), in reverse order of the parameters, and, from the second iteration, in the order in which rank 0's
-    gradients were ready. A full bucket is averaged over the ranks while backward goes on.
+    ready when it is accumulated; gradients fill buckets of `bucket_cap_mb` MiB (if None: 1 MiB for the
+    first bucket, 25 MiB for the others). The first iteration fills them in reverse order of the parameters, later
+    iterations in the order in which rank 0's gradients became ready. A full bucket is averaged over the ranks while
+    backward goes on.
 
-    The arguments up to `lazy_bucket_allocation` are torch's by name, place and default; docs/ddp.md says of each what
-    it does and where it differs. `process_group` is a `Communicator` or a torch process group; by default
+    The arguments up to `lazy_bucket_allocation` have torch's names, positions and defaults; docs/ddp.md describes what
+    each does and where it differs from torch. `process_group` is a `Communicator` or a torch process group; by default
     `ringred.init()`'s communicator. ringred's own:
 
     - `reduce_op`: "avg" or "sum". Batches of different sizes are averaged exactly by `weigh`.
     - `algorithm`, `grid`: as in `Communicator.all_reduce`.
-    - `deterministic`: every element is added in rank order, so that gradients have the same bits with any bucket
-      cap, transport and algorithm that does so.
-    - `bucket_plan`: what `bucket_plan()` returned, or a file that `save_bucket_plan` wrote: buckets as they were, so
-      that the first iteration overlaps as the others do.
+    - `deterministic`: every element is added in rank order, so that gradients are bitwise the same with any bucket
+      cap, any transport, and any algorithm that adds in rank order.
+    - `bucket_plan`: a plan that `bucket_plan()` returned, or a file that `save_bucket_plan` wrote. Its buckets are
+      used from the start, so that the first iteration overlaps as well as later ones.
     - `check_finite`: NaN and infinity in a gradient are found before they are reduced; every rank raises
       `NonFiniteGradient`, which names the parameter and the rank that they come from.
-    - `desync_check_every`: at every so-many-th synchronised forward ranks compare checksums of their parameters;
-      where they differ every rank raises `ReplicasDiverged`. 0: never.
+    - `desync_check_every`: every `desync_check_every` synchronised forwards, ranks compare checksums of their
+      parameters; if they differ, every rank raises `ReplicasDiverged`. 0 means never.
 
     Li et al., PyTorch distributed: experiences on accelerating data parallel training (VLDB 2020).
     """
@@ -168,7 +169,7 @@ class DistributedDataParallel(nn.Module):
         self._desync_check_every = desync_check_every
         self.require_backward_grad_sync = True
         self._as_given = [(id(p), p.requires_grad) for p in module.parameters()]
-        self._forwards = 0  # that were synchronised
+        self._forwards = 0  # number of synchronised forwards so far
         self._sync_buffers_next = True
         self._weight: float | None = None
         self._uneven: UnevenInputs | None = None
@@ -178,7 +179,7 @@ class DistributedDataParallel(nn.Module):
         return _again(copy.deepcopy(self.module, memo), self._state(), self.comm)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.module, self._state())  # to be loaded over the default ranks
+        return _again, (self.module, self._state())  # unpickling uses the default communicator
 
     def _state(self) -> dict[str, Any]:
         members = self.reducer.members
@@ -209,7 +210,7 @@ class DistributedDataParallel(nn.Module):
 
     @not_compiled(callees=True)
     def _before_forward(self) -> tuple[bool, Callable[[], float] | None]:
-        """Returns whether the backward of this forward is reduced, and what scales its gradients."""
+        """Returns whether this forward's backward will be reduced, and what returns the factor for its gradients."""
         reducer = self.reducer
         syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
         copying = self.forward_sync_buffers and self._sync_buffers_next
@@ -257,10 +258,11 @@ class DistributedDataParallel(nn.Module):
             self.require_backward_grad_sync = before
 
     def weigh(self, samples: float) -> None:
-        """The gradient of the next synchronised forward is taken as the mean over `samples` samples: the reduced one is
-        then the mean over the samples of all ranks, however many each of them has. All ranks call it.
+        """Declares that this rank's gradient of the next synchronised forward is a mean over `samples` samples. The
+        reduced gradient is then the mean over the samples of all ranks, however many each rank has. All ranks must
+        call it.
 
-        Raises `ValueError` where weights have no meaning: beside a hook, reduce_op="sum", or within `join`.
+        Raises `ValueError` where weights have no meaning: with a communication hook, reduce_op="sum", or in `join`.
         """
         if self.reducer.layout.hooked or self.reducer.settings.op is ReduceOp.SUM or self._uneven is not None:
             raise ValueError("weigh goes with reduce_op='avg', without a communication hook, outside of join()")
@@ -297,7 +299,7 @@ class DistributedDataParallel(nn.Module):
         return [buffer for name, buffer in self.module.named_buffers() if name not in self.parameters_to_ignore]
 
     def _check_unchanged(self) -> None:
-        """A parameter that was replaced, frozen or unfrozen since the construction would go unsynchronised."""
+        """Raises `RuntimeError` if a parameter was replaced, frozen or unfrozen so that synchronisation would fail."""
         if [(id(p), p.requires_grad) for p in self.module.parameters()] == self._as_given:
             return
         known = set(map(id, self.reducer.members.parameters))
@@ -324,12 +326,13 @@ class DistributedDataParallel(nn.Module):
         enable: bool = True,
         throw_on_early_termination: bool = False,
     ) -> Iterator[None]:
-        """Ranks may have different numbers of inputs within it: one that has none left takes part in the others'
-        reductions with zeros, and gets the model of the last rank at the end. As in torch.
+        """Within this context ranks may have different numbers of inputs, as in torch. A rank that has no inputs left
+        takes part in the others' reductions with zeros. At the end, the model of the highest rank among those that
+        had inputs last is copied to all ranks.
 
-        Gradients are divided by the number of all ranks, or, without `divide_by_initial_world_size`, of those that
-        still have inputs. With `throw_on_early_termination` all ranks raise `RuntimeError` instead, as soon as one has
-        none left.
+        Gradients are divided by the number of all ranks, or, without `divide_by_initial_world_size`, by the number of
+        ranks that still have inputs. With `throw_on_early_termination` all ranks instead raise `RuntimeError` as soon
+        as one rank has no inputs left.
         """
         if not enable:
             yield
@@ -375,13 +378,15 @@ class DistributedDataParallel(nn.Module):
     # ------------------------------------------------------------------ how gradients are reduced
 
     def register_comm_hook(self, state: Any, hook: CommHook) -> None:
-        """From here on `hook(state, bucket)` reduces buckets, in the place of the all-reduce: torch's interface.
+        """From here on `hook(state, bucket)` reduces the buckets instead of an all-reduce. The interface is torch's.
 
-        It is called on the thread that runs backward, in one order on all ranks, with a `GradBucket` of gradients that
-        are not divided, and returns a `torch.futures.Future` of them reduced, flat. torch's own hooks run as they are,
-        on a process group of torch; `ringred.hooks` has others. Once, and before the first backward.
+        The hook is called on the thread that runs backward, in the same order on all ranks. It gets a `GradBucket` with
+        this rank's gradients, not divided by the number of ranks, and returns a `torch.futures.Future` of the reduced
+        gradients as one flat tensor. torch's own hooks work unchanged, on a torch process group; `ringred.hooks` has
+        others. A model can have one hook, which must be registered before the first backward.
 
-        Raises `TypeError` and `ValueError` for what is no such hook, `RuntimeError` if there is one, or too late.
+        Raises `TypeError` or `ValueError` if the hook is not valid for this model, and `RuntimeError` if the model
+        already has a hook or a backward was already reduced.
         """
         check_hook(hook)
         settings = self.reducer.settings
@@ -436,8 +441,9 @@ class DistributedDataParallel(nn.Module):
         return self.forward_sync_buffers
 
     def overlap_report(self) -> OverlapReport:
-        """Per bucket of the last synchronised backward: ready, start, end, what backward did not hide; and which
-        `bucket_cap_mb` would hide more. Raises `RingredError` before the first one."""
+        """Reports, for each bucket of the last synchronised backward, when it was full, when its reduction started and
+        ended, and how long it ran after backward; and which `bucket_cap_mb` would hide more. Raises
+        `RingredError` before the first synchronised backward."""
         times = self.reducer.last
         if times is None:
             raise RingredError(f"rank {self.comm.rank}: overlap_report: no synchronised backward was made yet")
@@ -448,7 +454,7 @@ class DistributedDataParallel(nn.Module):
         return report(times, caps, slowness)
 
     def straggler_report(self) -> StragglerReport:
-        """Which rank the others wait for, over the last iterations, alike on all ranks. Collective."""
+        """Reports which rank the others waited for over the last iterations; the same on all ranks. Collective."""
         found = straggler_report(self.comm, self.reducer.arrivals)
         if self.comm.tracer is not None:
             name = "no straggler" if found.straggler is None else f"rank {found.straggler} is the straggler"
@@ -457,13 +463,13 @@ class DistributedDataParallel(nn.Module):
 
     @staticmethod
     def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, params_and_buffers_to_ignore: Any) -> None:
-        """As torch's: the names of parameters and buffers of `module` that are left alone."""
+        """As in torch: sets the names of the parameters and buffers of `module` that are not synchronised."""
         module._ddp_params_and_buffers_to_ignore = params_and_buffers_to_ignore
 
 
 def _again(module: nn.Module, state: dict[str, Any], comm: Communicator | None = None) -> DistributedDataParallel:
-    """A wrapper of `module` as another one of the same model is, whose `_state()` is given. Local, if no gradient is
-    sparse."""
+    """Wraps `module` as another wrapper of the same model was, whose `_state()` is given. Not collective, unless there
+    are sparse gradients."""
     model = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(model)
     model.process_group = comm
@@ -475,5 +481,5 @@ def _again(module: nn.Module, state: dict[str, Any], comm: Communicator | None =
     members = Members(parameters=parameters, trigger=trigger, **state["members"])
     reducer = Reducer(model.comm, members, state["settings"], state["plan"], state["name"])
     model._begin(module, state["ignored"], state["desync_check_every"], reducer)
-    model.training = state["training"]  # of this module alone: those within have their own
+    model.training = state["training"]  # of the wrapper alone: modules within it keep their own
     return model

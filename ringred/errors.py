@@ -1,7 +1,7 @@
-"""The exceptions of ringred. Every message says who, where, what was expected and what came.
+"""The exceptions of ringred. Every message says which rank failed, where, what was expected and what was found.
 
-`RingredError` is the root; each exception is also of the builtin type that fits, so that a program which
-catches `ValueError` or `TimeoutError` today goes on working.
+`RingredError` is the base class; each exception also derives from the matching built-in type, so that a program
+that already catches `ValueError` or `TimeoutError` keeps working.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class RingredError(RuntimeError):
-    """Root of every exception that ringred raises on purpose; a RuntimeError, as torch's own of collectives are."""
+    """Base class of all exceptions that ringred raises on purpose; a RuntimeError, like torch's own for collectives."""
 
 
 class CollectiveMismatch(RingredError):
@@ -37,7 +37,7 @@ class CollectiveTimeout(RingredError, TimeoutError):
 
 
 class PeerFailed(RingredError, ConnectionError):
-    """A peer died, raised, or gave the collective up; this communicator can no longer be used."""
+    """A peer died, raised an exception or abandoned the collective; this communicator can no longer be used."""
 
 
 class ModelMismatch(RingredError):
@@ -65,7 +65,7 @@ class UnsupportedTensor(RingredError, TypeError):
 
 
 class TransportUnavailable(RingredError):
-    """A transport cannot be set up here; the message holds the remedy."""
+    """A transport cannot be set up here; the message says how to fix it."""
 
 
 class ScheduleError(RingredError, AssertionError):

@@ -1,13 +1,14 @@
-"""Communication hooks: what reduces the buckets of ringred's DistributedDataParallel, or of torch's, in other ways.
+"""Communication hooks: other ways to reduce the buckets of ringred's or torch's DistributedDataParallel.
 
     model = ringred.DistributedDataParallel(module)
     model.register_comm_hook(ringred.hooks.PowerSGD(model.comm, rank=2), ringred.hooks.comm_hook)
 
-A policy says how one bucket is reduced. Its jobs run one after the other on a thread and a communicator of their own,
-while backward goes on: one may compute, and communicate more than once. `policy.counters` tells what it sent.
+A policy defines how one bucket is reduced. Its reductions run one after the other, on a thread and a communicator of
+the policy's own, while backward goes on. A reduction may compute, and communicate more than once. `policy.counters`
+counts what the policy sent and received.
 """
 
-# No annotations from the future here: torch compares those of a hook with its own classes.
+# No `from __future__ import annotations` here: torch compares a hook's annotations with its own classes.
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def _real(flat: Tensor) -> Tensor:
 
 
 class Half(Policy):
-    """Sums in 16 bits: half of the bytes. `dtype` is float16, which is divided before it is added, or bfloat16."""
+    """Averages in 16 bits, for half of the bytes. `dtype` is float16 (divided before it is added) or bfloat16."""
 
     def __init__(self, comm: Communicator, dtype: torch.dtype = torch.float16) -> None:
         if dtype not in (torch.float16, torch.bfloat16):
@@ -81,10 +82,11 @@ class Half(Policy):
 
 
 class Int8(Policy):
-    """Sends 8 bits an element and a float32 scale for each block of `block`: a little over a quarter of the bytes.
+    """Sends 8 bits per element and a float32 scale per `block` elements: a little over a quarter of the bytes.
 
-    Each rank adds up its share, quantised by every other, in float32 and rank order, and quantises the mean. What
-    either rounding leaves out is added the next time (error feedback: Karimireddy et al., ICML 2019).
+    Each rank gets its share of the bucket from every rank, quantised, adds these in float32 and rank order, and
+    quantises the mean. The errors of both roundings are added to the next gradient (error feedback: Karimireddy et
+    al., ICML 2019).
     """
 
     def __init__(self, comm: Communicator, block: int = 256) -> None:
@@ -118,7 +120,7 @@ class Int8(Policy):
         return gradients.flat
 
     def _rounded(self, name: str, gradients: Gradients, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """`blocks`, with what was left out the last time, quantised; what is left out now is kept under `name`."""
+        """Quantises `blocks` plus the last rounding error; the new rounding error is kept under `name`."""
         left_out = self.kept(name, gradients, blocks)
         blocks += left_out
         return quantised(blocks, left_out)
@@ -135,8 +137,8 @@ def _unpacked(message: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 class TopK(Policy):
-    """Sends the share `ratio` of a bucket's elements that are the greatest in magnitude, with their places: 8 bytes
-    each. The others are kept and added to the next gradient (error feedback: Stich et al., NeurIPS 2018)."""
+    """Sends the fraction `ratio` of a bucket's elements with the greatest magnitudes, with their indices: 8 bytes per
+    element. The others are kept and added to the next gradient (error feedback: Stich et al., NeurIPS 2018)."""
 
     def __init__(self, comm: Communicator, ratio: float = 0.01) -> None:
         if not 0 < ratio <= 1:
@@ -163,11 +165,12 @@ class TopK(Policy):
 
 
 class PowerSGD(Policy):
-    """Sends two factors of `rank` columns for each matrix, found by one step of the power method from those of the step
-    before, and vectors whole; what the factors leave out is added the next time.
+    """Sends each matrix as two factors of `rank` columns, and vectors uncompressed. The factors come from one step of
+    the power method, starting from the factors of the step before. Their error is added to the next gradient.
 
-    The first `start` steps are all-reduced whole. Vogels, Karimireddy, Jaggi: PowerSGD (NeurIPS 2019), algorithm 1.
-    Ranks compute the factors' product each for itself: their bits agree where their linear algebra does.
+    In the first `start` steps gradients are all-reduced uncompressed. Vogels, Karimireddy, Jaggi: PowerSGD (NeurIPS
+    2019), algorithm 1.
+    Each rank multiplies the factors itself: results are bitwise equal only if the ranks' linear algebra is.
     """
 
     def __init__(self, comm: Communicator, rank: int = 2, start: int = 0) -> None:
@@ -215,7 +218,7 @@ class PowerSGD(Policy):
         for (vector, out), place in zip(vectors, whole, strict=True):
             out.copy_(place)
             vector.zero_()
-        left_out.nan_to_num_(0.0, 0.0, 0.0)  # an overflow is told to all, and forgotten
+        left_out.nan_to_num_(0.0, 0.0, 0.0)  # an overflow has reached all ranks, and is not kept
         right.nan_to_num_(0.0, 0.0, 0.0)
         return flat
 
@@ -230,7 +233,7 @@ class PowerSGD(Policy):
 
 
 def _factors(flat: Tensor, lengths: list[int], rank: int) -> list[Tensor]:
-    """The beginning of `flat` as matrices of `rank` columns, of these lengths."""
+    """The beginning of `flat` as matrices of `rank` columns; `lengths` are their numbers of rows."""
     found, at = [], 0
     for length in lengths:
         found.append(flat[at : at + length * rank].view(length, rank))
@@ -239,12 +242,12 @@ def _factors(flat: Tensor, lengths: list[int], rank: int) -> list[Tensor]:
 
 
 class LocalSGD(Policy):
-    """Post-local SGD: for `start` steps of `optimizer` gradients are averaged as ever; from there each rank steps on
-    its own ones, and every `period` steps parameters are averaged instead (Lin et al., ICLR 2020).
+    """Post-local SGD: for `start` steps of `optimizer`, gradients are averaged as usual. After that each rank steps
+    with its own gradients, and every `period` steps the parameters are averaged instead (Lin et al., ICLR 2020).
 
-    `within`, a communicator of the ranks of one host for instance, goes on averaging gradients among them; what that
-    sends is counted there. The state of the optimizer (momentum) stays each rank's own. All ranks make the same steps:
-    not for `join()`, nor for a `GradScaler`, which skips some of them.
+    If `within` is given, for instance a communicator of the ranks of one host, gradients are still averaged among its
+    ranks; this traffic is not in `counters`. The optimizer's state (momentum) is not averaged. All ranks must make the
+    same steps, so this does not work with `join()`, nor with a `GradScaler`, which skips some steps.
     """
 
     joins = False
@@ -288,12 +291,13 @@ class LocalSGD(Policy):
 
 
 class FusedOptimizer(Policy):
-    """Steps `optimizer` for the parameters of a bucket as soon as that is reduced, while backward goes on with others:
-    the program calls no `optimizer.step()`. `by` is another policy that reduces; by default an all-reduce does.
+    """Steps `optimizer` for the parameters of a bucket as soon as that bucket is reduced, while backward goes on: the
+    program must not call `optimizer.step()`. `by` is another policy that does the reduction, by default an all-reduce.
 
-    Learning-rate schedules work as ever. `optimizer` has the parameters of the model, no fewer and no others, and steps
-    each by itself. Not for what looks at all gradients before the step (clipping by the norm, `GradScaler`), nor beside
-    find_unused_parameters or check_finite; nor for gradients accumulated over several synchronised passes.
+    Learning-rate schedules work as usual. `optimizer` must have exactly the parameters of the model and step each of
+    them independently. This does not work with anything that needs all gradients before the step (clipping by the norm,
+    `GradScaler`), with find_unused_parameters or check_finite, or with gradients accumulated over several synchronised
+    passes.
     """
 
     needs_all_gradients = True
@@ -326,7 +330,7 @@ class FusedOptimizer(Policy):
         return gradients.flat
 
     def _step(self, gradients: Gradients) -> None:
-        """Lets the optimizer see these parameters alone, with their reduced gradients."""
+        """Steps the optimizer for the parameters of this bucket alone, with their reduced gradients."""
         mine = {id(parameter) for parameter in gradients.parameters}
         groups = self.optimizer.param_groups
         whole = [group["params"] for group in groups]

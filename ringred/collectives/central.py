@@ -1,4 +1,4 @@
-"""The parameter-server pattern as a baseline: everybody to rank 0, which adds and hands the sum back."""
+"""The parameter-server pattern as a baseline: all ranks send to rank 0, which adds and sends the sum back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__: list[str] = []
 
 @algorithm("all_reduce", "central", units=lambda group: 1, rank_order=True)
 def all_reduce(rank: int, group: Group) -> Steps:
-    """Rank 0 receives and sends (P−1)N bytes; the pattern that rings were made to replace."""
+    """Rank 0 receives and sends (P−1)N bytes; rings were introduced to avoid this."""
     if rank:
         yield (Send(0, unit(0)),)
         yield (Recv(0, unit(0)),)

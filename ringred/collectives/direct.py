@@ -1,4 +1,4 @@
-"""Everybody to everybody at once: two rounds, whatever the number of ranks, and sums in rank order."""
+"""Every rank sends to every other rank at once: two rounds for any number of ranks, and sums in rank order."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["all_gather_among", "reduce_scatter_among"]
 
 
 def _others(members: Sequence[int], rank: int, direction: int) -> Iterator[tuple[int, int]]:
-    """(position, rank) of the other members, going round from `rank`.
+    """(position, rank) of the other members, in circular order starting after `rank`.
 
-    All send forwards and receive backwards: nobody is sent to by two at a time, and what comes first is
-    waited for first.
+    All ranks send in forward order and receive in backward order: so no two ranks send to the same rank at a time, and
+    the message that arrives first is waited for first.
     """
     size, position = len(members), members.index(rank)
     for distance in range(1, size):
@@ -60,6 +60,6 @@ def all_gather(rank: int, group: Group) -> Steps:
 
 @algorithm("all_reduce", "direct", rank_order=True)
 def all_reduce(rank: int, group: Group) -> Steps:
-    """Each rank reduces 1/P in rank order and hands it round: 2(P−1) messages, 2(P−1)/P·N bytes."""
+    """Each rank reduces 1/P of the data in rank order and sends it to all: 2(P−1) messages, 2(P−1)/P·N bytes."""
     yield from reduce_scatter(rank, group)
     yield from all_gather(rank, group)

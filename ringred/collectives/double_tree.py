@@ -1,10 +1,10 @@
-"""The double binary tree: two trees, each with half of the data, inner ranks of one the leaves of the other.
+"""The double binary tree: two trees, each with half of the data; the inner ranks of one are leaves of the other.
 
 Sanders, Speck and Träff, Two-tree algorithms for full bandwidth broadcast, reduction and scan (2009). The two
-trees take turns, segment by segment: were a rank to wait for all of one half before the other, the second tree
-would stand idle. Nobody waits for what a leaf receives, and a leaf waits for nobody when it sends. So a rank's
-leaf half runs a tree's depth ahead of its inner half on the way up, and as far behind it on the way down. In
-lockstep each segment would cost the way through both trees, and nothing would be gained by segments at all.
+trees alternate, segment by segment: if a rank waited for all of one half before the other, the second tree would be
+idle. No rank waits for the data that a leaf receives, and a leaf waits for no rank before it sends. So the half in
+which a rank is a leaf runs ahead of its other half by the depth of a tree on the way up, and behind it by as much on
+the way down. In lockstep each segment would take the time of both trees together, and segments would gain nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 @algorithm("all_reduce", "double_tree", units=lambda group: 2 * group.segments, segmented=True)
 def all_reduce(rank: int, group: Group) -> Steps:
-    """Both halves up their trees at once, then down: ≈ 2log2P·α + 2Nβ + Nγ once segments fill the pipeline."""
+    """Both halves go up their trees at once, then down: ≈ 2log2P·α + 2Nβ + Nγ once segments fill the pipeline."""
     for place, chunk in _turns(rank, group, leaf_lag=-group.size.bit_length()):
         if place.children:
             yield tuple(Recv(child, chunk, reduce=True) for child in place.children)
@@ -32,7 +32,7 @@ def all_reduce(rank: int, group: Group) -> Steps:
 
 
 def _turns(rank: int, group: Group, leaf_lag: int) -> list[tuple[Place, Chunk]]:
-    """The segments of both halves in turn, those of a tree in which the rank is a leaf `leaf_lag` later."""
+    """The segments of both halves, alternating; where the rank is a leaf, they come `leaf_lag` turns later."""
     turns = []
     for half, tree in enumerate(double_binary(group.size)):
         place = tree[rank]

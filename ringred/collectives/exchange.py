@@ -1,4 +1,4 @@
-"""Data that only moves between pairs: gather, scatter, all-to-all, and one send with its receive."""
+"""Collectives that only move data between pairs of ranks: gather, scatter, all-to-all, and a send with its receive."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Recursive halving, then doubling: log2 P rounds with partners at doubling distance, bandwidth-optimal.
 
-Rabenseifner, Optimization of collective reduction operations (2004). Where P is no power of two, the first
-ranks pair up: one of each pair hands its data to the other before, and gets the result after.
+Rabenseifner, Optimization of collective reduction operations (2004). If P is not a power of two, the
+first ranks form pairs: one rank of each pair sends its data to the other at the start and gets the result at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _power(group: Group) -> int:
 
 @algorithm("all_reduce", "halving_doubling", units=_power)
 def all_reduce(rank: int, group: Group) -> Steps:
-    """Recursive halving and doubling: 2log2P·α + 2(P−1)/P·Nβ + (P−1)/P·Nγ for P = 2^k; any P by folding in."""
+    """Recursive halving and doubling: 2log2P·α + 2(P−1)/P·Nβ + (P−1)/P·Nγ for P = 2^k; other P pair ranks first."""
     active = _power(group)
     extra = group.size - active
     everything = Chunk(0, active)

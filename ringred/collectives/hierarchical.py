@@ -1,7 +1,7 @@
-"""Two levels: everybody to everybody inside a host, a ring of the shards between hosts.
+"""Two levels: within a host every rank sends to every other; between hosts each shard is all-reduced on a ring.
 
-The grid is (ranks on a host, hosts), X inside the host. Only 1/X of the data crosses between hosts per rank; with
-one leader a host it would be all of it.
+The grid is (ranks on a host, hosts), X inside the host. Each rank sends only 1/X of the data between hosts; a single
+leader for each host would send all of it.
 """
 
 from __future__ import annotations

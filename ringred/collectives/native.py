@@ -1,4 +1,4 @@
-"""What a transport's library does by itself: MPI's own all-reduce, to compare with and to fall back on."""
+"""The collective of the transport's own library: MPI's all-reduce, for comparison and as a fallback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One round for small messages: everybody sends everything to everybody, and adds it in rank order."""
+"""One round for small messages: every rank sends all its data to all others, and each adds it in rank order."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The table of algorithms. A file registers by `@algorithm`; that is all it takes to be verified, tested, priced,
-drawn, benchmarked and selectable."""
+"""The table of algorithms. A file registers its algorithms with `@algorithm`; nothing else is needed to verify, test,
+simulate, draw, benchmark and select them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Algorithm:
     """One way to do one collective.
 
     `schedule(rank, group)` yields the rank's steps; None for a native one, which the transport does itself.
-    `units(group)` is the number of units the buffer is divided into. `home(group)` gives the rank whose share
-    each unit is, where units belong to ranks (reduce-scatter, all-gather). `grids(size)` lists the grids that
+    `units(group)` is the number of units the buffer is divided into. `home(group)` gives, for each unit, the rank
+    whose share it is in, if units belong to ranks (reduce-scatter, all-gather). `grids(size)` lists the grids that
     the algorithm takes, the default first; None if it takes none. `segmented`: it pipelines by itself, and
     `Group.segments` says in how many parts. `rank_order`: each unit is added up by one rank, in one fold in rank
     order, so that the bits of a sum depend neither on its size nor on how it is cut.
@@ -72,7 +72,7 @@ class Algorithm:
         return self.schedule is None
 
     def group(self, size: int, root: int = 0, grid: tuple[int, ...] | None = None, segments: int = 1) -> Group:
-        """The group to run it on, the grid checked or defaulted. Raises `GridError`."""
+        """The group to run the algorithm on: `grid` is checked, None means the default grid. Raises `GridError`."""
         if not self.segmented:
             segments = 1
         if self.grids is None:
@@ -202,5 +202,5 @@ def spec_of(entry: Algorithm, group: Group) -> Spec:
 
 @lru_cache(maxsize=256)
 def prove(entry: Algorithm, group: Group, puts: bool = False) -> Proof:
-    """Verifies `entry` on `group`, once."""
+    """Verifies `entry` on `group`; the proof is cached."""
     return verify(spec_of(entry, group), entry.steps(group), puts=puts)

@@ -1,4 +1,4 @@
-"""The ring: each rank sends to its right and receives from its left, 1/P of the data a step.
+"""The ring: each rank sends to its right and receives from its left, 1/P of the data in each step.
 
 Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations (2009).
 """

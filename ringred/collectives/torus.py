@@ -17,8 +17,8 @@ __all__ = ["shards"]
 
 
 def shards(rank: int, grid: tuple[int, ...]) -> Iterator[tuple[list[int], list[Chunk]]]:
-    """For each dimension the line of ranks through `rank`, and the chunks into which it divides the shard
-    that the dimension before left: the last chunk is the single unit that `rank` owns."""
+    """For each dimension, the line of ranks through `rank` and the chunks into which it divides the shard that the
+    previous dimension left to `rank`. In the last dimension each chunk is a single unit; `rank` owns one of them."""
     place = coordinates(rank, grid)
     start, width = 0, 1
     for extent in grid:
@@ -62,6 +62,6 @@ def all_gather(rank: int, group: Group) -> Steps:
 
 @algorithm("all_reduce", "torus", grid=True)
 def all_reduce(rank: int, group: Group) -> Steps:
-    """Ring reduce-scatters inwards, ring all-gathers outwards: Σ2(d−1) messages, 2(P−1)/P·N bytes."""
+    """Ring reduce-scatters from X to the last dimension, all-gathers back: Σ2(d−1) messages, 2(P−1)/P·N bytes."""
     yield from reduce_scatter(rank, group)
     yield from all_gather(rank, group)

@@ -42,5 +42,5 @@ def all_reduce(rank: int, group: Group) -> Steps:
 
 @algorithm("barrier", "tree", units=_one)
 def barrier(rank: int, group: Group) -> Steps:
-    """An all-reduce of next to nothing: nobody is out before everybody was in."""
+    """An all-reduce of a tiny buffer: no rank can leave before all ranks have entered."""
     yield from all_reduce(rank, group)

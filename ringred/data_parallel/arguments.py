@@ -1,4 +1,4 @@
-"""What the arguments of DistributedDataParallel come to, and which values are refused, with the reason."""
+"""Converts the arguments of DistributedDataParallel to its settings; refuses invalid values with a reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BucketPlan = Sequence[Sequence[str]]
 
 
 def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, output_device: Any) -> None:
-    """Raises for parameters that cannot be reduced, and for devices that are not theirs, as torch does."""
+    """Raises for parameters that cannot be reduced, and for device arguments, as torch does for CPU modules."""
     if device_ids is not None and len(device_ids) > 1:
         raise ValueError("device_ids can only be None or contain a single element.")
     for name, parameter in named:
@@ -57,7 +57,7 @@ def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, outpu
 
 
 def group_asked_for(process_group: Any, device_mesh: Any) -> Any:
-    """The process group or communicator that is meant, None for the default."""
+    """The process group or communicator that the two arguments select; None selects the default."""
     if device_mesh is None:
         return process_group
     if process_group is not None:
@@ -112,7 +112,7 @@ def _sparse(module: nn.Module) -> set[int]:
 def special_parameters(
     module: nn.Module, delayed: Sequence[tuple[str, Tensor]] | None, trigger: Tensor | None
 ) -> list[str]:
-    """What is asked of single parameters, as text that ranks compare."""
+    """The settings of individual parameters, as text that the ranks compare."""
     rows, later = _sparse(module), {id(parameter) for _, parameter in delayed or ()}
     return [
         f"parameter {name!r}: sparse {id(p) in rows}, delayed {id(p) in later}, param_to_hook_all_reduce {p is trigger}"
@@ -132,7 +132,7 @@ def bucket_caps(cap_mb: float | None, caps_mb: Sequence[float] | None) -> tuple[
 
 
 def op_of(given: str | ReduceOp) -> ReduceOp:
-    """avg or sum."""
+    """The reduce operation, which must be avg or sum."""
     op = reduce_op(given, "DistributedDataParallel")
     if op not in (ReduceOp.AVG, ReduceOp.SUM):
         raise ValueError(f"DistributedDataParallel: expected reduce_op 'avg' or 'sum', got {op.value!r}")
@@ -140,8 +140,8 @@ def op_of(given: str | ReduceOp) -> ReduceOp:
 
 
 def algorithm_of(algorithm: str, grid: Sequence[int] | None, deterministic: bool) -> str:
-    """The algorithm to ask for. With `deterministic` one that adds in rank order; raises `UnknownAlgorithm` for others,
-    whose sums depend on where an element lies in its bucket."""
+    """The algorithm to use. With `deterministic` it must add in rank order; raises `UnknownAlgorithm` for others, whose
+    sums depend on where an element lies in its bucket."""
     if not deterministic:
         return algorithm
     names = sorted(name for name, entry in algorithms("all_reduce").items() if entry.rank_order)
@@ -156,7 +156,7 @@ def algorithm_of(algorithm: str, grid: Sequence[int] | None, deterministic: bool
 
 
 def plan_text(plan: BucketPlan | str | Path | None) -> str:
-    """A bucket plan for the comparison between ranks: a file by what is in it, where it can be read."""
+    """A bucket plan as text that the ranks compare; of a file, its contents if it exists."""
     if isinstance(plan, (str, Path)):
         path = Path(plan)
         return path.read_text() if path.exists() else "in a file that is not there"
@@ -164,7 +164,7 @@ def plan_text(plan: BucketPlan | str | Path | None) -> str:
 
 
 def read_plan(plan: BucketPlan | str | Path, members: Members) -> list[list[int]]:
-    """The places of the parameters that `plan`, or the file of one, names. Raises `ValueError` for another model's."""
+    """The places of the parameters that `plan`, or a file, names. Raises `ValueError` if it is of another model."""
     buckets: BucketPlan = json.loads(Path(plan).read_text())["buckets"] if isinstance(plan, (str, Path)) else plan
     place = {name: at for at, name in enumerate(members.names)}
     named = [name for bucket in buckets for name in bucket]
@@ -180,7 +180,7 @@ def read_plan(plan: BucketPlan | str | Path, members: Members) -> list[list[int]
 
 
 def check_hook(hook: Callable[..., Any]) -> None:
-    """Raises `TypeError` or `ValueError` for what is no communication hook, as torch does."""
+    """Raises `TypeError` or `ValueError` if `hook` is not a communication hook, as torch does."""
     if not callable(hook):
         raise TypeError("Communication hook must be callable.")
     signature = inspect.signature(hook)

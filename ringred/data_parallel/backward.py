@@ -1,4 +1,4 @@
-"""One backward: gradients into buckets, full buckets over the ranks, and results back to the parameters."""
+"""One backward: copies gradients into buckets, reduces full buckets, and gives the results to the parameters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 @dataclass(slots=True)
 class Forward:
-    """One forward whose backward is reduced: `unused` are the places of parameters that are not behind its outputs,
-    `scale()` is what its gradients are multiplied by, and `reduced` whether a backward of it was."""
+    """One forward whose backward is reduced: `unused` are the places of the parameters that its outputs do not depend
+    on, `scale()` returns the factor for its gradients, and `reduced` is whether a backward of it was reduced already.
+    """
 
     unused: Sequence[int] = ()
     scale: Callable[[], float] | None = None
@@ -34,11 +35,11 @@ class Forward:
 
 
 class Backward:
-    """One backward under way, of `forward`, in the buckets of `layout`; errors and contracts call it `purpose`.
+    """A running backward of `forward`, with the buckets of `layout`. `purpose` is its name in errors and contracts.
 
-    `left` counts the gradients that each parameter still waits for. `used` are the places of the parameters that had a
-    gradient since the last reduction; with `asks_for_use` ranks tell each other. `on_launched` is called once all
-    buckets are on their way.
+    `left` counts the gradients that are still to come for each parameter. `used` are the places of the parameters that
+    had a gradient since the last reduction; with `asks_for_use` the ranks combine theirs. `on_launched` is called once
+    the reductions of all buckets have been started.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Backward:
             layout.buckets[number].missing = 1
 
     def fill_delayed(self) -> None:
-        """Takes what the delayed parameters have by now."""
+        """Copies the gradients that the delayed parameters have by now into their buckets."""
         for number in self.layout.delayed:
             bucket = self.layout.buckets[number]
             if bucket.missing:
@@ -80,7 +81,7 @@ class Backward:
         self._launch_full()
 
     def ready(self, at: int) -> None:
-        """The parameter at `at` has all of its gradient, or will have none."""
+        """Marks the parameter at place `at` as ready: its gradient is complete, or none will come."""
         self.order.append(at)
         number, place = self.layout.place_of[at]
         bucket = self.layout.buckets[number]
@@ -96,15 +97,15 @@ class Backward:
             self._launch_full()
 
     def _put(self, at: int, bucket: Bucket | SparseBucket, place: int) -> None:
-        """Copies a gradient into its bucket at once: it is still in the cache, and as a view of the bucket its own
-        memory is free for the next one."""
+        """Copies a gradient into its bucket at once: it is still in the cache. If gradients are views of the bucket,
+        its own memory is then free for the next gradient."""
         parameter = self.layout.members.parameters[at]
-        # An unused parameter may hold what earlier passes accumulated; else it counts as zeros.
+        # An unused parameter may hold a gradient from earlier passes; without one it counts as zeros.
         gradient = parameter.grad
         if gradient is not None:
             self._check_gradient(at, gradient, bucket)
         scale = None if self.forward.scale is None else self.forward.scale()
-        # What counts for nothing is not looked at: it may be no number.
+        # With a factor of 0 the gradient is not read at all: it may be NaN.
         bucket.put(place, None if scale == 0.0 else gradient, scale)
         if gradient is not None and self.layout.settings.as_views and isinstance(bucket, Bucket):
             parameter.grad = bucket.views[place]
@@ -155,7 +156,7 @@ class Backward:
                 self._on_launched()
 
     def _launch_behind(self) -> None:
-        """What goes with a whole backward, behind its last bucket: who used what, and what was not finite."""
+        """Starts the collectives after the last bucket: which parameters were used, which gradients were not finite."""
         if self._asks_for_use:
             self.used_somewhere = torch.zeros(len(self.left), dtype=torch.uint8)
             self.used_somewhere[list(self._used)] = 1
@@ -167,9 +168,9 @@ class Backward:
             self._behind.append(work)
 
     def _note_non_finite(self, bucket: Bucket | SparseBucket) -> None:
-        """Where a gradient holds NaN or infinity, the bucket counts as zeros, so that nobody else gets them."""
+        """If a gradient holds NaN or infinity, notes it and zeroes the bucket, so that no other rank receives them."""
         values = bucket.values
-        # A sum is finite only if all of it is; where it is not for its mere size, the second look tells.
+        # A sum is finite only if all elements are. It may also overflow, so then the elements are checked themselves.
         if math.isfinite(abs(values.sum(dtype=_WIDE.get(values.dtype)).item())) or torch.isfinite(values).all():
             return
         for at, view in zip(bucket.indices, bucket.views, strict=True):
@@ -187,7 +188,7 @@ class Backward:
         self._launch_behind()
 
     def wait(self) -> None:
-        """Until all reductions are over, for they use the buckets; raises what the first one failed with."""
+        """Waits for all reductions, even after a failure, because they use the buckets; raises the first failure."""
         failures = []
         for work in (*self.works, *self._behind):
             try:
@@ -198,7 +199,7 @@ class Backward:
             raise failures[0]
 
     def raise_non_finite(self) -> None:
-        """Raises `NonFiniteGradient` on every rank if a gradient of any was not finite, and drops them all."""
+        """If a gradient of any rank was not finite, drops all of them and raises `NonFiniteGradient` on every rank."""
         if self._found is None:
             return
         rows = self._found.view(self.layout.comm.size, 3).tolist()
@@ -208,7 +209,7 @@ class Backward:
             if at >= 0
         ]
         if texts:
-            # No step may follow by what is reduced in part, or on this rank alone.
+            # No optimizer step may use gradients that are reduced in part, or on this rank alone.
             for parameter in self.layout.members.parameters:
                 parameter.grad = None
             for share in self.layout.shares or ():
@@ -219,7 +220,7 @@ class Backward:
             )
 
     def hand_out(self, used: Tensor | None) -> None:
-        """Gives every parameter its reduced gradient; one that no rank used, as `used` says, keeps what it has."""
+        """Gives every parameter its reduced gradient; a parameter that no rank used, by `used`, keeps its own."""
         if self.layout.shares is not None:
             for parameter in self.layout.members.parameters:
                 parameter.grad = None  # reduced, it lies in the ranks' shares

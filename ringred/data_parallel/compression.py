@@ -13,13 +13,13 @@ _INT8 = 127
 
 
 def quantised(blocks: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 values and float32 scales of `blocks`, [n, block] of float32: one scale a block, its greatest magnitude over
-    127. `left_out`, of the same shape, gets what rounding left out. Where a block holds what is not finite its scale
-    tells so, and nothing of it is left out."""
+    """int8 values and float32 scales of `blocks`, [n, block] of float32: each block has one scale, its greatest
+    magnitude divided by 127. `left_out`, of the same shape, receives the rounding error. If a block holds NaN or
+    infinity, its scale is not finite, and its NaN and infinity are not carried over into `left_out`."""
     work = torch.empty_like(blocks) if left_out is None else left_out
-    scales = torch.abs(blocks, out=work).amax(1).div_(_INT8)  # some times faster than the ∞-norm of torch.linalg
+    scales = torch.abs(blocks, out=work).amax(1).div_(_INT8)  # several times faster than torch.linalg's ∞-norm
     steps = torch.where(scales > 0, scales, torch.ones_like(scales)).unsqueeze(1)
-    torch.div(blocks, steps, out=work).round_().clamp_(-_INT8, _INT8)  # a scale may be rounded down to nothing
+    torch.div(blocks, steps, out=work).round_().clamp_(-_INT8, _INT8)  # if a tiny scale was rounded down
     finite = bool(torch.isfinite(scales).all())
     if not finite:
         work.nan_to_num_(0.0, 0.0, 0.0)
@@ -32,13 +32,13 @@ def quantised(blocks: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, T
 
 
 def dequantised(values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    """`out`, [n, block] of float32, = what `quantised` made int8 `values` and `scales` of."""
+    """Writes the blocks that `quantised` turned into int8 `values` and `scales` to `out`, [n, block] of float32."""
     return out.copy_(values).mul_(scales.unsqueeze(1))
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The places (int32) and values of the `count` elements of 1-D `values` that are the greatest in magnitude; what is
-    not a number counts as the greatest."""
+    """The indices (int32) and values of the `count` elements of 1-D `values` with the greatest magnitude; NaN counts as
+    the greatest."""
     magnitudes = values.abs()
     places = _candidates(magnitudes, count)
     if places is None:
@@ -49,8 +49,9 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(magnitudes: Tensor, count: int) -> Tensor | None:
-    """The places of a few more than the `count` greatest elements, above a threshold that a sample tells; None where
-    that pays not, or the sample deceived. Looking at all elements once is some times faster than sorting among them."""
+    """The indices of a few more than the `count` greatest elements: those above a threshold estimated from a sample.
+    None if this does not pay, or if the estimate leaves fewer than `count`. One pass over all elements is several times
+    faster than a top-k over them."""
     if magnitudes.numel() < 1 << 16 or count * 8 > magnitudes.numel():
         return None
     sample = magnitudes[:: max(1, magnitudes.numel() >> 15)]
@@ -68,7 +69,7 @@ def spread(places: Sequence[Tensor], values: Sequence[Tensor], out: Tensor) -> N
 
 
 def low_rank_shape(shape: Sequence[int], rank: int) -> tuple[int, int] | None:
-    """The matrix that a gradient of `shape` is seen as, if two factors of `rank` columns are smaller than it."""
+    """The (rows, columns) of `shape` seen as a matrix; None if two factors of `rank` columns are not smaller."""
     if len(shape) < 2:
         return None
     rows, columns = shape[0], 1

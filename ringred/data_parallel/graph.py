@@ -1,4 +1,4 @@
-"""What autograd's graph tells: the tensors in a model's outputs, and the leaves that they come from."""
+"""Inspects autograd's graph: finds the tensors in a model's outputs, and the leaves that they depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks with uneven inputs: who still has some, and what those do that have none left."""
+"""Uneven inputs (`join`): which ranks still have inputs, and what the ranks without inputs must take part in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ __all__ = ["Turn", "UnevenInputs"]
 
 
 class Turn:
-    """One forward of the ranks that still have inputs: `active` are they, and `root` is the one whose buffers count.
-    `syncs`: its backward is reduced. `copies`: buffers are copied before it."""
+    """One forward of the ranks that still have inputs: `active` are these ranks, and `root` is the one whose
+    buffers are copied to the others. `syncs` is whether its backward is reduced, `copies` whether buffers are copied
+    before it."""
 
     def __init__(self, active: list[int], syncs: bool, copies: bool) -> None:
         self.active, self.syncs, self.copies = active, syncs, copies
@@ -19,7 +20,7 @@ class Turn:
 
 
 class UnevenInputs:
-    """Counts the ranks of `comm` that still have inputs, at every forward of theirs.
+    """Finds out, at every forward, which ranks of `comm` still have inputs.
 
     A rank without inputs calls `next(None)` until nobody is active. With `throws`, all ranks raise `RuntimeError` as
     soon as one has no inputs left and another has.
@@ -30,7 +31,7 @@ class UnevenInputs:
         self.last_root = 0
 
     def next(self, doing: tuple[bool, bool] | None) -> Turn:
-        """The next forward of the active ranks: this one is `doing` (syncs, copies), or has no inputs. Collective."""
+        """The next forward of active ranks. `doing` is this rank's (syncs, copies), None without inputs. Collective."""
         size = self.comm.size
         table = torch.zeros(size + 2, dtype=torch.int64)
         if doing is not None:

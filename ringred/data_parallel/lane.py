@@ -1,4 +1,4 @@
-"""A lane: jobs of several collectives each, done one after the other beside a communicator's own collectives."""
+"""A lane: runs jobs of several collectives each, one after the other, in parallel with a communicator's own calls."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 class Lane:
     """A thread and a duplicate of `comm`, on which jobs run in the order in which they were submitted.
 
-    All ranks submit alike jobs in one order. A job may start as many collectives on `self.comm` as it likes, wait for
-    them and compute in between, while the program goes on with `comm`. Making a lane is collective.
+    All ranks must submit matching jobs in the same order. A job may start any number of collectives on `self.comm`,
+    wait for them and compute in between, while the program continues to use `comm`. Making a lane is collective.
     """
 
     def __init__(self, comm: Communicator, name: str) -> None:
@@ -30,8 +30,10 @@ class Lane:
         weakref.finalize(self, _end, self._progress, self.comm)
 
     def submit(self, job: Callable[[Communicator], T], purpose: str = "") -> Work[T]:
-        """Runs `job` on the lane's communicator behind all others. Where it raises, the other ranks do too. `purpose`
-        is as in `Communicator.for_purpose`."""
+        """Runs `job` on the lane's communicator, after all jobs submitted before. If it raises, other ranks raise too.
+
+        `purpose` is as in `Communicator.for_purpose`.
+        """
         comm = self.comm
         work: Work[T] = Work(self._name)
 
@@ -40,7 +42,7 @@ class Lane:
                 with comm.for_purpose(purpose):
                     return job(comm)
             except BaseException as failure:
-                comm.abort(failure)  # peers may be within the collectives that this rank does not come to
+                comm.abort(failure)  # peers may be waiting in collectives that this rank will not reach
                 raise
 
         self._progress.submit(lambda: work.finish(done))
@@ -48,7 +50,7 @@ class Lane:
 
 
 def _end(progress: Progress, comm: Communicator) -> None:
-    """Closes a lane behind its jobs, without waiting for them."""
+    """Closes a lane after its queued jobs, without waiting for them."""
     progress.submit(comm.close)
     progress.submit(lambda: _threads.discard(progress))
     progress.let_end()
@@ -59,6 +61,6 @@ _threads: set[Progress] = set()
 
 @atexit.register
 def _join_all() -> None:
-    """A thread that Python's end meets within torch would end the process with an abort."""
+    """Joins all lanes' threads: a thread still inside torch when Python exits would abort the process."""
     for progress in list(_threads):
         progress.close()

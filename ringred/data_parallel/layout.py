@@ -29,7 +29,7 @@ __all__ = ["Layout", "Members", "Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What DistributedDataParallel was asked for. `caps` are those of the buckets in bytes, as in `assign`."""
+    """The settings of a DistributedDataParallel. `caps` are the bucket caps in bytes, as `assign` takes them."""
 
     caps: tuple[int, ...]
     op: ReduceOp = ReduceOp.AVG
@@ -46,8 +46,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """The parameters that are reduced, with their names. `sparse` are the places of those with sparse gradients;
-    those at `delayed` are reduced when the gradient of `trigger` is there, whatever they have by then."""
+    """The parameters whose gradients are reduced, with their names. `sparse` holds the places (indices in `parameters`)
+    of those with sparse gradients. Those at the places `delayed` are reduced when the gradient of `trigger` is
+    accumulated, with the gradients that they have by then."""
 
     names: tuple[str, ...]
     parameters: tuple[Tensor, ...]
@@ -59,7 +60,7 @@ class Members:
 class Layout:
     """Buckets in the order in which they are reduced, with the reduction of each.
 
-    They are laid out in reverse order of the parameters, or as `plan` says, a list of places for each bucket.
+    They are filled in reverse order of the parameters, unless `plan` gives a list of places for each bucket.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Layout:
             self._build(plan)
 
     def lay_out(self, order: Sequence[int]) -> None:
-        """New buckets, filled in `order`; those of delayed parameters come behind the one of their trigger."""
+        """New buckets, filled in `order`; the buckets of delayed parameters follow that of their trigger."""
         members, caps, entries = self.members, self.settings.caps, self.entries
         assigned = assign(entries, order, caps)
         trigger = next((at for at, parameter in enumerate(members.parameters) if parameter is members.trigger), -1)
@@ -93,12 +94,12 @@ class Layout:
         self._reductions.clear()
 
     def set_policy(self, policy: Policy, hook: CommHook | None) -> None:
-        """From here on `policy` reduces dense buckets; by way of `hook(policy, bucket)`, if there is one."""
+        """From here on `policy` reduces dense buckets; if `hook` is given, `hook(policy, bucket)` is called for it."""
         self._policy, self._hook = policy, None if hook is None else (policy, hook)
         self._reductions.clear()
 
     def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
-        """Lays buckets out as `plan` says; from here on each rank gets its share of a bucket's result alone."""
+        """Lays buckets out as `plan` says; from here on each rank gets only its share of a bucket's result."""
         self.shares = []
         self._build(plan)
         return self.shares
@@ -119,7 +120,7 @@ class Layout:
         return [list(bucket.indices) for bucket in self.buckets]
 
     def reduction(self, number: int, op: ReduceOp) -> Reduction:
-        """What reduces the `number`-th bucket by `op`, or as the hook does."""
+        """Returns the object that reduces the `number`-th bucket: by `op`, or by the hook if there is one."""
         known = self._reductions.get((number, op))
         if known is None:
             known = self._reductions[number, op] = self._make(number, op)

@@ -1,5 +1,5 @@
-"""What of the communication backward has hidden: bucket by bucket, from the clock of one iteration, and what another
-cap would hide."""
+"""How much of the communication was hidden behind backward, bucket by bucket in one iteration, and how much other
+bucket caps would hide."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ringred.runtime.trace import Tracer
 
 __all__ = ["BackwardTimes", "BucketTimes", "CapForecast", "OverlapReport", "forecast", "report", "trace"]
 
-_CAPS_MB = (1, 2, 5, 10, 25, 50, 100)  # that are tried
-_LITTLE = 0.05  # of backward, below which nothing is worth a word
-SLOW = 4.0  # times the model's time, from which a reduction waited more than it worked
+_CAPS_MB = (1, 2, 5, 10, 25, 50, 100)  # the caps for which a forecast is made
+_LITTLE = 0.05  # fraction of backward: the report gives no advice on an exposed time up to it
+SLOW = 4.0  # reductions that take at least this many times the cost model's time are assumed to have waited
 
 
 @dataclass(slots=True)
 class BackwardTimes:
-    """The times of one backward, in ns of `time.monotonic_ns`: `ready_ns` of parameters by their places, 0 of delayed
-    ones; the others of buckets in their order: bytes, number of parameters, and how they were reduced."""
+    """The times of one backward, in ns of `time.monotonic_ns`: `ready_ns` has one value for each
+    parameter, by place (0 for delayed ones). The other sequences have one value for each bucket, in order: times,
+    bytes, number of parameters, and how it was reduced."""
 
     began_ns: int
     ended_ns: int
@@ -38,7 +39,7 @@ class BackwardTimes:
 
 @dataclass(frozen=True, slots=True)
 class BucketTimes:
-    """One bucket in milliseconds since backward began: full, its reduction started and ended.
+    """One bucket: when it was full and when its reduction started and ended, in milliseconds since backward began.
 
     `exposed_ms` is the part of the reduction that ran after backward had ended: what the step waited for.
     """
@@ -66,9 +67,10 @@ class CapForecast:
 class OverlapReport:
     """The last synchronised backward of this rank. `print` it, or take `as_dict()` for JSON, `scalars()` for a log.
 
-    `caps` holds a forecast for other bucket caps: gradients come when they came this time, and a reduction takes what
-    the cost model says of its size, times what the model was off by in this backward. Where it was off by `slowness`
-    of 4 or more the time went to waiting, for another rank or a core, and no cap is advised.
+    `caps` holds a forecast for other bucket caps: it assumes that gradients become ready when they did this time, and
+    that a reduction takes the time of the cost model for its size, times `slowness`: the factor by which reductions
+    of this backward were slower than the model. If `slowness` is 4 or more, the time was spent waiting for another
+    rank or for a core, and no cap is recommended.
     """
 
     backward_ms: float
@@ -78,7 +80,7 @@ class OverlapReport:
 
     @property
     def communication_ms(self) -> float:
-        """The time in which at least one reduction ran: they run one after the other."""
+        """The total time of the reductions, which run one after the other."""
         return sum(bucket.end_ms - bucket.start_ms for bucket in self.buckets)
 
     @property
@@ -91,16 +93,16 @@ class OverlapReport:
         """The share of the communication that backward hid, 0 to 1; 1 where there was none."""
         if not self.communication_ms:
             return 1.0
-        # Sums of differences: rounding must not make it a hair less than nothing.
+        # Rounding in the sums of differences must not make it slightly negative.
         return max(0.0, 1.0 - self.exposed_ms / self.communication_ms)
 
     @property
     def best_cap(self) -> CapForecast | None:
-        """The forecast with the least exposed time, of the smallest cap where several have it."""
+        """The forecast with the least exposed time; if several have it, the one with the smallest cap."""
         return min(self.caps, key=lambda cap: (round(cap.exposed_ms, 2), cap.cap_mb), default=None)
 
     def scalars(self) -> dict[str, float]:
-        """What a log keeps of it, by name."""
+        """The values to log, by name."""
         return {
             "overlap/backward_ms": self.backward_ms,
             "overlap/communication_ms": self.communication_ms,
@@ -149,7 +151,7 @@ class OverlapReport:
 
 
 def report(times: BackwardTimes, caps: Sequence[CapForecast] = (), slowness: float = 1.0) -> OverlapReport:
-    """What `times` say, with the forecasts and what they rest on."""
+    """Makes the report of `times`, with the forecasts `caps` and the `slowness` that they assume."""
 
     def since(at_ns: int) -> float:
         return (at_ns - times.began_ns) / 1e6
@@ -171,11 +173,11 @@ def forecast(
     seconds_of: Callable[[int], float],
     first_cap: int | None = None,
 ) -> tuple[list[CapForecast], float]:
-    """What other caps would give, and by what reductions took longer than `seconds_of(nbytes)`, the cost model, says.
+    """Returns forecasts for other caps, and how many times the cost model's `seconds_of(nbytes)` reductions took.
 
     `entries` are the parameters by their places, as `assign` takes them. Those at `sparse`, and delayed ones, have
-    buckets of their own whatever the cap, and are left out. `first_cap` is that of the first bucket in bytes, if it is
-    another.
+    buckets of their own whatever the cap, and are left out. `first_cap` is the cap of the first bucket in bytes, if
+    that differs.
     """
     dense = [at for at, ready in enumerate(times.ready_ns) if ready and at not in sparse]
     order = sorted(dense, key=lambda at: times.ready_ns[at])
@@ -200,7 +202,7 @@ def forecast(
 
 
 def trace(times: BackwardTimes, tracer: Tracer) -> None:
-    """Draws one backward: itself, and each bucket's becoming full and its reduction on a line of their own."""
+    """Adds one backward to the trace; on a line "buckets", when each bucket was full, and its reduction."""
     for number, (started, done) in enumerate(zip(times.started_ns, times.done_ns, strict=True)):
         nbytes = times.nbytes[number]
         tracer.instant("ddp", f"bucket {number} ready", times.full_ns[number], "buckets", bytes=nbytes)

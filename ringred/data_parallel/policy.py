@@ -1,6 +1,6 @@
-"""What reduces buckets in the place of the all-reduce: the base of the communication hooks in `ringred.hooks`."""
+"""Policies reduce buckets instead of the all-reduce: the base class of the communication hooks in `ringred.hooks`."""
 
-# No annotations from the future here: torch compares those of a hook with its own classes.
+# No `from __future__ import annotations` here: torch compares a hook's annotations with its own classes.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,14 +29,14 @@ class Gradients(NamedTuple):
 
 
 class Policy:
-    """How buckets are reduced over the ranks of `comm`: subclasses say it in `reduce`.
+    """A way to reduce buckets over the ranks of `comm`, which subclasses implement in `reduce`.
 
-    Its jobs run one after the other on a thread and a communicator of their own, while backward goes on. Making one is
-    collective; one serves one model.
+    Reductions run one after the other, on the policy's own thread and communicator, while backward goes on.
+    Constructing a policy is collective. Each model needs a policy of its own.
     """
 
     needs_all_gradients = False
-    """Whether it must not see a bucket whose gradients may be thrown away, or are no gradients of this step."""
+    """Whether the policy must not get a bucket whose gradients may be dropped later, or do not belong to this step."""
     joins = True
     """Whether a rank without inputs can take part with zeros (`join`)."""
 
@@ -51,8 +51,8 @@ class Policy:
         raise NotImplementedError
 
     def attach(self, comm: Communicator, parameters: Sequence[Tensor]) -> None:
-        """For the model whose buckets it will reduce: all `parameters` of it, over the ranks of `comm`. Raises
-        `ValueError` if they are not what the policy is for."""
+        """Attaches the policy to a model, given all its `parameters` and its communicator `comm`. Raises `ValueError`
+        if the policy already has a model, or does not fit this one."""
         if self._attached:
             raise ValueError(f"rank {self.rank}: {type(self).__name__} serves a model already; each needs its own")
         if (comm.rank, comm.size) != (self.rank, self.size):
@@ -63,8 +63,8 @@ class Policy:
         self._attached = True
 
     def submit(self, gradients: Gradients, purpose: str = "") -> Work[Tensor]:
-        """Starts to reduce `gradients`; what fails in `reduce` is a `RingredError` that says where, on every rank.
-        `purpose` is as in `Communicator.for_purpose`."""
+        """Starts to reduce `gradients`; an exception in `reduce` is raised on every rank, as a `RingredError` that
+        says where. `purpose` is as in `Communicator.for_purpose`."""
 
         def job(comm: Communicator) -> Tensor:
             try:
@@ -85,8 +85,8 @@ class Policy:
         return self._lane.comm.counters
 
     def kept(self, name: str, gradients: Gradients, like: Tensor) -> Tensor:
-        """What the policy keeps under `name` for one bucket from step to step, zeros at first; once buckets were laid
-        out anew it begins again."""
+        """The tensor, shaped like `like`, that the policy keeps under `name` for one bucket from step to step. It
+        starts as zeros, and starts again when buckets were laid out anew."""
         members = tuple(id(parameter) for parameter in gradients.parameters)
         key = name, gradients.number
         known = self._kept.get(key)
@@ -96,12 +96,12 @@ class Policy:
         return known[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """What it keeps on this rank, for a checkpoint of this rank; with the model's `bucket_plan`, for buckets are
-        told by their numbers."""
+        """What the policy keeps on this rank, for this rank's checkpoint. Save the model's `bucket_plan` with it,
+        because buckets are identified by their numbers."""
         return {"rank": self.rank, "size": self.size, "kept": [(*key, kept) for key, (_, kept) in self._kept.items()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with what `state_dict` of this rank gave. Raises `ModelMismatch` if that was another rank."""
+        """Loads what `state_dict()` returned on this rank. Raises `ModelMismatch` if it comes from another rank."""
         theirs = state_dict["rank"], state_dict["size"]
         if theirs != (self.rank, self.size):
             raise ModelMismatch(

@@ -1,4 +1,4 @@
-"""The reducer: tells from hooks which backward is under way, of which forward, and when it begins and ends."""
+"""The reducer: follows by autograd hooks which backward is running, for which forward, and when it begins and ends."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ _ARRIVALS = 1000  # backward passes whose arrival times are kept
 class Reducer:
     """Reduces the gradients of `members` over the ranks of `comm`.
 
-    `prepare` arms it for the backward of one forward. A hook on each parameter says when its gradient is there; a
-    bucket whose gradients are all there is reduced, and at the end of backward every parameter gets its result.
-    `plan` gives the buckets to begin with, and to stay with. `name` tells it from others on the communicator.
+    `prepare` gets it ready for the backward of one forward. A hook on each parameter runs when its gradient has been
+    accumulated. A bucket is reduced once all of its gradients are there, and at the end of backward every parameter
+    gets its reduced gradient. If `plan` is given, the buckets follow it and never change. `name` distinguishes this
+    reducer from others on the same communicator.
     """
 
     def __init__(
@@ -47,25 +48,25 @@ class Reducer:
         self.layout = Layout(comm, members, settings, plan)
         self.rebuilt = plan is not None or (settings.find_unused and not settings.static_graph)
         self.arrivals: deque[float] = deque(maxlen=_ARRIVALS)
-        """Seconds of its own that this rank took from the end of one backward's reductions until the next one's last
-        bucket was full."""
+        """For each of the last backwards: seconds from the end of the previous backward's reductions until the last
+        bucket was full, without the time that forward spent in collectives."""
         self.last: BackwardTimes | None = None
-        self._reduced = False  # once at least, with or without gradients of this rank
-        self._began = 0  # backwards, with or without
+        self._reduced = False  # whether a backward was reduced yet, by `shadow` or not
+        self._began = 0  # number of backwards so far, those of `shadow` included
         delayed = set(members.delayed)
-        # How often the hook of each parameter fires in one backward; with a static graph the first one tells.
+        # How often each parameter's hook fires in one backward; with a static graph the first backward counts it.
         self._firings = [0 if at in delayed else 1 for at in range(len(members.parameters))]
         self._recording = settings.static_graph
         self._used_always: Tensor | None = None
         self._unused_always: Sequence[int] = ()
         self._ready_order: list[int] = []
-        self._used: set[int] = set()  # since the last reduction, in unsynchronised passes too
+        self._used: set[int] = set()  # parameters with a gradient since the last reduction, under no_sync too
         self._summed: list[tuple[int, weakref.ref[Tensor], int]] = []
         self._pass: Backward | None = None
-        self._open = False  # within a backward that went through outputs of forward
+        self._open = False  # whether a backward that passed through outputs of forward is running
         self._presumed_unused: frozenset[int] = frozenset()
         self._began_ns = self._forward_ended_ns = self._waited_ns = self._free_ns = 0
-        # The hooks live as long as the parameters; a reducer that is dropped must not go on reducing.
+        # The hooks live as long as the parameters, so they refer to the reducer weakly: a dropped one must not reduce.
         me = weakref.ref(self)
         hooked: list[tuple[Any, Callable[..., None]]] = [
             (parameter, partial(_on_delayed if at in delayed else _on_gradient, me, at))
@@ -82,9 +83,9 @@ class Reducer:
         """Raises `RuntimeError` if the last backward did not come to its end, naming the gradients that are missing."""
         unfinished = self._pass
         if unfinished is None or not unfinished.touched:
-            return  # finished, or no backward was made at all: the last outputs were only looked at
+            return  # it finished, or no backward was run for the last outputs
         self._pass = None
-        for work in unfinished.works:  # of a backward that was given up: they still use the buckets
+        for work in unfinished.works:  # these still use the buckets
             work.wait()
         missing = [name for name, left in zip(self.members.names, unfinished.left, strict=True) if left > 0]
         if missing and self.settings.static_graph and not self._recording:
@@ -104,7 +105,7 @@ class Reducer:
     def prepare(self, outputs: Any, scale: Callable[[], float] | None = None) -> None:
         """Gets ready for the backward of the forward that gave `outputs`.
 
-        With `scale`, which is called in backward, gradients are multiplied by what it returns, and then summed.
+        If `scale` is given, backward calls it, multiplies gradients by the result, and sums them over the ranks.
         """
         tensors = list(tensors_in(outputs))
         forward = Forward(scale=scale)
@@ -124,8 +125,8 @@ class Reducer:
                 tensor.register_hook(on_backward)
 
     def disarm(self) -> None:
-        """For a forward whose backward is not reduced: that of the last one is over, or will come through its
-        outputs."""
+        """Called after a forward whose backward is not reduced: gradients that come now are not reduced. A backward of
+        an earlier synchronised forward is recognised when it passes through the outputs of that forward."""
         if self._pass is not None and not self._pass.touched:
             self._pass = None
 
@@ -143,7 +144,7 @@ class Reducer:
     # ------------------------------------------------------------------ backward
 
     def on_backward(self, forward: Forward) -> None:
-        """A backward has come to outputs of a synchronised forward."""
+        """Called when a backward reaches an output of a synchronised forward."""
         if not self._began_ns:
             self._began_ns = time.monotonic_ns()
         now = self._pass
@@ -154,7 +155,7 @@ class Reducer:
                     "together, or make a backward of each"
                 )
             if not now.touched and not self._open:
-                self._pass = None  # the one that was armed is an older or a younger one
+                self._pass = None  # it was prepared for another forward
         if self._open:
             return
         self._open = True
@@ -170,13 +171,13 @@ class Reducer:
             return
         if not now.touched:
             if now.forward.reduced:
-                self._pass = None  # it accumulated nothing: torch.autograd.grad
+                self._pass = None  # torch.autograd.grad accumulates no gradients
         elif self._recording or self.settings.find_unused:
             self._complete(now)
 
     def _close_hidden(self) -> None:
-        """Runs at the end of a backward that went through no outputs that can be seen: or of a part of it, if that is
-        the backward of a reentrant checkpoint."""
+        """Runs at the end of a backward that passed through no output that `prepare` found. Inside a reentrant
+        checkpoint this may be the end of only a part of the backward."""
         now = self._pass
         if now is not None and not self._recording:
             self._presumed_unused = frozenset(at for at, left in enumerate(now.left) if left > 0)
@@ -185,7 +186,7 @@ class Reducer:
         self._close()
 
     def _complete(self, now: Backward) -> None:
-        """Makes ready what no gradient came for: this backward is over."""
+        """Marks parameters that got no gradient as ready, because this backward is over."""
         if self._recording:
             waiting = [at for at, firings in enumerate(self._firings) if firings]
             self._firings = [before - left for before, left in zip(self._firings, now.left, strict=True)]
@@ -224,14 +225,15 @@ class Reducer:
         now.ready(at)
 
     def _check_summed(self, at: int) -> None:
-        """Raises `RuntimeError` where sums of an earlier reduction would be summed once more: `at` is the place of the
-        first gradient that was accumulated since."""
+        """Raises `RuntimeError` if a parameter still holds the sum of an earlier reduction, which would be summed over
+        the ranks again. `at` is the place of the first parameter whose gradient was accumulated since then."""
         summed, self._summed = self._summed, []
         for place, reference, version in summed:
             held = self.members.parameters[place].grad
             if held is None or held is not reference():
                 continue
-            # Zeroed or not? That of `at` has a new gradient in it: one change since the sum was handed out is that.
+            # Was it zeroed? The gradient at `at` has just been accumulated: if that is its only change since the sum
+            # was handed out, it was not zeroed before.
             still = held._version == version + 1 if place == at else bool(held.detach().any())
             if still:
                 self._pass = None
@@ -260,7 +262,7 @@ class Reducer:
         now.purpose = f"backward {self._began}{self.name}"
 
     def on_trigger(self) -> None:
-        """The gradient was accumulated that the delayed parameters wait for."""
+        """Called when the gradient for which the delayed parameters wait has been accumulated."""
         now = self._pass
         if now is not None and not self._recording:
             if not now.touched:
@@ -307,7 +309,7 @@ class Reducer:
             self.arrivals.append((max(now.full_ns) - self._free_ns - self._waited_ns) / 1e9)
         self._free_ns, self._waited_ns = max(work.ended_ns for work in now.works), 0
         buckets = self.layout.buckets
-        # Numbers only: the buckets and the works themselves would keep memory that others have taken the place of.
+        # Only numbers are kept: the buckets and works would keep memory alive after new ones have replaced them.
         self.last = BackwardTimes(
             began_ns=self._began_ns or self._forward_ended_ns,
             ended_ns=ended_ns,
@@ -328,16 +330,16 @@ class Reducer:
     # ------------------------------------------------------------------ between two backwards
 
     def restart_clock(self) -> None:
-        """What was noted of arrivals is forgotten: ranks did not do the same."""
+        """Forgets the arrival times: within `join` the ranks did not all do the same work."""
         self.arrivals.clear()
         self._free_ns = self._waited_ns = 0
 
     def note_wait(self, nanoseconds: int) -> None:
-        """Time that forward spent in collectives: it is no time of this rank's own."""
+        """Adds time that forward spent in collectives, which does not count as this rank's own time."""
         self._waited_ns += nanoseconds
 
     def rebuild(self) -> None:
-        """Once, after the first synchronised backward: buckets in the order in which rank 0's were ready."""
+        """Lays the buckets out anew, once, in the order in which rank 0's first gradients became ready."""
         if self.rebuilt or not self._reduced:
             return
         self.rebuilt = True
@@ -364,13 +366,13 @@ class Reducer:
         self.layout.set_hook(state, hook)
 
     def set_policy(self, policy: Policy, hook: CommHook | None = None) -> None:
-        """As `set_hook`, by a policy; by way of `hook`, if there is one."""
+        """As `set_hook`, with a policy; `hook`, if given, calls it."""
         self._expect_fresh("a communication hook is registered")
         policy.attach(self.comm, self.members.parameters)
         self.layout.set_policy(policy, hook)
 
     def shard(self, plan: Sequence[Sequence[int]]) -> list[Share]:
-        """From here on each rank gets its share of the gradients alone, in buckets that stay as `plan` says. Raises
+        """From here on each rank gets only its share of the reduced gradients, in fixed buckets given by `plan`. Raises
         `RuntimeError` once a backward was reduced."""
         self._expect_fresh("gradients are shared out")
         self.rebuilt = True
@@ -385,7 +387,7 @@ class Reducer:
         `scaled` is whether they scale their gradients."""
         now = self._new_backward(Forward())
         self._begin(now)
-        # Gradients of this rank may lie in the buckets; nothing has happened to them.
+        # This rank's gradients may be views of the buckets, and must not change.
         kept = [bucket.flat.clone() for bucket in self.layout.buckets if isinstance(bucket, Bucket)]
         op = ReduceOp.SUM if scaled else self.settings.op
         self._used.clear()

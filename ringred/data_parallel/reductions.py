@@ -48,18 +48,18 @@ class InFlight(Protocol):
 
 
 class Reduction(Protocol):
-    """What reduces one bucket, time and again: `PersistentAllReduce`, or one of those below."""
+    """Reduces one bucket again and again: `PersistentAllReduce`, or one of the classes below."""
 
     @property
     def algorithm(self) -> str:
-        """How, in a word."""
+        """The name of the method, for reports."""
 
     def start(self, purpose: str) -> InFlight:
-        """Starts to reduce what the bucket holds; ranks whose `purpose` differs must not meet in it."""
+        """Starts to reduce the bucket's contents; ranks with different `purpose`s must not be reduced together."""
 
 
 class Nothing:
-    """A reduction that is left out: it is done when it begins."""
+    """A reduction that is skipped: it is complete from the start."""
 
     def __init__(self) -> None:
         self.started_ns = self.ended_ns = time.monotonic_ns()
@@ -85,7 +85,7 @@ class GradBucket:
         return self._is_last
 
     def buffer(self) -> Tensor:
-        """The gradients in one 1-D tensor, of this rank and not divided."""
+        """This rank's gradients in one 1-D tensor, not divided by the number of ranks."""
         return self._buffer
 
     def set_buffer(self, buffer: Tensor) -> None:
@@ -117,7 +117,7 @@ class HookReduction:
 
 
 class PolicyReduction:
-    """Reduces `bucket`, the `index`-th, by a policy: as its hook would, without a future of torch between."""
+    """Reduces `bucket`, the `index`-th, by a policy, as `comm_hook` would, but without a torch future."""
 
     def __init__(self, policy: Policy, bucket: Bucket, index: int, parameters: Sequence[Tensor]) -> None:
         self._policy = policy
@@ -160,7 +160,7 @@ class _Hooked:
         result = self._future.wait()
         self.ended_ns = self.ended_ns or time.monotonic_ns()
         if isinstance(result, (list, tuple)) and len(result) == 1:
-            result = result[0]  # as the futures of torch.distributed's works have it
+            result = result[0]  # futures of torch.distributed hold a list of tensors
         if not isinstance(result, Tensor) or result.numel() != self._flat.numel():
             got = f"{result.numel()} elements" if isinstance(result, Tensor) else type(result).__name__
             raise TypeError(
@@ -172,8 +172,9 @@ class _Hooked:
 
 
 class Share:
-    """What this rank keeps of a bucket of which each rank keeps a part: `bounds[r]` is that of rank r, and `gradient`
-    the reduced gradient of the own one. `holds`: there is one, which the next is added to."""
+    """This rank's share of a bucket whose result is split over the ranks. `bounds[r]` is the (begin, end) of rank r's
+    share, and `gradient` the reduced gradient of this rank's. `holds` is whether `gradient` is valid, so that the next
+    result is added to it."""
 
     def __init__(self, bounds: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype) -> None:
         self.bounds = list(bounds)
@@ -183,7 +184,7 @@ class Share:
 
 
 class ShareReduction:
-    """Leaves each rank its share of a bucket's sum or mean, and nobody the whole: a reduce-scatter."""
+    """Reduces a bucket by a reduce-scatter: each rank gets only its share of the sum or mean."""
 
     def __init__(
         self,

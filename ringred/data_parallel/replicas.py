@@ -1,4 +1,4 @@
-"""The same model on every rank: checked at the start, copied from one rank, and checked on the way."""
+"""Keeps the model the same on every rank: checks it at the start, copies it from one rank, checks it in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringred.runtime.folds import ReduceOp
 __all__ = ["average_tensors", "broadcast_tensors", "check_same_model", "check_same_values"]
 
 _COALESCED_BYTES = 250 << 20  # copied in parts of this size, as torch does
-_LANES = 1024  # words are summed along rows of so many and across them, and the sums weighted by their places
+_LANES = 1024  # checksums add words along rows of this length and across them, and weight the sums by position
 
 
 def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
@@ -43,7 +43,7 @@ def check_same_model(comm: Communicator, module: nn.Module, ignored: set[str], s
     outputs = [torch.empty(length, dtype=torch.uint8) for _, length in rows]
     comm.all_gather(outputs, torch.tensor(list(text), dtype=torch.uint8))
     models = [bytes(output.tolist()).decode().split("\n") for output in outputs]
-    comm.barrier()  # nobody may raise, and end, while others still read
+    comm.barrier()  # no rank may raise and exit while others still read its data
     differing = next(rank for rank in range(comm.size) if models[rank] != models[0])
     mine, theirs = models[0], models[differing]
     at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
@@ -104,17 +104,17 @@ def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 
 
 
 def average_tensors(comm: Communicator, tensors: Sequence[Tensor]) -> None:
-    """Makes of the tensors their mean over all ranks, those of one dtype together."""
+    """Replaces the tensors by their mean over all ranks; tensors of one dtype are reduced together."""
     for part, flat in _coalesced(comm, tensors):
         comm.all_reduce(flat, ReduceOp.AVG)
         _write_back(part, flat)
 
 
 def _coalesced(comm: Communicator, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Tensors of one dtype, and a copy of them in one; nothing where there is nobody to talk to."""
+    """Yields tensors of one dtype with a flat copy of them; yields nothing if there is only one rank."""
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors if comm.size > 1 else ():
-        # .data, as torch does it: writing to it does not spoil what autograd has saved for a backward to come.
+        # `.data`, as in torch: writing to it does not invalidate tensors that autograd has saved for a backward.
         groups.setdefault(tensor.dtype, []).append(tensor.data)
     for together in groups.values():
         for part in _parts(together, _COALESCED_BYTES):

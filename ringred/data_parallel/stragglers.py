@@ -1,4 +1,4 @@
-"""Who is late: the arrival of every rank at the end of its gradients, before it waits for anybody."""
+"""Finds late ranks: compares when each rank has all of its gradients, before it waits for another rank."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ringred.communicator import Communicator
 
 __all__ = ["RankTimes", "StragglerReport", "straggler_report"]
 
-_NOTABLE = 0.5  # the share of all waiting from which a rank is called a straggler
-_SLOWER = 0.05  # and the part of an iteration that ranks must wait at the least for it to matter
+_NOTABLE = 0.5  # a rank that causes at least this share of all waiting is called a straggler
+_SLOWER = 0.05  # if ranks wait for at least this fraction of an iteration
 
 
 @dataclass(frozen=True, slots=True)
 class RankTimes:
-    """One rank: the median of its own time per iteration, the mean that it waits for the last one to arrive, how often
-    it was that last one, and its share of all the waiting of all ranks."""
+    """One rank: the median of its own time per iteration, its mean wait for the last rank to arrive, how often it was
+    that last rank, and the fraction of all ranks' waiting that it caused."""
 
     rank: int
     host: int
@@ -32,11 +32,12 @@ class RankTimes:
 
 @dataclass(frozen=True, slots=True)
 class StragglerReport:
-    """The last `iterations` backwards on all ranks, alike on each. `print` it, or take `as_dict()` for JSON.
+    """The last `iterations` backwards of all ranks, the same on each rank. `print` it, or take `as_dict()` for JSON.
 
-    All ranks leave a reduction at about one moment; from there each one's own time runs until its last bucket is full:
-    no clocks are compared between hosts. In each iteration the last rank to arrive causes what the others wait for it
-    longer than they would have for the last but one; those two cause the waiting before, and so on.
+    All ranks leave a reduction at about the same moment. From there each rank measures the time until its last bucket
+    is full, so that clocks of different hosts are never compared. In each iteration, the waiting between the
+    second-to-last and the last arrival is attributed to the last rank; the waiting between the third-to-last and the
+    second-to-last arrival is attributed to the last two ranks, and so on.
     """
 
     iterations: int
@@ -50,14 +51,14 @@ class StragglerReport:
 
     @property
     def straggler(self) -> int | None:
-        """The rank that causes half of all waiting or more, where that is worth a word."""
+        """The rank that causes half of all waiting or more, if ranks wait long enough for it to matter; else None."""
         if len(self.ranks) < 2 or self.waiting < _SLOWER:
             return None
         worst = max(self.ranks, key=lambda r: r.caused)
         return worst.rank if worst.caused >= _NOTABLE else None
 
     def scalars(self) -> dict[str, float]:
-        """What a log keeps of it, by name."""
+        """The values to log, by name."""
         found = {"straggler/waiting": self.waiting}
         for r in self.ranks:
             found[f"straggler/rank{r.rank}/busy_ms"] = r.busy_ms
@@ -83,7 +84,7 @@ class StragglerReport:
 
 
 def straggler_report(comm: Communicator, arrivals: Sequence[float]) -> StragglerReport:
-    """From the seconds that this rank took for each of its last iterations; all ranks give equally many. Collective."""
+    """Makes the report from this rank's seconds for its last iterations: for as many as every rank has. Collective."""
     count = torch.tensor([len(arrivals)])
     comm.all_reduce(count, "min")
     kept = list(arrivals)[len(arrivals) - int(count) :]
@@ -115,12 +116,12 @@ def straggler_report(comm: Communicator, arrivals: Sequence[float]) -> Straggler
 def _caused(times: torch.Tensor) -> torch.Tensor:
     """The rank-seconds of waiting that each rank causes, from arrivals by rank and iteration.
 
-    Between the k-th and the next arrival k ranks wait for all that have not come; those share what it costs.
+    Between the k-th and the next arrival, k ranks wait for the ranks that have not arrived, which share the cost.
     """
     size = times.shape[0]
     ordered, order = times.sort(0)
     gaps = ordered.diff(dim=0)  # gap k: from arrival k to arrival k + 1
     arrived = torch.arange(1, size, dtype=times.dtype).unsqueeze(1)
-    shares = gaps * arrived / (size - arrived)  # to each of those that have not come
+    shares = gaps * arrived / (size - arrived)  # for each rank that has not arrived
     by_place = torch.cat([torch.zeros_like(times[:1]), shares.cumsum(0)])
     return torch.zeros_like(times).scatter_(0, order, by_place).sum(1)

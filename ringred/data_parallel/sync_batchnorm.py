@@ -25,9 +25,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         model = ringred.DistributedDataParallel(model)
 
     `process_group` is a `Communicator` or a torch process group; by default `ringred.init()`'s communicator. The
-    layers of one group share a duplicate of it, for they communicate within forward and backward, while gradients are
-    reduced. Batches may differ in size. Input [N, C, ...] of a floating dtype; statistics are taken in float32 at
-    least. Making the first layer of a group is collective, and so are forward in training, and backward.
+    layers of one group share a duplicate of its communicator, because they communicate in forward and backward, while
+    gradients are reduced. Batches may differ in size. The input is [N, C, ...] of a floating dtype; statistics are
+    computed in float32 or wider. Constructing the first layer of a group is collective, and so are forward (in
+    training) and backward.
 
     Ioffe and Szegedy (ICML 2015); variances are combined as in Chan, Golub, LeVeque (1979).
     """
@@ -48,7 +49,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """`module` with every BatchNorm layer in it replaced by one of these, with its parameters and statistics."""
+        """Returns `module` with each BatchNorm layer replaced by a SyncBatchNorm with its parameters and statistics."""
         converted: nn.Module = module
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, cls):
             if isinstance(module.weight, nn.parameter.UninitializedParameter):
@@ -67,7 +68,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return converted
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "comm": None}  # one that is loaded in another process finds its own
+        return {**self.__dict__, "comm": None}  # loaded in another process, it uses the default communicator
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         copied = type(self).__new__(type(self))
@@ -83,7 +84,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """`input`, normalised; see the class."""
         self._check_input_dim(input)
-        if not self.training:  # by the statistics of training, or those of this batch where they are not tracked
+        if not self.training:  # uses the running statistics, or this batch's if none are tracked
             mean, variance, alone = self.running_mean, self.running_var, self.running_mean is None
             return F.batch_norm(input, mean, variance, self.weight, self.bias, alone, 0.0, self.eps)
         if self.comm is None:
@@ -107,7 +108,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _beside_of(process_group: Any) -> Communicator:
-    """The duplicate of a communicator that the layers of its ranks share."""
+    """The duplicate of the process group's communicator that all SyncBatchNorm layers of the group share."""
     comm = default_communicator(process_group)
     known = _beside.get(comm)
     if known is None or known.closed:

@@ -1,4 +1,4 @@
-"""Optimizers for data-parallel training: state in shares, one a rank (ZeRO-1), and the linear-scaling rule."""
+"""Optimizers for data-parallel training: state sharded over the ranks (ZeRO-1), and the linear-scaling rule."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ringred.runtime.select import AUTOMATIC
 
 __all__ = ["LinearScaling", "ShardedOptimizer"]
 
-# What these do to an element depends on that element's gradient and state alone, so that they may be given any part of
-# a parameter. Others look at whole matrices (Muon, Adafactor) or at all at once (LBFGS).
+# These update an element by that element's gradient and state alone, so that they can be given any part of a
+# parameter. Others look at whole matrices (Muon, Adafactor) or at all at once (LBFGS).
 _ELEMENTWISE = frozenset(
     {
         *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam),
@@ -32,7 +32,8 @@ _ELEMENTWISE = frozenset(
 class _Shard:
     """One bucket: its parameters in one flat tensor, of which this rank steps its share, piece by piece.
 
-    A piece is what of one run of parameters in one group lies in the share; `runs` are (group, begin, end).
+    `runs` are the (group, begin, end) of consecutive parameters of one parameter group; a piece is the part of a run
+    that lies in this rank's share.
     """
 
     def __init__(self, bucket: Bucket, flat: Tensor, share: Share, runs: Sequence[tuple[int, int, int]]) -> None:
@@ -44,7 +45,7 @@ class _Shard:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def step(self, options: Callable[[int], dict[str, Any]]) -> None:
-        """Steps the pieces by what was reduced, if anything was; `options(group)` are the settings as they are now."""
+        """Steps the pieces with the reduced gradients, if any; `options(group)` are a group's current settings."""
         if self.optimizer is None:
             return
         for piece, gradient in zip(self.pieces, self._gradients, strict=True):
@@ -54,7 +55,7 @@ class _Shard:
         self.optimizer.step()
 
     def state(self, name: str, like: Tensor) -> Tensor:
-        """The own share of the state `name`, element by element; zeros where there is none."""
+        """This rank's share of the optimizer state `name`, one value per element; zeros where there is none."""
         lo, hi = self.share.own
         own = torch.zeros(hi - lo, dtype=like.dtype)
         for piece, (_, first, last) in zip(self.pieces, self.spans, strict=True):
@@ -66,21 +67,22 @@ class _Shard:
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Steps a DistributedDataParallel's parameters, each rank its share of them: the optimizer's state takes 1/P of the
-    memory that it takes otherwise.
+    """Steps a DistributedDataParallel's parameters; each of P ranks steps its own share, so that the optimizer's state
+    takes 1/P of the memory.
 
         model = ringred.DistributedDataParallel(module)
         optimizer = ringred.optim.ShardedOptimizer(model, torch.optim.AdamW, lr=3e-4)
 
-    In backward buckets are reduce-scattered instead of all-reduced, under backward as ever; `step` updates the own
-    share of one bucket while those of the buckets before are gathered. Afterwards `.grad` is None: the mean lies in
-    shares. `clip_grad_norm_` clips it. `groups` are as an optimizer of torch takes them, the model's parameters by
-    default; schedules of torch work on `param_groups`. A `GradScaler` finds no gradients to look at, and fails.
+    Buckets are reduce-scattered instead of all-reduced, still while backward goes on. `step` updates this rank's share
+    of one bucket while the shares of the buckets before it are all-gathered. After backward `.grad` is None, because
+    the mean gradient is sharded over the ranks; the method `clip_grad_norm_` clips it. `groups` are parameter groups
+    as torch's optimizers take them, by default all parameters of the model; torch's schedulers work on `param_groups`.
+    A `GradScaler` fails, because it finds no gradients.
 
-    `kind` is an optimizer of torch that treats each element by itself (`elementwise=True` vouches for others), as
-    SGD and the Adams do. Raises `ValueError` otherwise, and for a model with find_unused_parameters, static_graph,
-    sparse or delayed gradients, whose parameters may go without a gradient. Made by all ranks, before the first
-    backward, which it fixes the buckets for.
+    `kind` is a torch optimizer that treats each element independently, as SGD and the Adams do; `elementwise=True`
+    declares this for other optimizers. Raises `ValueError` otherwise, and for a model with find_unused_parameters,
+    static_graph, sparse or delayed gradients, whose parameters may get no gradient. All ranks must construct it, before
+    the first backward; it fixes the buckets.
 
     Rajbhandari et al., ZeRO: memory optimizations toward training trillion parameter models (SC 2020), stage 1.
     """
@@ -105,7 +107,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if reducer.layout.shares is not None:
             raise ValueError("ShardedOptimizer: the model has one already, which steps all of its parameters")
         if settings.algorithm not in AUTOMATIC:
-            lookup("reduce_scatter", settings.algorithm)  # says what there is, if there is not that
+            lookup("reduce_scatter", settings.algorithm)  # raises, with the known names, if there is none of this name
         if settings.find_unused or settings.static_graph or members.sparse or members.delayed or reducer.layout.hooked:
             raise ValueError(
                 "ShardedOptimizer: every gradient must come in every backward: find_unused_parameters, static_graph, "
@@ -147,7 +149,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._complete = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, while the optimizer is made; later raises `ValueError`: shares are given out."""
+        """As in torch, but during construction only. Later it raises `ValueError`: shares are already assigned."""
         if self._complete:
             raise ValueError("ShardedOptimizer: no group can be added: all parameters of the model are in one")
         super().add_param_group(param_group)
@@ -163,7 +165,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return flat
 
     def _check_places(self) -> None:
-        """Raises `RuntimeError` if a parameter lies elsewhere by now: steps would not reach it."""
+        """Raises `RuntimeError` if a parameter was moved to other memory, where steps would not update it."""
         for name, parameter, view in self._places:
             if parameter.data_ptr() != view.data_ptr() or parameter.dtype != view.dtype:
                 raise RuntimeError(
@@ -185,9 +187,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates all parameters: the own share of one bucket while those before it are gathered. Collective.
+        """Updates all parameters: this rank's share of one bucket while the buckets before it are gathered. Collective.
 
-        It uses the gradients up: the next ones are not added to them, whether or not `zero_grad` is called.
+        It consumes the gradients: the next ones are not added to them, whether or not `zero_grad` is called.
         """
         loss = None
         if closure is not None:
@@ -207,14 +209,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients: those of single passes in `.grad`, and the reduced ones."""
+        """Clears all gradients: those in `.grad` of unsynchronised passes, and the reduced ones in the shares."""
         super().zero_grad(set_to_none)
         self.model.zero_grad(set_to_none)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scales the reduced gradients so that the 2-norm of all of them is at most `max_norm`; returns what it was, in
-        float64. It takes the place of `torch.nn.utils.clip_grad_norm_`, which sees no gradients. Collective."""
+        """Scales the reduced gradients so that the 2-norm of all of them is at most `max_norm`; returns the norm
+        before, in float64. Use it instead of `torch.nn.utils.clip_grad_norm_`, which finds no gradients. Collective."""
         squares = torch.zeros(1, dtype=torch.float64)
         held = [shard.share.gradient for shard in self._shards if shard.share.holds]
         for gradient in held:
@@ -228,7 +230,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return norm
 
     def kept(self, group: int | None = None) -> list[dict[str, Any]]:
-        """The state that this rank keeps: that of each piece of its shares, in one parameter group or all."""
+        """The optimizer state on this rank, one dict per piece of its shares; of one parameter group, or of all."""
         return [
             shard.optimizer.state[piece]
             for shard in self._shards
@@ -240,8 +242,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this rank's shares, for a rank of the same number in a job of as many. `full_state_dict` makes
-        one that any number of ranks loads."""
+        """The state of this rank's shares. Only the same rank of a job with the same number of ranks can load it; use
+        `full_state_dict` for a state that any number of ranks can load."""
         layout = [self._names(shard) for shard in self._shards]
         own = [None if shard.optimizer is None else shard.optimizer.state_dict() for shard in self._shards]
         options = [self._options(number) for number in range(len(self.param_groups))]
@@ -271,7 +273,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stepped = state_dict["stepped"]
 
     def full_state_dict(self, dst: int = 0) -> dict[str, Any] | None:
-        """The state as `kind(groups)` without shares has it: on rank `dst`, and None elsewhere. Collective."""
+        """On rank `dst` the state as an unsharded `kind(groups)` has it, on other ranks None. Collective."""
         place = self._place_of_parameter()
         parameters = self.model.reducer.members.parameters
         state: dict[int, dict[str, Any]] = {}
@@ -343,8 +345,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return {id(p): at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     def _kinds(self, shard: _Shard) -> dict[str, dict[int, Tensor]]:
-        """The names of the tensors that the optimizer keeps for an element of `shard`, and an example for each group
-        that has it: the same on all ranks, also on those without a piece of it."""
+        """The names of the state tensors that the optimizer keeps for `shard`, each with an example tensor per
+        parameter group. The result is the same on all ranks, also on those without a piece of `shard`."""
         found: dict[str, dict[int, Tensor]] = {}
         for group in sorted({self._group_of_place[index] for index in shard.bucket.indices}) if self._stepped else ():
             trial = nn.Parameter(torch.zeros(1, dtype=shard.flat.dtype))
@@ -360,13 +362,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 class LinearScaling(torch.optim.lr_scheduler.LRScheduler):
     """The linear-scaling rule with gradual warm-up, stepped once an iteration.
 
-    The optimizer's rate is that for a batch of `reference` samples over all ranks. For a `batch` it becomes rate ×
-    batch / reference, which it reaches in equal steps over the first `warm_up` iterations, from the rate itself;
-    from there it is multiplied by `then(iteration)`, 1 by default.
+    The optimizer's learning rate is the one for a batch of `reference` samples over all ranks. For a batch of `batch`
+    samples the rate becomes rate × batch / reference. It grows to that value from the optimizer's rate in equal steps
+    over the first `warm_up` iterations; after them it is multiplied by `then(iteration)`, 1 by default.
 
     torch's optimizers multiply by the rate when they apply the momentum, and a changing rate needs no correction. For
-    one that keeps the rate within its momentum, `momentum` names that state, and it is multiplied by new rate / old
-    rate at each change (momentum correction).
+    an optimizer whose momentum includes the rate, `momentum` is the name of that state, which is multiplied by new
+    rate / old rate at each change (momentum correction).
 
     Goyal et al., Accurate, large minibatch SGD: training ImageNet in 1 hour (2017), sections 2.1, 2.2 and 3.
     """
@@ -399,7 +401,7 @@ class LinearScaling(torch.optim.lr_scheduler.LRScheduler):
         return [float(base) * factor for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is; `then`, which is code, is given to the constructor again."""
+        """The scheduler's state without `then`, which is code and must be given to the constructor again."""
         return {name: value for name, value in super().state_dict().items() if name != "then"}
 
     def step(self, epoch: int | None = None) -> None:

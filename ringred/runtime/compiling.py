@@ -24,10 +24,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def never_compiled(group: _C) -> _C:
-    """A class whose methods torch.compile leaves alone, and all that they call.
+    """Class decorator: torch.compile does not trace the methods of the class, nor anything that they call.
 
-    torch's C++ calls them from within compiled programs, and then the compiler would look into them: they are as opaque
-    to it as those of the process groups in C++. (`torch.compiler.disable` would import the compiler to say so.)
+    torch's C++ calls these methods from compiled programs, and the compiler would trace them there. This makes them as
+    opaque to it as process groups in C++. (`torch.compiler.disable` would do so too, but imports the compiler.)
     """
     for value in vars(group).values():
         if isinstance(value, FunctionType):
@@ -36,7 +36,7 @@ def never_compiled(group: _C) -> _C:
 
 
 def not_compiled(*, callees: bool) -> Callable[[_F], _F]:
-    """Decorates a function that torch.compile is to leave alone, and with `callees` all that it calls."""
+    """Decorates a function that torch.compile must not trace; with `callees`, nor anything that it calls."""
 
     def decorated(function: _F) -> _F:
         function._torchdynamo_disable = True  # type: ignore[attr-defined]  # where a compiled caller would inline it
@@ -56,8 +56,8 @@ def _skip(function: Any, callees: bool) -> None:
 @contextmanager
 @not_compiled(callees=False)
 def compiled_in_buckets(bucket_bytes: int) -> Iterator[None]:
-    """What torch.compile compiles within is cut where buckets of `bucket_bytes` end, so that gradients do not all come
-    at the end of backward: as it does of itself for torch's DistributedDataParallel."""
+    """Within this context torch.compile splits its graphs where buckets of `bucket_bytes` end, so that gradients do not
+    all come at the end of backward. It does so by itself for torch's DistributedDataParallel."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled
         yield
         return
@@ -70,7 +70,7 @@ def compiled_in_buckets(bucket_bytes: int) -> Iterator[None]:
 
 
 class _Buckets:
-    """What the compiler asks of a DistributedDataParallel."""
+    """The attributes that the compiler reads from a DistributedDataParallel."""
 
     def __init__(self, bucket_bytes: int) -> None:
         self.bucket_bytes_cap = max(bucket_bytes, 1 << 20)  # the compiler's first bucket has 1 MiB

@@ -1,12 +1,12 @@
-"""The one reader of the environment: every RINGRED_* variable, and what launchers say of this process.
+"""The only module that reads environment variables: every RINGRED_* variable, and those that launchers set.
 
 | variable | meaning | default |
 | --- | --- | --- |
-| RINGRED_TIMEOUT | seconds after which a collective without its peers raises | 300 |
+| RINGRED_TIMEOUT | seconds after which a collective fails if its peers do not take part | 300 |
 | RINGRED_SEGMENT_BYTES | greatest message in bytes; larger chunks are pipelined | the transport's |
 | RINGRED_TRANSPORT | the one transport to use: shm, mpi or torch_p2p | shm within a host, else by the launcher |
 | RINGRED_INTERFACE | address that torch_p2p binds, where the host has several | the host's own |
-| RINGRED_TUNING | file of measured costs that "auto" decides by; off: built-in ones | ~/.cache/ringred/tuning.json |
+| RINGRED_TUNING | file of measured costs that "auto" uses; off: built-in costs | ~/.cache/ringred/tuning.json |
 | RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
 """
 
@@ -34,7 +34,7 @@ class Config:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
-        """Reads the RINGRED_* variables. Raises `ValueError` naming the variable that makes no sense."""
+        """Reads the RINGRED_* variables. Raises a `ValueError` that names an invalid variable."""
         env = os.environ if environment is None else environment
         segment = env.get("RINGRED_SEGMENT_BYTES")
         return cls(
@@ -80,20 +80,20 @@ class Launch:
     restart: str = "0"
 
 
-# Rank and size as Open MPI, MPICH and Intel MPI (PMI, PMIx) and MVAPICH announce them.
+# The variables in which Open MPI, MPICH and Intel MPI (PMI, PMIx) and MVAPICH pass the rank and the number of ranks.
 _MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 _MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def restart_count(environment: Mapping[str, str] | None = None) -> str:
-    """How often torchrun has started the ranks anew."""
+    """How many times torchrun has restarted the ranks."""
     env = os.environ if environment is None else environment
     return env.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Which launcher started this process, from what it left in the environment. Raises `ValueError` where that
-    names several ranks and no way between them."""
+    """Detects from the environment which launcher started this process. Raises `ValueError` if the environment
+    describes several ranks but no way to connect them."""
     env = os.environ if environment is None else environment
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         return Launch("store", int(env["RANK"]), int(env["WORLD_SIZE"]), restart_count(env))
@@ -101,7 +101,7 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
     size = next((env[name] for name in _MPI_SIZE if name in env), None)
     if rank is not None:
         return Launch("mpi", int(rank), int(size or 1))
-    # Ranks that cannot find each other must not go on as so many lonely ones.
+    # Ranks that cannot find each other must not continue as separate groups of one rank.
     size = next((env[name] for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") if name in env), "1")
     if int(size) > 1:
         raise ValueError(
@@ -112,9 +112,9 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 def mpi_environment(environment: MutableMapping[str, str] | None = None) -> None:
-    """Asks MPI libraries, before they start, to yield the core while they wait; what the user set stays.
+    """Makes MPI libraries yield the core while they wait; call it before they start. Set variables are kept.
 
-    A polling rank slows a backward pass on the same core by more than its own time.
+    A rank that polls slows a backward pass on the same core by more than the time it uses itself.
     """
     env = os.environ if environment is None else environment
     for name in ("OMPI_MCA_mpi_yield_when_idle", "I_MPI_THREAD_YIELD"):
@@ -122,9 +122,9 @@ def mpi_environment(environment: MutableMapping[str, str] | None = None) -> None
 
 
 def mpirun_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment with which any mpirun starts more ranks than cores, as root too; what is set stays.
+    """The environment in which any mpirun can start more ranks than cores, also as root; set variables are kept.
 
-    As launch/mpirun.sh: Open MPI refuses both unless it is told.
+    The same settings as in launch/mpirun.sh: without them Open MPI refuses both.
     """
     defaults = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_btl": "^ofi"}
     if os.geteuid() == 0:

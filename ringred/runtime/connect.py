@@ -32,7 +32,7 @@ class Connected(NamedTuple):
 
 def by_mpi(comm: Any, config: Config) -> Connected:
     """The ranks of an mpi4py communicator, of which duplicates are taken; None is `COMM_WORLD`. Collective."""
-    mpi_environment()  # MPI reads its settings when it starts, which importing it does
+    mpi_environment()  # importing mpi4py starts MPI, which then reads its settings
     try:
         from ringred.transports import mpi
     except (ImportError, RuntimeError) as failure:
@@ -109,11 +109,14 @@ def end_job(transport: Transport) -> None:
 def _nearest(
     gather: Gather, rank: int, size: int, far: Callable[[], Transport], config: Config, name: str
 ) -> Transport:
-    """Shared memory within a host and `far()`, which is called `name`, between hosts; or what the settings say."""
+    """Connects the ranks: by shared memory within a host, and between hosts by `far()`, the transport named `name`.
+
+    `config.transport` overrides this.
+    """
     if config.transport == name or (size == 1 and config.transport is None):
         return far()
     only_near = config.transport == "shm"
-    # MPI's own all-reduce is an algorithm like others.
+    # MPI is connected even if shared memory reaches all ranks, because MPI's own all-reduce is one of the algorithms.
     return routed.join(
         gather, rank, size, far, config.timeout, only_near=only_near, keep_far=name == "mpi" and not only_near
     )

@@ -1,8 +1,8 @@
-"""Runs any schedule over any transport: binds a program to memory once, then plays it.
+"""Runs any schedule over any transport: binds a program to memory once, then executes it.
 
 The executor knows neither algorithms nor transports. Instructions come from `schedule.lower` in the order in
-which they run; here they meet tensors. Small tensor calls cost about a microsecond each, so every view is made
-when a plan is bound; what uses a buffer again and again (a bucket) keeps its plan.
+which they run; here they are bound to tensors. Small tensor calls cost about a microsecond each, so every view is
+made when a plan is bound, and code that uses a buffer repeatedly (a gradient bucket) keeps its plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SEND, _RECEIVE, _FOLD, _TAKE, _WAIT_SENT, _SNAPSHOT = range(6)
 
 
 class Piece(NamedTuple):
-    """Elements from `lo` on of a collective's address space are those of the 1-D contiguous `tensor`."""
+    """The 1-D contiguous `tensor` holds the elements of a collective's address space from `lo` on."""
 
     lo: int
     tensor: Tensor
@@ -39,9 +39,9 @@ class Plan(NamedTuple):
     requests: int
     folder: Folder | None
     exposed: Tensor | None = None
-    """All the memory there is, where it is one tensor and puts may go into it."""
+    """The tensor that holds all the data, if there is only one and peers may write into it (puts); else None."""
     own_bytes: int = 0
-    """Of memory that the plan holds for itself."""
+    """Bytes of memory that the plan allocated for itself."""
 
 
 def bind(
@@ -53,7 +53,7 @@ def bind(
 ) -> Plan:
     """Binds `program` to the memory in `pieces`, which are in ascending order of `lo` and do not overlap.
 
-    `slots` is memory for `program.slot_elements`, where a transport wants them in a certain place.
+    `slots` is memory for `program.slot_elements` elements, if the transport needs it in a certain place.
     """
     starts = [piece.lo for piece in pieces]
     views: dict[tuple[int, int], Tensor] = {}
@@ -88,7 +88,7 @@ def bind(
 
 
 def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None = None) -> None:
-    """Plays `plan` over `transport`. Raises `Fault` as `Transport.wait` does; then the transport is unusable."""
+    """Runs `plan` over `transport`. Raises `Fault` like `Transport.wait`; after that the transport is unusable."""
     if transport.windows:
         cast(Windowed, transport).expose(plan.exposed)
     requests: list[Request] = [None] * plan.requests

@@ -1,7 +1,7 @@
-"""From what each rank saw when a collective failed to the one exception that says what went wrong.
+"""Combines what each rank saw when a collective failed into one exception that says what went wrong.
 
-When a wait fails, a rank publishes a report and reads those of the others. Nothing of this costs a message
-while all goes well.
+When a wait fails, a rank publishes a report and reads those of the others. As long as nothing fails, this costs no
+messages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RAISED = "raised"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one rank was doing and saw: its call and its number, where in the program, why its wait ended."""
+    """What one rank did and saw: its call, the call's number and place in the program, and why its wait ended."""
 
     rank: int
     kind: str
@@ -37,7 +37,7 @@ class Report:
 
     @classmethod
     def load(cls, text: str) -> Report | None:
-        """The report in `text`, or None where it is none: it came from another process."""
+        """The report in `text`, or None if `text`, which comes from another process, is not a valid report."""
         try:
             values = json.loads(text)
             return cls(

@@ -1,7 +1,7 @@
-"""Reduce operations: which goes with which dtype, and how operands are folded.
+"""Reduce operations: which dtypes each one supports, and how operands are combined (folded).
 
-Sums of float16 and bfloat16 are accumulated in float32 within one fold and rounded once; between hops of an
-algorithm (ring, tree) the partial sum travels, rounded, in the tensor's own dtype.
+Sums of float16 and bfloat16 are accumulated in float32 within one fold and rounded once; between the steps
+of an algorithm (ring, tree) the partial sum is rounded and sent in the tensor's own dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ReduceOp(str, Enum):
     PROD = "prod"
     MIN = "min"
     MAX = "max"
-    __hash__ = str.__hash__  # Enum's own is slow, and a call looks its operation up
+    __hash__ = str.__hash__  # Enum's own hash is slow, and each call looks up its operation in a dict
 
     BAND = "band"
     BOR = "bor"
@@ -45,7 +45,7 @@ SUPPORTED: dict[torch.dtype, frozenset[ReduceOp]] = {
     **dict.fromkeys(_INTEGERS, _ARITHMETIC | _ORDER | _BITS),
     torch.bool: _ARITHMETIC | _ORDER | _BITS,
 }
-"""The one table of dtypes and the operations that go with each."""
+"""The table of all supported dtypes and the operations that each one supports."""
 
 _KERNELS: dict[ReduceOp, Callable[..., Tensor]] = {
     ReduceOp.SUM: torch.add,
@@ -57,7 +57,7 @@ _KERNELS: dict[ReduceOp, Callable[..., Tensor]] = {
     ReduceOp.BOR: torch.bitwise_or,
     ReduceOp.BXOR: torch.bitwise_xor,
 }
-# A bool has one bit: adding is or, multiplying is and, as in torch's NCCL backend.
+# On bool, a sum is a logical "or" and a product a logical "and", as in torch's NCCL backend.
 _BOOL_KERNELS = _KERNELS | {
     ReduceOp.SUM: torch.bitwise_or,
     ReduceOp.PROD: torch.bitwise_and,
@@ -68,7 +68,10 @@ _ROUNDED = frozenset({torch.float16, torch.bfloat16})
 
 
 def reduce_op(op: object, where: str) -> ReduceOp:
-    """`op` as a `ReduceOp`: one of ours, its name, or torch.distributed's. Raises `ValueError`, beginning `where`."""
+    """Converts `op`, a `ReduceOp`, its name or an operation of torch.distributed, to a `ReduceOp`.
+
+    Raises `ValueError` with a message that begins with `where`.
+    """
     if isinstance(op, ReduceOp):
         return op
     # torch.distributed.ReduceOp.SUM prints as "RedOpType.SUM" or "<RedOpType.SUM: 0>", by version.
@@ -81,7 +84,7 @@ def reduce_op(op: object, where: str) -> ReduceOp:
 
 
 def check_dtype(where: str, dtype: torch.dtype, op: ReduceOp | None) -> None:
-    """Raises `UnsupportedTensor` unless `dtype` can be moved, and combined by `op` where one is given."""
+    """Raises `UnsupportedTensor` unless `dtype` is supported and, if `op` is given, `op` can combine it."""
     if dtype not in SUPPORTED:
         names = ", ".join(str(known).removeprefix("torch.") for known in SUPPORTED)
         raise UnsupportedTensor(f"{where}: dtype {dtype} is not supported, expected one of {names}")
@@ -97,17 +100,17 @@ class Folder:
         self.op, self.dtype, self.size = op, dtype, size
         self._kernel = (_BOOL_KERNELS if dtype == torch.bool else _KERNELS)[op]
         self._widens = dtype in _ROUNDED and op in (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.PROD)
-        # A float16 sum may overflow where the mean does not: it is scaled before anything is added.
+        # A float16 sum may overflow even if the mean does not, so the values are divided before they are added.
         self.scales_first = op is ReduceOp.AVG and dtype == torch.float16
         self._scales_last = op is ReduceOp.AVG and not self.scales_first
         self._scratch = torch.empty(0, dtype=torch.float32 if self._widens else dtype)
 
     def scale_first(self, own: Tensor) -> None:
-        """Divides the own contribution ahead of the collective, where `scales_first`."""
+        """Divides this rank's contribution by the group's size before the collective, if `scales_first` is true."""
         own.div_(self.size)
 
     def __call__(self, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
-        """`out` = the operands combined from left to right; divided by the group's size if `final` and avg.
+        """Writes to `out` the operands combined from left to right, divided by the group's size if `final` and avg.
 
         At least two operands, 1-D and of equal length; `out` may be one of them.
         """

@@ -1,4 +1,4 @@
-"""Works as torch's futures, for DDP's hooks and for whoever chains callbacks."""
+"""Converts works to torch futures, for DDP's hooks and for callers that chain callbacks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LAST_SECONDS = 2.0  # for callbacks that still run when the process ends
 
 
 def future_of(works: Sequence[Work[Any]], outcome: Callable[[], _T]) -> Any:
-    """A `torch.futures.Future[T]` of what `outcome()` returns, or raises, once `works` are done.
+    """A `torch.futures.Future[T]` with the result or exception of `outcome()`, called once `works` are done.
 
     Callbacks run on threads that may wait: one may start a collective and wait for it, as PowerSGD's does. The future
-    is a `then` of another, since torch's C++ takes one whose exception was set by hand for a success.
+    is made by `then` of another one, because torch's C++ takes a future whose exception was set directly for a success.
     """
     done: Any = torch.futures.Future()
     future = done.then(lambda _: outcome())
@@ -36,7 +36,7 @@ def future_of(works: Sequence[Work[Any]], outcome: Callable[[], _T]) -> Any:
 
 
 class _Callbacks:
-    """Threads that complete futures, and run what hangs on them: a new one wherever all others wait."""
+    """Threads that complete futures and run their callbacks; a new thread is started if all others are busy."""
 
     def __init__(self) -> None:
         self._news = threading.Condition()
@@ -68,7 +68,7 @@ class _Callbacks:
                 self._news.notify_all()
 
     def settle(self) -> None:
-        """Before the process ends: what has begun is given a moment, for a thread must not be ended within torch."""
+        """Called at exit: waits briefly for running callbacks, because a thread must not be killed inside torch."""
         with self._news:
             self._news.wait_for(lambda: not self._busy and not self._ready, _LAST_SECONDS)
 

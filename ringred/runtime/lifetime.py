@@ -33,7 +33,7 @@ def _close_all() -> None:
     for comm in list(live):
         try:
             comm.close()
-        except Exception as failure:  # the others are closed all the same
+        except Exception as failure:  # continue, so that the other communicators are closed
             print(f"ringred: closing {comm!r}: {failure}", file=sys.stderr, flush=True)
 
 

@@ -79,8 +79,9 @@ class Operations:
     ) -> Work[None] | None:
         """Combines `tensor` over all ranks, in place: afterwards every rank holds the same bits.
 
-        `algorithm` is a name of `ringred.algorithms("all_reduce")`, "auto", or "rank_order": the fastest of those that
-        add every element in rank order, so that a sum has the same bits on any transport and however it is cut.
+        `algorithm` is one of `ringred.algorithms("all_reduce")`, "auto" or "rank_order". "rank_order" takes the fastest
+        algorithm that adds every element in rank order, so that a sum has the same bits over any transport and however
+        the data is divided.
         """
         if async_op or grid is not None or not tensors.is_plain(tensor):
             return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
@@ -101,9 +102,9 @@ class Operations:
         algorithm: str = "auto",
         grid: Sequence[int] | None = None,
     ) -> PersistentAllReduce:
-        """An all-reduce of one contiguous `tensor` to be started many times: its plan is made now, once.
+        """Prepares an all-reduce of one contiguous `tensor` that can be started many times; plans it once, now.
 
-        As MPI-4's persistent collectives. It holds the tensor's memory.
+        Like the persistent collectives of MPI-4. The returned object keeps the tensor's memory alive.
         """
         prepared = self._prepare(symmetric.all_reduce_in_place, tensor, op, algorithm, grid)
         return PersistentAllReduce(self._runner, prepared)
@@ -118,9 +119,9 @@ class Operations:
         grid: Sequence[int] | None = None,
         async_op: bool = False,
     ) -> Work[None] | None:
-        """Combines over all ranks and leaves share r on rank r, in `output`; `input` is not changed.
+        """Combines `input` over all ranks; rank r gets share r of the result in `output`. `input` is not changed.
 
-        `input` is one tensor of equal shares in rank order, or a list of one tensor a rank, whose lengths may
+        `input` is one tensor of equal shares in rank order, or a list with one tensor for each rank; their lengths may
         differ.
         """
         return self._launch(async_op, symmetric.reduce_scatter, output, input, op, algorithm, grid)
@@ -134,8 +135,11 @@ class Operations:
         grid: Sequence[int] | None = None,
         async_op: bool = False,
     ) -> Work[None] | None:
-        """Gathers `tensor` of every rank into `output` on all: one tensor of equal shares in rank order, or a
-        list of one tensor a rank, whose lengths may differ."""
+        """Gathers `tensor` of every rank into `output` on all ranks.
+
+        `output` is one tensor of equal shares in rank order, or a list with one tensor for each rank; their lengths may
+        differ.
+        """
         return self._launch(async_op, symmetric.all_gather, output, tensor, algorithm, grid)
 
     def broadcast(
@@ -157,7 +161,7 @@ class Operations:
         algorithm: str = "auto",
         async_op: bool = False,
     ) -> Work[None] | None:
-        """Combines `tensor` over all ranks into that of rank `dst`; the others keep theirs."""
+        """Combines `tensor` over all ranks into `tensor` of rank `dst`; on other ranks `tensor` is not changed."""
         return self._launch(async_op, rooted.reduce, tensor, dst, op, algorithm)
 
     def gather(
@@ -168,8 +172,11 @@ class Operations:
         *,
         async_op: bool = False,
     ) -> Work[None] | None:
-        """Gathers `tensor` of every rank into `output` on rank `dst`: one tensor of equal shares, or a list of
-        one tensor a rank, whose lengths may differ. The other ranks give no `output`."""
+        """Gathers `tensor` of every rank into `output` on rank `dst`.
+
+        `output` is one tensor of equal shares, or a list with one tensor for each rank; their lengths may differ. The
+        other ranks pass None as `output`.
+        """
         return self._launch(async_op, rooted.gather, tensor, output, dst)
 
     def scatter(
@@ -180,14 +187,17 @@ class Operations:
         *,
         async_op: bool = False,
     ) -> Work[None] | None:
-        """Gives every rank its share of `input` of rank `src`, into `tensor`; the counterpart of `gather`."""
+        """Copies to `tensor` of every rank its share of `input` of rank `src`; the inverse of `gather`."""
         return self._launch(async_op, rooted.scatter, tensor, input, src)
 
     def all_to_all(
         self, output: Tensor | Sequence[Tensor], input: Tensor | Sequence[Tensor], *, async_op: bool = False
     ) -> Work[None] | None:
-        """Share j of `input` on rank i becomes share i of `output` on rank j. One tensor of equal shares, or a
-        list of one tensor a rank, whose lengths may differ as long as both ends agree."""
+        """Copies share j of `input` on rank i to share i of `output` on rank j.
+
+        Each is one tensor of equal shares, or a list with one tensor for each rank. The lengths may differ, but sender
+        and receiver of a share must agree on its length.
+        """
         return self._launch(async_op, symmetric.all_to_all, output, input)
 
     def barrier(self, *, async_op: bool = False) -> Work[None] | None:
@@ -203,14 +213,14 @@ class Operations:
         return self._launch(async_op, rooted.send_later if async_op else rooted.send, tensor, dst)
 
     def recv(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work[None] | None:
-        """Receives into `tensor` what rank `src` sends."""
+        """Receives into `tensor` the data that rank `src` sends."""
         return self._launch(async_op, rooted.recv, tensor, src)
 
     def empty(self, shape: int | Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor in memory that this rank's peers on the same host can read and write.
 
-        Collectives on it need no copies to other memory. It is freed as any tensor is; no other rank need do
-        the same. Where ranks share no memory it is an ordinary tensor. `dtype` defaults to torch's default.
+        Collectives on it need no copies to other memory. It is freed like any tensor. This call is not collective.
+        If ranks share no memory, it returns an ordinary tensor. `dtype` defaults to torch's default.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         dtype = torch.get_default_dtype() if dtype is None else dtype

@@ -1,4 +1,4 @@
-"""From a collective as the user asked for it to a plan: algorithm, contract, program, memory."""
+"""Turns a collective that the user calls into a plan: algorithm, contract, program and memory."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _T = TypeVar("_T")
 
 _PROGRAMS = 256  # programs and calls kept for reuse
 _PLANS = 128  # programs bound to an address
-_PLAN_BYTES = 1 << 20  # what such a plan may hold of its own
-_PROVED_RANKS = 32  # above, the proof that puts are safe takes longer than they save
+_PLAN_BYTES = 1 << 20  # bytes that such a plan may allocate for itself
+_PROVED_RANKS = 32  # with more ranks, proving that puts are safe takes longer than puts save
 _GIB = 1 << 30
 _WHOLE = frozenset({"all_reduce", "broadcast"})
-_PUTS = frozenset({"all_reduce", "broadcast", "reduce"})  # the others lie in several tensors, which nobody exposes
+_PUTS = frozenset({"all_reduce", "broadcast", "reduce"})  # the others use several tensors, which are not exposed
 _ONE_TENSOR = frozenset({"all_reduce", "broadcast", "reduce", "barrier"})
 
 
 def adjacent(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Bounds of units of these lengths, one behind the other."""
+    """The bounds of consecutive units with these lengths."""
     bounds, lo = [], 0
     for length in lengths:
         bounds.append((lo, lo + length))
@@ -47,7 +47,7 @@ def adjacent(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class Planner:
-    """Makes the calls and plans of one rank of one communicator, and keeps what can be used again."""
+    """Makes the calls and plans of one rank of one communicator, and caches those that can be reused."""
 
     def __init__(
         self,
@@ -93,9 +93,9 @@ class Planner:
         root: int = 0,
         bounds: Sequence[tuple[int, int]] | None = None,
     ) -> Call:
-        """Settles algorithm and grid for `count` elements of the dtype of `like`; None where ranks differ.
+        """Chooses algorithm and grid for `count` elements (None if ranks may differ in it) of the dtype of `like`.
 
-        `bounds` are those of the ranks' shares, where all ranks know them. Raises `UnknownAlgorithm`, `GridError`.
+        `bounds` are the bounds of the ranks' shares, if all ranks know them. Raises `UnknownAlgorithm`, `GridError`.
         """
         shape = tuple(grid) if grid is not None else None
         lengths = None if bounds is None else tuple(hi for _, hi in bounds)
@@ -121,7 +121,7 @@ class Planner:
             parts.append("in a window")
         parts.append(entry.name if group.grid is None else f"{entry.name} {'x'.join(map(str, group.grid))}")
         text = f"{collective} ({', '.join(parts)})"
-        # Where a tensor lies is no part of what must be alike, only of what "auto" made of it.
+        # Ranks may use different kinds of memory; only the algorithm that "auto" chose for it must be the same.
         alike = text.replace("in a window, ", "")
         stands_for = digest(f"{self.name} {alike} {group} {lengths} {self.segment_bytes}")
         return _keep(self._calls, key, Call(collective, text, entry, group, stands_for))
@@ -153,7 +153,7 @@ class Planner:
         return entry, best.grid
 
     def memory_of(self, tensor: Tensor) -> str:
-        """The kind of memory that `tensor` lies in, which "auto" goes by: "window" or "tensor"."""
+        """The kind of memory that `tensor` lies in, which "auto" takes into account: "window" or "tensor"."""
         return "window" if self._windows is not None and self._windows.holds(tensor) else "tensor"
 
     def pair_call(self, like: Flat, src: int, dst: int) -> Call:
@@ -166,7 +166,7 @@ class Planner:
         return Call("send_recv", text, entry, group, digest(f"{self.name} {text} {self.segment_bytes}"))
 
     def forget(self) -> None:
-        """Settles every call anew."""
+        """Discards all cached calls, so that their algorithms are chosen again."""
         self._calls.clear()
         self.ready.clear()
 
@@ -213,7 +213,7 @@ class Planner:
             _keep(self.ready, key, prepared, _PLANS)
 
     def leaves_others(self, call: Call, op: ReduceOp, dtype: torch.dtype) -> bool:
-        """Whether a reduce-scatter on this rank writes to no share but its own, and needs no copy of the rest."""
+        """Whether a reduce-scatter writes only to this rank's own share, so that the others need no copy."""
         key = (call.algorithm.name, call.group)
         if key not in self._own_only:
             _keep(self._own_only, key, self._writes_its_own(call))
@@ -280,7 +280,7 @@ class Planner:
             self._programs.move_to_end(key)
             return known
         steps = call.algorithm.steps(call.group)
-        # Units of one tensor travel together where they are adjacent; shares lie in tensors of their own.
+        # Adjacent units of one tensor are sent in one message; shares are separate tensors.
         merge = call.collective in _ONE_TENSOR
         puts: frozenset[tuple[int, int, int]] = frozenset()
         if self._windows is not None and call.collective in _PUTS and call.group.size <= _PROVED_RANKS:

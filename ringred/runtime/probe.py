@@ -1,6 +1,7 @@
-"""Measures a communicator for `select`: a few all-reduces of each kind of memory, in well under a second.
+"""Measures a communicator's costs for `select`: a few all-reduces in each kind of memory, in well under a second.
 
-What is measured is what training does: every rank writes its buffer, then all reduce it. It is kept for the next start.
+The measurement does what training does: every rank writes its buffer, then all ranks reduce it. The costs are kept for
+the next start.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from ringred.transports.base import Gather, Transport
 __all__ = ["Measured", "measure", "probe", "seconds_of", "tune"]
 
 _ALGORITHMS = ("one_shot", "direct")
-_IN_TURN = "halving_doubling"  # of more than two ranks: one peer after another, where those above talk to all at once
+_IN_TURN = "halving_doubling"  # for more than two ranks: sends to one peer after another, the others to all at once
 _BYTES = (64, 64 << 10, 1 << 20, 4 << 20)
-_SHORT, _LONG = 15, 5  # calls up to 64 KiB, and above
-_MANY_RANKS = 16  # beyond, one call each: every rank talks to all
+_SHORT, _LONG = 15, 5  # number of calls for sizes up to 64 KiB, and above
+_MANY_RANKS = 16  # with more ranks, one call each, because every rank sends to all
 
 
 class Measured(Protocol):
@@ -66,7 +67,7 @@ class Measured(Protocol):
 
 
 def tune(comm: Measured, gather: Gather) -> None:
-    """Gives `comm` the costs of this machine: those that rank 0 has kept, or new ones, which it then keeps."""
+    """Sets the costs of `comm`: those that rank 0 has in its file, or newly measured ones, which rank 0 then stores."""
     path = comm.config.tuning
     here = machine()
     key = (
@@ -74,7 +75,7 @@ def tune(comm: Measured, gather: Gather) -> None:
         f"{len(set(comm.hosts))} hosts; torch {torch.__version__}"
     )
     known = None if path is None or comm.size == 1 else calibrate.load(path, key)
-    # Every rank may have a file of its own, and settings of its own: what rank 0 has counts.
+    # Ranks may have different files and settings; all ranks use those of rank 0.
     said = gather("off" if path is None or comm.size == 1 else json.dumps(known))[0]
     if said == "off":
         return
@@ -147,12 +148,15 @@ def _tensor(comm: Measured, nbytes: int, memory: str) -> torch.Tensor:
 
 
 def seconds_of(comm: Measured, tensor: torch.Tensor, algorithm: str, calls: int) -> float:
-    """The median time of an all-reduce of `tensor`, which is written before each. Collective."""
+    """The median time of an all-reduce of `tensor`, which is written before each call. Collective."""
     return measure(comm, lambda: tensor.fill_(1.0), lambda: comm.all_reduce(tensor, algorithm=algorithm), calls)
 
 
 def measure(comm: Measured, before: Callable[[], object], call: Callable[[], object], calls: int) -> float:
-    """The median of the times that `call` takes, after one for nothing; `before` it all ranks meet. Collective."""
+    """The median time of `call`, after one warm-up call. Collective.
+
+    Before each call, this rank runs `before` and all ranks meet in a barrier.
+    """
     times = []
     for _ in range(calls + 1):
         before()
@@ -164,7 +168,7 @@ def measure(comm: Measured, before: Callable[[], object], call: Callable[[], obj
 
 
 def _agreed(comm: Measured, found: dict[str, Costs]) -> Tuning:
-    """The mean over the ranks that have measured a kind: every rank must decide by the same numbers."""
+    """The mean of each kind over the ranks that measured it: every rank must decide with the same numbers."""
     table = torch.tensor([(*found[kind], 1.0) if kind in found else (0.0,) * 5 for kind in KINDS], dtype=torch.float64)
     comm.all_reduce(table, algorithm="one_shot")
     rows = zip(KINDS, table.tolist(), strict=True)

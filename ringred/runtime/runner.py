@@ -1,4 +1,4 @@
-"""Runs calls of one communicator: in one order, on one thread at a time, and makes one exception of what fails."""
+"""Runs the calls of one communicator in order, on one thread at a time, and turns a failure into one exception."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LIBRARIES = (
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
     *(module.__file__ or "" for module in (contextlib, threading)),
 )
-_OUTGOING = 32  # asynchronous sends that may be on their way
+_OUTGOING = 32  # greatest number of asynchronous sends in flight
 _ONE_WAY = 64  # collectives that this rank may have left before others began, and that are remembered
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
 _STRIDE = 0x9E3779B97F4A7C15
@@ -125,7 +125,7 @@ class Runner:
         self._progress.close()
         mismatch: CollectiveMismatch | None = None
         if self._failure is None:
-            with contextlib.suppress(Fault):  # a peer that no longer receives is not this rank's trouble
+            with contextlib.suppress(Fault):  # it is no error of this rank if a peer no longer receives
                 while self._outgoing:
                     self._wait_sent(self._outgoing.popleft())
             mismatch = self._settle()
@@ -171,7 +171,7 @@ class Runner:
             return self._sequence, "no collective", ""
         number, call, site, of_a_pair = self._current
         text = _numbered(call, number)
-        # Ranks count collectives alike; what two of them do between themselves has the number of the one before.
+        # All ranks count collectives in the same way; a call between two ranks gets the number of the last collective.
         return (self._sequence if of_a_pair else number), text, site if isinstance(site, str) else _call_site(site)
 
     def _run(self, prepared: Prepared, number: int, site: str | FrameType) -> None:
@@ -224,7 +224,7 @@ class Runner:
                 self._wait_sent(self._outgoing.popleft())
 
     def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
-        """Publishes what this rank saw, reads what the others saw, and makes one exception of it."""
+        """Publishes this rank's report, reads those of the other ranks and combines them into one exception."""
         number, call, site = self._doing()
         if self._current is None and self._one_way:
             # Peers fail in the first collective that they see differently, which may not be the last one here.
@@ -238,7 +238,7 @@ class Runner:
 
 
 def contract(digest: int, number: int) -> int:
-    """The 62 bits that all ranks must have alike in their `number`-th call, which `digest` stands for."""
+    """The 62 bits that must be equal on all ranks in their `number`-th call, whose arguments `digest` represents."""
     return digest + number * _STRIDE & _62_BITS
 
 

@@ -1,4 +1,4 @@
-"""Picks an algorithm by predicted cost, and says why. Every rank gets the same answer from the same numbers."""
+"""Chooses an algorithm by predicted cost. Every rank makes the same choice, because all use the same numbers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = [
     "share_bounds",
 ]
 
-# Costs where nothing was measured, by transport and memory. Rounded from the anchors in docs/design/selection.md. They
-# need to be right relative to each other, and alike on all ranks.
+# Costs used if nothing was measured, by transport and memory; rounded from the table in docs/design/selection.md. They
+# only need to be right relative to each other, and the same on all ranks.
 _BUILT_IN: dict[str, Tuning] = {
     "local": {"tensor": (20e-6, 0.1e-9, 0.1e-9, 0.0)},
     "shm": {"tensor": (1e-6, 0.13e-9, 0.08e-9, 9e-6), "window": (1e-6, 0.04e-9, 0.09e-9, 9e-6)},
@@ -37,31 +37,32 @@ _BUILT_IN: dict[str, Tuning] = {
 _BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0)  # TCP on 1 Gbit/s
 
 RANK_ORDER = "rank_order"
-"""As "auto", among those algorithms that add every element in rank order."""
+"""Like "auto", but only among the algorithms that add every element in rank order."""
 AUTOMATIC = frozenset({"auto", RANK_ORDER})
 
-# Many ranks make many messages to replay; beyond this only what grows slowly with P is considered.
+# Many ranks mean many messages to simulate; with more ranks than this, only algorithms whose number of messages grows
+# slowly with P are considered.
 _MANY_RANKS = 64
-_FEW_RANKS = 4  # up to which the replay of every segment takes a tenth of a second at most
+_FEW_RANKS = 4  # up to this number, simulating every segment takes at most 0.1 s
 _SCALABLE = frozenset({"tree", "double_tree", "halving_doubling", "torus", "hierarchical", "chain"})
 
 
 def share_bounds(count: int, units: int) -> list[tuple[int, int]]:
-    """`count` elements in `units` shares as equal as can be: the bounds of each."""
+    """The bounds of each share when `count` elements are divided into `units` shares as equal as possible."""
     return [(index * count // units, (index + 1) * count // units) for index in range(units)]
 
 
 def segments_for(nbytes: int, segment_bytes: int) -> int:
-    """Into how many parts a tree that pipelines by itself cuts `nbytes`: at most 64."""
+    """The number of segments, at most 64, into which a tree that pipelines by itself divides `nbytes` bytes."""
     return max(1, min(64, -(-nbytes // (2 * segment_bytes))))
 
 
 def machine_model(
     transport: str, host_of_rank: tuple[int, ...], tuning: Tuning | None = None, memory: str = "tensor"
 ) -> Topology:
-    """The model that choices are made on: the links inside a host for tensors in `memory`, and those between hosts.
+    """The cost model for choosing algorithms: links within a host for tensors in `memory`, and links between hosts.
 
-    `transport` may be two, "shm+mpi": inside a host, and between. `tuning` is what was measured, if anything was.
+    `transport` may name two, as in "shm+mpi": within a host and between hosts. `tuning` holds measured costs, if any.
     """
     near = transport.partition("+")[0]
     known = dict(_BUILT_IN.get(near, _BUILT_IN["torch_p2p"])) | dict(tuning or {})
@@ -78,7 +79,7 @@ def predict(entry: Algorithm, group: Group, nbytes: int, topology: Topology, seg
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An algorithm on a grid, and what the model says that it takes, in seconds."""
+    """An algorithm, its grid and its predicted time in seconds."""
 
     name: str
     grid: tuple[int, ...] | None
@@ -98,11 +99,12 @@ def candidates(
 ) -> list[Candidate]:
     """Every algorithm that can do `collective`, the fastest first.
 
-    `native` are the measured costs of the transport's own all-reduce, where it is one of them. With `rank_order` only
-    those that add so.
+    `native` are the measured costs of the transport's own all-reduce, if that is a candidate. With `rank_order`, only
+    algorithms that add every element in rank order.
     """
     host_grid = local_grid([place[-1] for place in topology.place]) if len(topology.distance) > 1 else None
-    # A tree that cuts its data into units of its own must not look better for it: the executor cuts everybody's.
+    # A tree that divides its data into segments by itself must not look faster because of that: the executor divides
+    # the data of every algorithm.
     cut = segment_bytes if size <= _FEW_RANKS and nbytes > segment_bytes else None
     found = []
     for entry in algorithms(collective).values():
@@ -117,12 +119,12 @@ def candidates(
         grid = host_grid if entry.grids else None
         group = entry.group(size, root, grid, segments_for(nbytes, segment_bytes))
         found.append(Candidate(entry.name, group.grid, predict(entry, group, nbytes, topology, cut).seconds))
-    # Ties go by name, so that every rank takes the same.
+    # Ties are broken by name, so that every rank chooses the same algorithm.
     return sorted(found, key=lambda candidate: (candidate.seconds, candidate.name))
 
 
 def decided_as(nbytes: int) -> int:
-    """The size that `nbytes` bytes are decided as: the next power of two."""
+    """The size used to choose an algorithm for `nbytes` bytes: `nbytes` rounded up to a power of two."""
     return 1 << max(nbytes - 1, 1).bit_length()
 
 

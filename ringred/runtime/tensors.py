@@ -1,6 +1,6 @@
-"""Tensors as users give them, turned into flat memory: what is refused, what is copied, what is written back.
+"""Turns the tensors that users pass into flat memory: decides what is refused, what is copied and written back.
 
-`where` begins every message: the rank and the collective.
+`where` is the rank and the collective; every error message begins with it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Shares(NamedTuple):
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is nothing but dense memory of its own on the CPU, so that its address says all."""
+    """Whether `tensor` is plain contiguous CPU memory, so that address, length and dtype describe it fully."""
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
@@ -74,7 +74,7 @@ def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, 
     if tensor.dtype not in SUPPORTED and not detached.is_conj():
         detached = detached.view(_CARRIERS[tensor.element_size()])
     if detached.is_contiguous() and not detached.is_conj() and not detached.is_neg():
-        # as_strided, for view(-1) keeps an odd stride where there is at most one element.
+        # Not view(-1), because that keeps an unusual stride if there is at most one element.
         return Flat(detached.as_strided((detached.numel(),), (1,)), (), tensor.dtype)
     copy = torch.empty_like(detached, memory_format=torch.contiguous_format)
     if fill:
@@ -86,7 +86,7 @@ def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, 
 
 
 def shares(where: str, tensors: Tensor | Sequence[Tensor], size: int, op: ReduceOp | None) -> Shares:
-    """The flat tensors to read from, one a rank: of one tensor in equal shares, or of a list."""
+    """The flat tensors to read from, one for each rank: equal shares of one tensor, or the tensors of a list."""
     if isinstance(tensors, Tensor):
         _expect_equal_shares(where, tensors, size)
         whole = flat(where, tensors, op, written=False)
@@ -117,7 +117,7 @@ def copies(*pairs: tuple[Tensor, Tensor]) -> Copies:
 
 
 def is_apart(output: Tensor, shares: Sequence[Tensor], own: int) -> bool:
-    """Whether writing to `output` changes none of `shares`, unless it is the share `own` itself and that alone."""
+    """Whether `output` overlaps none of `shares`, except that it may be the memory of the share `own`."""
     lo, hi = output.data_ptr(), output.data_ptr() + output.nbytes
     for at, share in enumerate(shares):
         start, end = share.data_ptr(), share.data_ptr() + share.nbytes
@@ -127,7 +127,7 @@ def is_apart(output: Tensor, shares: Sequence[Tensor], own: int) -> bool:
 
 
 def unowned(tensor: Tensor) -> Tensor:
-    """The memory of the flat `tensor` as a tensor that does not hold it, for whoever knows that it is held."""
+    """A tensor on the memory of the flat `tensor` that does not keep it alive; the caller must know that it stays."""
     if not tensor.numel():
         return torch.empty(0, dtype=tensor.dtype)
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""Events in time, written as a Chrome trace that Perfetto and chrome://tracing open. Free when unused."""
+"""Records timed events and writes them as a Chrome trace, for Perfetto or chrome://tracing. No cost if unused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Tracer", "trace_path"]
 
 
 def trace_path(path: str, rank: int, size: int) -> Path:
-    """The file of one rank: `path` itself for a single rank, else the rank goes in before the suffix."""
+    """The file of one rank: `path` itself for a single rank, else with the rank inserted before the suffix."""
     whole = Path(path)
     return whole if size == 1 else whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix or '.json'}")
 
@@ -32,10 +32,10 @@ class Tracer:
         self.rank, self.size = rank, size
         self.path = None if path is None else trace_path(path, rank, size)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)  # here, where it is asked for, not at the end
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # so that a bad path fails now, not at the end
         self.events: list[dict[str, Any]] = []
         self._lines: dict[str, int] = {}
-        # Ranks on one host share the monotonic clock; the wall clock puts hosts side by side.
+        # Ranks on one host share the monotonic clock; the wall clock aligns the traces of different hosts.
         self._offset_ns = time.time_ns() - time.monotonic_ns()
 
     def span(
@@ -89,7 +89,7 @@ class Tracer:
         return self._lines.setdefault(line or threading.current_thread().name, len(self._lines))
 
     def write(self) -> Path | None:
-        """Writes the trace to its file, whole or not at all; returns the file's path."""
+        """Writes the trace to its file, completely or not at all; returns the file's path."""
         if self.path is None:
             return None
         names = [("process_name", 0, f"rank {self.rank}")]

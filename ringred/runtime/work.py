@@ -1,4 +1,4 @@
-"""Work in flight: the handle that an asynchronous call returns, and the thread that does it, in order."""
+"""Asynchronous work: the handle that an asynchronous call returns, and the thread that runs such calls in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Work(Generic[T]):
         self._future: Future[T] = Future()
         self._description = description
         self._heard = False
-        self.started_ns = self.ended_ns = 0  # of time.monotonic_ns, on the progress thread
+        self.started_ns = self.ended_ns = 0  # times of time.monotonic_ns, taken on the progress thread
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks until done and returns the result; raises the collective's exception, or `CollectiveTimeout`
@@ -48,20 +48,22 @@ class Work(Generic[T]):
         return self.exception() is not None and not self._heard
 
     def is_completed(self) -> bool:
-        """Whether it is done, well or not; never blocks."""
+        """Whether the work is done, successfully or not; never blocks."""
         return self._future.done()
 
     def exception(self) -> BaseException | None:
-        """What it failed with, if it is done and failed; never blocks."""
+        """The exception of the work, or None if it succeeded or is not done yet; never blocks."""
         return self._future.exception() if self._future.done() else None
 
     def on_done(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once done: on the progress thread, or at once if that is now. It may start further
-        collectives with `async_op=True`, and must not wait for any."""
+        """Calls `callback` when the work is done: on the progress thread, or immediately if it is done already.
+
+        `callback` may start further collectives with `async_op=True`, but must not wait for any.
+        """
         self._future.add_done_callback(lambda future: callback())
 
     def finish(self, job: Callable[[], T]) -> None:
-        """Runs `job` and keeps what it returns or raises. For the communicator."""
+        """Runs `job` and stores its result or exception. Called by the communicator, not by users."""
         self.started_ns = time.monotonic_ns()
         try:
             outcome = job()
@@ -74,8 +76,8 @@ class Work(Generic[T]):
 
 
 class Progress:
-    """A thread that runs jobs in the order in which they came. It starts with the first, and sleeps in the
-    kernel between two."""
+    """A thread that runs jobs in the order in which they were submitted. It starts with the first job, and sleeps in
+    the kernel while there is none."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -86,7 +88,7 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def idle(self) -> bool:
-        """Whether nothing runs and nothing waits, while nobody submits."""
+        """Whether no job is running or queued; only reliable while no other thread submits jobs."""
         return not self._jobs and not self._busy  # in this order: a job is marked busy before it is taken
 
     def is_current(self) -> bool:

@@ -1,1 +1,1 @@
-"""Schedules as data: the operations, the proof, the lowering, the price and the drawing. No torch."""
+"""Schedules as data: their operations, verification, lowering, cost and drawing. Does not need torch."""

@@ -1,7 +1,7 @@
-"""The field's formulas, to hold schedules against: messages, units of data and time of all-reduce.
+"""Published formulas to compare schedules with: messages, amount of data and time of an all-reduce.
 
 Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH (2005), for ring,
-halving-doubling and trees; Mikami et al. (arXiv 1811.05233) for the torus; the rest is counting.
+halving-doubling and trees; Mikami et al. (arXiv 1811.05233) for the torus; the others follow from counting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["ClosedForm", "all_reduce", "pipelined_chain"]
 
 @dataclass(frozen=True, slots=True)
 class ClosedForm:
-    """Messages and share of the data that the busiest rank sends, and the time of the whole, in seconds."""
+    """Messages and multiple of the data size that the busiest rank sends, and the total time in seconds."""
 
     messages: int
     data_sent: float
@@ -26,9 +26,9 @@ class ClosedForm:
 def all_reduce(
     name: str, group: Group, nbytes: float, links: tuple[tuple[float, float], ...], gamma: float
 ) -> ClosedForm | None:
-    """The formula of the all-reduce `name`, or None where the field has none for this group.
+    """The formula of the all-reduce `name`, or None if no formula is known for this group.
 
-    `links[d]` holds α and β along dimension d of the grid; where there is no grid only the first counts.
+    `links[d]` holds α and β along dimension d of the grid; without a grid only the first is used.
     """
     size = group.size
     alpha, beta = links[0]

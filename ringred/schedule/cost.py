@@ -1,9 +1,10 @@
-"""Prices a schedule: replays its steps on links with α, β and λ and processors with γ, and gives the time.
+"""Predicts the time of a schedule: simulates its steps on links with α, β and λ and processors with γ.
 
-The model is the field's (Thakur, Rabenseifner and Gropp 2005): a message of b bytes costs α + βb, reducing b
-bytes costs γb, a rank sends one message and receives one at a time, both at once. A link may have a latency λ besides,
-in which it keeps nobody busy, as in LogP (Culler et al. 1993): messages of one step share it. The replayed steps are
-the ones that the verifier proves and the executor runs; the closed forms are tests, not the implementation.
+The model is the usual one (Thakur, Rabenseifner and Gropp 2005): a message of b bytes costs α + βb, reducing b
+bytes costs γb, and a rank can send one message and receive one message at the same time. A link may also have a
+latency λ, during which no rank is busy, as in LogP (Culler et al. 1993), so the latencies of the messages of one step
+overlap. The simulated steps are those that the verifier proves and the executor runs; the closed forms only serve
+to check the results.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ringred.schedule.lower import Fold, PostSend, Take, lower
 __all__ = ["Cost", "Link", "simulate"]
 
 Link: TypeAlias = tuple[float, float] | tuple[float, float, float]
-"""α in seconds per message and β in seconds per byte, of one direction between two ranks; and λ in seconds, or 0."""
+"""One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def simulate(
                     waiting[rank] = event
                     wanted_by[absent, rank] = rank
                     break
-                # The port takes what is there first first, in whichever order it is added afterwards.
+                # The port receives messages in the order of arrival, in whatever order they are added afterwards.
                 arrivals = []
                 for peer in event.peers:
                     alpha, beta, *latency = link(peer, rank)
@@ -110,7 +111,7 @@ def simulate(
 
 
 def _whole(steps: Iterable[Step], bounds: Sequence[tuple[int, int]]) -> Iterator[_Sending | _Receiving]:
-    """The events of one rank, message by message, made as they are needed: cheap for thousands of ranks."""
+    """The events of one rank, message by message, generated as needed: cheap even for thousands of ranks."""
     for step in steps:
         for op in step:
             if isinstance(op, Send):

@@ -3,8 +3,8 @@
 A buffer is divided into *units*, numbered from 0. A `Chunk` is a run of consecutive units. Each algorithm is
 a pure generator of steps for one rank; a `Step` is a tuple of operations that may run together. Messages
 between an ordered pair of ranks are matched first in, first out, by (step, operation); nothing else
-synchronises ranks. A send observes the value from before its step. All reducing receives of one step into
-one chunk form one n-ary fold in rank order, with the own value at the own rank's place.
+synchronises ranks. A send uses the value from before its step. All reducing receives of one step into
+the same chunk form one n-ary fold in rank order, which includes the local value at the place of the local rank.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Send(NamedTuple):
 
 
 class Recv(NamedTuple):
-    """Receive `chunk` from rank `peer`: combined into the local one if `reduce`, else in its place."""
+    """Receive `chunk` from rank `peer`; combine it with the local chunk if `reduce`, else replace that."""
 
     peer: int
     chunk: Chunk
@@ -93,11 +93,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a collective means, free of any algorithm.
+    """What a collective must do, independent of any algorithm.
 
     `sources[u]` are the ranks whose values make up unit `u`: one rank where data only moves, all ranks where
-    it is reduced. Before, each of them holds its own contribution. After, every rank `r` must hold the whole
-    value of each unit in `wants[r]`.
+    it is reduced. Before the collective, each source holds its own contribution. After it, every rank `r` must hold
+    the complete value of each unit in `wants[r]`.
     """
 
     collective: str
@@ -108,10 +108,10 @@ class Spec:
 
 
 def fold_groups(step: Step) -> list[tuple[Chunk, bool, list[int]]]:
-    """The receives of a step as (chunk, reduce, peers): reducing ones into one chunk belong together.
+    """The receives of a step as (chunk, reduce, peers): reducing receives into the same chunk are one group.
 
-    Peers of a fold come in rank order, the order in which they are added. Groups come in the order of their
-    first operation.
+    Peers of a fold are in rank order, the order in which they are added. Groups are in the order of their first
+    operation.
     """
     groups: list[tuple[Chunk, bool, list[int]]] = []
     folds: dict[Chunk, list[int]] = {}
@@ -138,8 +138,9 @@ def last_writes(steps: Iterable[Step]) -> dict[int, int]:
 
 
 def is_final(chunk: Chunk, step: int, last_write: Mapping[int, int], keep: Callable[[int], bool]) -> bool:
-    """Whether a fold into `chunk` in `step` gives the whole value: it is the last write, of units to be kept.
+    """Whether a fold into `chunk` in `step` gives the complete value: the last write to units that must be kept.
 
-    There a mean is divided. A rank sees this in its own steps alone; the verifier proves that it is right.
+    Such a fold also does the division of a mean. A rank decides this from its own steps alone; the verifier proves
+    that the decision is right.
     """
     return all(last_write[u] == step and keep(u) for u in chunk.units)

@@ -1,26 +1,26 @@
-"""Lowers one rank's schedule and a buffer's unit boundaries to the instructions that run it.
+"""Translates (lowers) one rank's schedule and a buffer's unit boundaries into the instructions that run it.
 
-Pure integers: the executor binds the instructions to memory, the cost model prices them. Messages are cut
-into segments, so that the fold of one overlaps the arrival of the next, and instructions are put in the one
-order that needs no further thought at run time:
+It handles only integers: the executor binds the instructions to memory, and the cost model predicts their time.
+Messages are divided into segments, so that the fold of one segment overlaps the arrival of the next. The order of the
+instructions is fixed here, so that nothing has to be decided at run time:
 
-- data of many segments is taken part by part, each a step ahead of the next, so that what a step has reduced is
-  sent on while it is in the cache;
-- receives block in this order; where the receives of a step come from different peers, segment by segment
-  in turn, so that none of them waits for all of another;
-- a segment is sent as soon as the last receive that wrote it is done, however many steps early that is, yet
-  never out of order towards one peer;
-- a receive that overwrites waits for just those sends that still read the place;
-- a chunk that is sent and received in one step is copied to a slot, and sent from there; or, over a transport
-  that buffers, sent from its place, and overwritten once the transport has copied it;
-- receives are posted ahead, as far as their destination is free;
-- in a step in which a rank only sends, its receivers have little to do: each gets every second segment put, and fetches
-  the others;
+- data of many segments is processed part by part, each part one step ahead of the next, so that the result of a step
+  is sent on while it is still in the cache;
+- receives are waited for in this order; if the receives of a step come from different peers, their segments alternate,
+  so that no receive waits for all segments of another;
+- a segment is sent as soon as the last receive that wrote it is done, even if that is several steps early, but
+  segments to the same peer stay in order;
+- a receive that overwrites memory waits only for the sends that still read that memory;
+- a chunk that is sent and received in one step is copied to a slot (temporary memory) and sent from there; over a
+  transport that buffers, it is sent directly instead, and overwritten once the transport has copied it;
+- receives are posted in advance, as early as their destination is free;
+- in a step in which a rank only sends, its receivers have little to do, so the work is shared: every second segment to
+  a receiver may be put (written by the sender), and the receiver fetches the others;
 - at the end every send is waited for, so that the caller may write to the buffer again.
 
-Deadlock: a segment depends only on segments of the same part, of steps on which its own step depends. The
-verifier proves the order of the steps; all ranks go through steps and parts in one order, in which each part has
-its steps in theirs, and any such order is a run of these instructions.
+There is no deadlock: a segment depends only on segments of the same part, in steps on which its own step depends. The
+verifier proves that there is an order in which all steps can finish. All ranks go through steps and parts in one order
+that keeps the steps of each part in sequence, and the instructions can run in any such order.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ __all__ = [
     "lower",
 ]
 
-# How many folds ahead of its turn a lent receive is posted: each holds staging memory in the transport.
+# How many folds in advance a lending receive is posted; each one holds staging memory in the transport.
 LEND_AHEAD = 2
-# The same for receives into place, which hold nothing but a request.
+# The same for receives that replace data in the buffer; these hold nothing but a request.
 REPLACE_AHEAD = 16
 
 
@@ -61,10 +61,10 @@ class Snapshot(NamedTuple):
 
 
 class PostSend(NamedTuple):
-    """Send `lo:hi` to `peer` as request `request`; from the slots where `slot` is not None.
+    """Send `lo:hi` to `peer` as request `request`; from the slots if `slot` is not None.
 
-    `put`: the receiver is done with its own copy, so that a window may be written in place. `buffered`: the
-    transport must not wait for the receiver to be done with it.
+    `put`: the receiver no longer uses its own copy, so the sender may write directly into its window.
+    `buffered`: the send must be done once the transport has copied the data, without waiting for the receiver.
     """
 
     request: int
@@ -78,7 +78,7 @@ class PostSend(NamedTuple):
 
 
 class PostReceive(NamedTuple):
-    """Post the receive of `lo:hi` from `peer` as `request`: `lend` the arriving data, or bring it into place."""
+    """Post the receive of `lo:hi` from `peer` as `request`: `lend` the arriving data, or else store it in `lo:hi`."""
 
     request: int
     peer: int
@@ -96,9 +96,9 @@ class WaitSent(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Combine `lo:hi` with what `requests` lend, from `peers` in rank order; own value before peer `own`.
+    """Combine `lo:hi` with the data that `requests` lend, from `peers` in rank order; the local value is operand `own`.
 
-    `final`: the result is the whole reduction, and this rank must hold it at the end.
+    `final`: the result is the complete reduction, and this rank must hold it at the end.
     """
 
     requests: tuple[int, ...]
@@ -133,7 +133,7 @@ class Program:
 
 
 class _Span(NamedTuple):
-    """Elements `lo:hi`, written or read by event `at` (as request `request`, where one reads them)."""
+    """Elements `lo:hi` that are written or read at event `at`, by request `request` if there is one (else −1)."""
 
     lo: int
     hi: int
@@ -168,14 +168,14 @@ def lower(
 
     `bounds[u]` are the elements (lo, hi) of unit `u`, in an address space that all ranks share; `segment` is
     the greatest number of elements in one message; `keep(u)` says whether the rank must hold unit `u` at the
-    end. `put_safe(step, op)` says which sends may go by a put. Adjacent
-    units travel in one message; with `merge=False` each in its own, for units that lie in tensors of their own.
-    `in_parts=True` does not finish a step of many segments before the next: for schedules that are `in_step`, on
-    ranks that all know the same `bounds`.
-    `snapshots=False` leaves the slots out, and is wrong: it is there for the test that shows it. `buffers=True`
-    leaves them to a transport with room for at least one segment on its way between each two ranks. That cannot
-    deadlock: a segment then waits for room, room for the receiver's folds of earlier segments, and those for
-    nothing that is sent later.
+    end. `put_safe(step, op)` says which sends may be puts.
+    Adjacent units are sent in one message; with `merge=False` each unit is its own message, for units that are
+    separate tensors. With `in_parts=True` a step of many segments need not finish before the next step starts; this is
+    for schedules that are `in_step`, if all ranks know the same `bounds`.
+    `snapshots=False` omits the slots and gives wrong results; it exists for the test that shows this. `buffers=True`
+    also omits them, for a transport that can buffer at least one segment between any two ranks. That cannot deadlock:
+    a segment then waits for room, room becomes free with the receiver's folds of earlier segments, and these wait
+    for nothing that is sent later.
     """
     lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge, in_parts)
     lowering.put_safe = put_safe
@@ -184,8 +184,8 @@ def lower(
 
 
 def in_step(schedule: Callable[[int], Sequence[Step]], size: int) -> bool:
-    """Whether every message is sent and received in the step of the same number: only then do its sender and its
-    receiver put parts in one order."""
+    """Whether every message is sent and received in steps with the same number: only then do its sender and its
+    receiver process parts in the same order."""
     sent: dict[tuple[int, int], list[int]] = defaultdict(list)
     received: dict[tuple[int, int], list[int]] = defaultdict(list)
     for rank in range(size):
@@ -199,7 +199,8 @@ def in_step(schedule: Callable[[int], Sequence[Step]], size: int) -> bool:
 
 
 class _Lowering:
-    """State of one lowering. Event `e` stands before the `e`-th fold or take; sends and posts happen at events."""
+    """State of one lowering. Event `e` is the moment before the `e`-th fold or take; sends and receives are posted at
+    events."""
 
     put_safe: Callable[[int, int], bool]
     buffers: bool
@@ -265,8 +266,8 @@ class _Lowering:
     def order(self) -> Iterable[tuple[int, int]]:
         """Steps and parts in the order in which they run: (0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0), ...
 
-        A part is as much of every unit as fits a segment; steps never mix elements, so that the collective of one
-        part knows nothing of the next, and a part may be a step ahead of the one that follows it.
+        A part consists of one segment of every unit. Steps never mix different elements, so the parts are independent
+        of each other, and a part may be one step ahead of the part that follows it.
         """
         steps = len(self.steps)
         for wave in range(steps + self.parts - 1):
@@ -274,7 +275,8 @@ class _Lowering:
                 yield index, wave - index
 
     def segments(self, chunk: Chunk, part: int) -> list[tuple[int, int]]:
-        """What a chunk has of a part. Of the only part it is all, in segments: at least one, if an empty one."""
+        """The segments of `chunk` in `part`. If there is only one part, these are all segments of the chunk: at least
+        one, even if it is empty."""
         if self.parts > 1:
             bounds = (self.bounds[u] for u in chunk.units)
             cut = [(lo + part * self.segment, min(lo + (part + 1) * self.segment, hi)) for lo, hi in bounds]
@@ -302,7 +304,7 @@ class _Lowering:
                     yield span
 
     def ready(self, chunk: Chunk, lo: int, hi: int) -> int:
-        """The first event at which `lo:hi` holds what the steps so far wrote to it."""
+        """The first event at which all writes of the earlier steps to `lo:hi` are done."""
         return max((span.at for span in self.spans(self.written, chunk, lo, hi)), default=0)
 
     def snapshot(self, chunk: Chunk, lo: int, hi: int, slots: dict[tuple[int, int], int]) -> int:
@@ -334,15 +336,15 @@ class _Lowering:
         self.requests += 1
 
     def note(self, table: dict[int, list[_Span]], chunk: Chunk, span: _Span) -> None:
-        """Enters `span` in the table of every unit that it touches, cut to that unit."""
+        """Adds `span` to the table entry of every unit that it overlaps, limited to that unit's elements."""
         for u in chunk.units:
             lo, hi = self.bounds[u]
             if lo < span.hi and span.lo < hi:
                 table[u].append(span._replace(lo=max(lo, span.lo), hi=min(hi, span.hi)))
 
     def in_turn(self, step: Step, part: int) -> Iterable[tuple[_Receives, int, int]]:
-        """The segments of all receives of a step and part: in turn if no two share a peer, else one group after
-        another."""
+        """The segments of all receives of a step and part: alternating if no two receives share a peer, else one
+        receive after another."""
         all_receives = [
             _Receives(chunk, reduce, peers, self.segments(chunk, part)) for chunk, reduce, peers in fold_groups(step)
         ]
@@ -374,7 +376,7 @@ class _Lowering:
             touched = [span.at for span in self.spans(self.written, chunk, lo, hi)]
             for span in self.spans(self.read, chunk, lo, hi):
                 touched.append(self.waited.get(span.request, span.at))
-            # What is waited for in this very arrival is done before what the arrival itself posts, and no earlier.
+            # A send that this arrival itself waits for is only done after that wait, so the receive is posted then.
             held_back = max(touched, default=0) > event
             earliest = max([0, event - REPLACE_AHEAD, *touched])
         first = self.requests

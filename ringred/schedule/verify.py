@@ -1,9 +1,9 @@
-"""Proves a schedule: runs all its ranks symbolically, without a process, and raises on the first fault.
+"""Proves a schedule: runs all its ranks symbolically, in this process, and raises an exception on the first fault.
 
-The values are expressions: which rank's contribution was combined with which, in which order. A pairwise
-combination is commutative and never associative, so equal expressions are equal bits, whatever the operation.
-Time is the partial order of the executor itself with no buffering at all: the receives of a step wait for
-the steps before, for the matching sends, and for earlier sends that still read what they overwrite.
+The values are expressions: which ranks' contributions were combined, and in which order. Combining two values is
+assumed to be commutative but not associative, so equal expressions have equal bits, whatever the operation.
+Time is the partial order of the executor, assuming no buffering at all: the receives of a step wait for the steps
+before, for the matching sends, and for earlier sends that still read the data that they overwrite.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["Proof", "verify"]
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a verified schedule does, per rank where a tuple is indexed by rank.
+    """What a verified schedule does; the tuples are indexed by rank.
 
     `messages`, `units_sent`, `units_received` count one collective. `rank_ordered`: every reduced value is
     one fold of all contributions in rank order, so its bits depend on nothing but the inputs. `put_safe`
-    holds the sends (rank, step, operation) of chunks that replace the receiver's, whose sender knows that
-    the receiver, once it has entered, will not touch its own copy any more: a transport with windows may write them in
-    place where it sees that the receiver has entered.
+    holds the sends (rank, step, operation) of chunks that replace the receiver's copy, if the sender knows that the
+    receiver no longer uses that copy once it has entered the collective. A transport with windows may write such a
+    chunk directly into the receiver's memory if it sees that the receiver has entered.
     """
 
     spec: Spec
@@ -53,11 +53,11 @@ _Node = tuple[int, int]  # (rank, step): all receives of one step of one rank
 
 
 class _Expressions:
-    """Numbers every distinct expression: values of one number have the same bits.
+    """Gives every distinct expression a number: values with the same number have the same bits.
 
-    Of expression n, `ranks[n]` are the ranks in it as a bit mask; `divided[n]` says that a mean was divided there, by a
-    fold that is the last write of units that are kept; `rank_ordered[n]`, that it is one fold of contributions in rank
-    order, or one contribution.
+    For expression n, `ranks[n]` is the bit mask of the ranks in it; `divided[n]` says that a mean was already divided,
+    by a fold that is the last write to units that are kept; `rank_ordered[n]` says that it is one fold of contributions
+    in rank order, or a single contribution.
     """
 
     def __init__(self) -> None:
@@ -92,12 +92,12 @@ _NOTHING = -1  # in the place of an expression: the rank does not hold the unit
 
 
 def verify(spec: Spec, schedule: Callable[[int], Iterable[Step]], *, puts: bool = False) -> Proof:
-    """Proves that `schedule(rank)`, run by all ranks, turns what `spec` says before into what it says after.
+    """Proves that `schedule(rank)`, run by all ranks, leads from the start state to the end state given by `spec`.
 
-    Raises `ScheduleError` with rank, step and chunk: a malformed spec or operation, an unmatched send or receive, a
-    doubled or missing contribution, a chunk that ranks end up with in different bits; `DeadlockError` where
-    the operations wait for each other; `OverwriteError` where they only do because a chunk would be
-    overwritten while a peer may still read it. `puts=True` works out `Proof.put_safe` as well.
+    Raises `ScheduleError` with rank, step and chunk for a malformed spec or operation, an unmatched send or receive, a
+    doubled or missing contribution, or a chunk that has different bits on different ranks at the end; `DeadlockError`
+    if operations wait for each other; `OverwriteError` if they do so only because a chunk would be overwritten while a
+    peer may still read it. `puts=True` also computes `Proof.put_safe`.
     """
     _check_spec(spec)
     steps = [list(schedule(rank)) for rank in range(spec.size)]
@@ -230,7 +230,7 @@ def _order(spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, in
                         waits[reader] = chunk
             overwrites[node] = waits
             for at, op in enumerate(step):
-                # A chunk that is sent and received in one step is sent from a slot: nobody reads it here.
+                # A chunk that is sent and received in one step is sent from a slot, so no peer reads the chunk itself.
                 if isinstance(op, Send) and written.isdisjoint(op.chunk.units):
                     reader = consumer[rank, index, at]
                     for u in op.chunk.units:
@@ -277,7 +277,7 @@ def _topological(
 def _run(
     spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
 ) -> bool:
-    """Runs the schedule on expressions and checks the end; True if every fold is one sum in rank order."""
+    """Runs the schedule on expressions and checks the end state; returns `Proof.rank_ordered`."""
     expressions = _Expressions()
     held = [[_NOTHING] * spec.units for _ in range(spec.size)]
     for u, sources in enumerate(spec.sources):
@@ -324,7 +324,7 @@ def _run(
 def _fold(
     expressions: _Expressions, chunk: Chunk, operands: list[tuple[int, list[int]]], final: bool, where: str
 ) -> list[int]:
-    """What the values of `chunk`, by rank, come to: an expression a unit."""
+    """Combines `operands`, the values of `chunk` by rank, and returns one expression for each unit."""
     ranks, divided = expressions.ranks, expressions.divided
     result = []
     for u, values in zip(chunk.units, zip(*(values for _, values in operands), strict=True), strict=True):
@@ -378,13 +378,13 @@ def _check_end(spec: Spec, steps: list[list[Step]], held: list[list[int]], expre
 def _put_safe(
     spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
 ) -> frozenset[tuple[int, int, int]]:
-    """The replacing messages whose receiver has, to the sender's knowledge, done with its own copy if it has entered.
+    """The replacing messages whose sender knows that the receiver, if it has entered, no longer uses its own copy.
 
-    Knowledge is a vector clock for each unit. `clocks[q][u, p] = s + 1` says that q knows p to have posted its
-    sends of u in step s, and so to have finished its receives of u in all steps before s; 0, that p may not even
-    have entered. It travels with messages that carry u, and no others: a program cuts messages into segments, and
-    a segment of one unit says nothing of how far another has got. Of one element, receives come before the sends
-    that read what they wrote, whatever the segments.
+    What a rank knows is kept as a vector clock for each unit. `clocks[q][u, p] = s + 1` means that rank q knows that
+    rank p has posted its sends of u in step s, and so has finished its receives of u in all steps before s; 0 means
+    that p may not even have entered. Only messages that carry u pass this knowledge on: a program divides messages
+    into segments, and a segment of one unit says nothing about the progress of another unit. For any single element,
+    receives come before the sends that read what they wrote, whatever the segments are.
     """
     size = spec.size
     consumer = {(m.sender, m.step, m.op): (rank, step) for (rank, step, _), m in matched.items()}

@@ -204,7 +204,7 @@ print(mpi.library() if comm.rank == 0 else "", end="")
 
 def _check_mpi() -> tuple[bool, str, str]:
     remedy = "pip install 'ringred[mpi]' brings mpi4py and an MPI; torchrun works without"
-    beside = os.path.dirname(sys.executable)  # the environment's own, if it is not activated
+    beside = os.path.dirname(sys.executable)  # finds the mpirun of a virtual environment that is not activated
     mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=beside)
     if mpirun is None:
         return False, "MPI: no mpirun on PATH", remedy

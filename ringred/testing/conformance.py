@@ -1,4 +1,4 @@
-"""What every transport must do: run each of `CHECKS` on all ranks of a fresh transport, and it raises or passes.
+"""What every transport must do. Run each of `CHECKS` on all ranks of a fresh transport; it raises if it fails.
 
 A check is a function of the transport, called on all ranks at once. Those in `BREAKING` leave it unusable.
 """
@@ -237,7 +237,7 @@ def _barrier(transport: Transport) -> None:
 
 
 def _ready(transport: Transport, report: str, turn: int, contract: int | None = None) -> bool:
-    """Begins once all ranks are here; False, with `report` published, where a faster one has aborted already."""
+    """Waits for all ranks and begins. If a faster rank has already aborted, publishes `report`, returns False."""
     try:
         _barrier(transport)
         transport.begin(turn if contract is None else contract, turn)

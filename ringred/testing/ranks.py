@@ -1,4 +1,4 @@
-"""Many ranks in one process, as threads: what a test of a parallel program needs and nothing to launch."""
+"""Runs many ranks as threads of one process, so that a test of a parallel program needs no launcher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Faulty:
-    """A transport that waits a random time before it sends and waits: what a loaded network does to order.
+    """A transport with random delays before sends and waits, which change the order of events like a busy network.
 
     Delays are at most `seconds` long and follow from `seed` and the rank.
     """
@@ -106,7 +106,7 @@ def run_ranks(
     (windows, as between processes of one host) or "torch_p2p" (Gloo over the loopback). Ranks that are processes
     need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds. `delay=(seconds, seed)` puts
     random delays into sends and waits. The exception of the first rank that raised one is raised, after all have
-    ended; with `return_exceptions` every rank's is returned in its place.
+    ended; with `return_exceptions` each rank's is returned as its result.
     """
     config = Config(timeout=timeout, segment_bytes=segment_bytes)
     make = connect(transport, size, slots=slots, timeout=timeout)
@@ -143,7 +143,7 @@ def run_ranks(
 def connect(
     transport: str, size: int, *, slots: int | None = None, timeout: float = 30.0
 ) -> Callable[[int], Transport]:
-    """What makes the transport of each rank among `size` threads; all of them call it. See `run_ranks`."""
+    """Returns a function that makes a rank's transport; each of `size` threads calls it. See `run_ranks`."""
     makers = {"local": _local, "torch_p2p": _torch_p2p, "shm": _shm}
     if transport not in makers:
         raise ValueError(f"run_ranks: transport is 'local', 'shm' or 'torch_p2p', got {transport!r}")

@@ -21,15 +21,15 @@ Costs: TypeAlias = tuple[float, float, float, float]
 """α in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds (see `schedule.cost`)."""
 
 Tuning: TypeAlias = Mapping[str, Costs]
-"""Costs by what they are of: "tensor" and "window" memory within a host, "between" hosts, "native" for a collective
-of the transport's own, whose α is that of the whole call."""
+"""Costs by kind: "tensor" and "window" are memory within a host, "between" is between hosts, and "native" is the
+transport's own collective, where α is the cost of the whole call."""
 
 KINDS = ("tensor", "window", "native", "between")
-_KEPT = 64  # machines and jobs in one file
+_KEPT = 64  # greatest number of entries (a machine and a job) in one file
 
 
 class Sample(NamedTuple):
-    """A measured collective: what is on its critical path, message behind message, and the seconds it took."""
+    """A measured collective: messages, bytes, reduced bytes and latencies on its critical path, and its seconds."""
 
     messages: float
     nbytes: float
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 def fit(samples: Sequence[Sample]) -> Costs:
     """The costs that explain `samples` best, by relative error; none is negative.
 
-    What no sample tells apart (γ from β, where every byte that travels is reduced) is shared out.
+    Costs that no sample can separate (γ and β, if every byte that is sent is also reduced) share their total.
     """
     rows = np.array([sample[:-1] for sample in samples], dtype=np.float64).reshape(-1, 4)
     times = np.array([sample.seconds for sample in samples], dtype=np.float64)
@@ -51,14 +51,14 @@ def fit(samples: Sequence[Sample]) -> Costs:
         found = np.linalg.lstsq(weighted[:, used], ones, rcond=None)[0]
         if (found >= 0).all():
             break
-        # The least negative sum of squares has a zero where an unconstrained fit is below it.
+        # In non-negative least squares, a cost that would be negative without the constraint is set to zero.
         del used[int(found.argmin())]
     costs = dict(zip(used, map(float, found), strict=True)) if used else {}
     return costs.get(0, 0.0), costs.get(1, 0.0), costs.get(2, 0.0), costs.get(3, 0.0)
 
 
 def load(path: Path, key: str) -> Tuning | None:
-    """What was stored for `key`; None where nothing was, or the file makes no sense."""
+    """The costs stored for `key`; None if there are none or the file is invalid."""
     try:
         found = json.loads(path.read_text())[key]
         return {_known(kind): rounded(costs) for kind, costs in found.items()}
@@ -73,7 +73,7 @@ def _known(kind: str) -> str:
 
 
 def rounded(costs: Sequence[float]) -> Costs:
-    """`costs` to three digits: more than noise leaves, and short to tell all ranks. Raises `ValueError`."""
+    """`costs` rounded to three digits: more than their noise justifies, and short to send. Raises `ValueError`."""
     alpha, beta, gamma, latency = (float(f"{float(cost):.3g}") for cost in costs)
     if not all(0 <= cost < math.inf for cost in (alpha, beta, gamma, latency)):
         raise ValueError(f"expected four costs of 0 or more, got {costs}")
@@ -81,7 +81,7 @@ def rounded(costs: Sequence[float]) -> Costs:
 
 
 def store(path: Path, key: str, tuning: Tuning) -> str | None:
-    """Adds `tuning` to the file, whole or not at all; the reason where it could not."""
+    """Adds `tuning` to the file, completely or not at all; returns the reason if it failed, else None."""
     try:
         try:
             known = json.loads(path.read_text())

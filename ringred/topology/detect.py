@@ -1,4 +1,4 @@
-"""What this machine is: host, cores, sockets, memory for sharing. Reads the system, imports nothing heavy."""
+"""Detects this machine: host, cores, sockets and memory. Asks the operating system; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Machine:
 
 
 def host_name() -> str:
-    """The name that tells this host from others: in a container or namespace, its own."""
+    """The name that distinguishes this host from others; a container or namespace has its own name."""
     return socket.gethostname()
 
 
@@ -57,7 +57,7 @@ def host_indices(names: Sequence[str]) -> tuple[int, ...]:
 def local_grid(hosts: Sequence[int]) -> tuple[int, int] | None:
     """The grid (ranks on a host, hosts) if every host holds the same number of consecutive ranks, else None.
 
-    None as well where there is one host, or one rank on each: then hosts make no grid.
+    Also None if there is only one host, or only one rank on each: then there is no grid of hosts.
     """
     count = len(set(hosts))
     each = len(hosts) // count

@@ -1,4 +1,4 @@
-"""The model of a machine that schedules are priced on: ranks on hosts, α, β and λ of each link, γ of a rank."""
+"""The machine model used to predict the time of schedules: ranks on hosts, α, β and λ of each link, γ of a rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Topology:
 
 
 def flat(size: int, alpha: float, beta: float, gamma: float, name: str = "flat") -> Topology:
-    """All pairs of ranks alike."""
+    """A topology in which all pairs of ranks have the same link."""
     return Topology(size, ((alpha, beta),), gamma, tuple((rank,) for rank in range(size)), name)
 
 

@@ -16,7 +16,7 @@ class Place(NamedTuple):
 
 
 def binomial(rank: int, size: int, root: int = 0) -> Place:
-    """The place of `rank` in the binomial tree at `root`; child k roots a subtree of 2^k ranks at the most."""
+    """The place of `rank` in the binomial tree at `root`; child k is the root of a subtree of at most 2^k ranks."""
     virtual = (rank - root) % size
     children = []
     bit = 1
@@ -30,11 +30,11 @@ def binomial(rank: int, size: int, root: int = 0) -> Place:
 
 @lru_cache(maxsize=64)
 def double_binary(size: int) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
-    """Two binary trees over the same ranks, in which a rank is inside one of them at the most (Sanders,
-    Speck and Träff 2009): each carries half of the data, so that every rank sends and receives alike.
+    """Two binary trees over the same ranks, where a rank is an inner node of at most one of them (Sanders, Speck and
+    Träff 2009): each tree carries half of the data, so that all ranks send and receive the same amount.
 
     The first is the in-order tree in which leaves are the even ranks. The second is its mirror image where
-    `size` is even, else the first shifted by one: leaves and inner ranks change places.
+    `size` is even, else the first shifted by one: leaves of one tree become inner nodes of the other.
     """
     first = _in_order(size)
     if size % 2 == 0:

@@ -1,8 +1,8 @@
 """`backend="ringred"`: torch.distributed programs on a communicator.
 
 `torch.distributed.init_process_group("ringred")` makes a `RingredGroup` of CPU tensors from the store that torch
-hands over: collectives go through a `Communicator` (shared memory on a host, Gloo between hosts), send and recv with
-their tags and any source through a Gloo group beside it, so that neither waits for the other.
+passes in. Collectives go through a `Communicator` (shared memory on a host, Gloo between hosts). send and recv, which
+have tags and may receive from any source, go through a separate Gloo group, so that neither waits for the other.
 
 The names of the methods are torch's: its Python functions call them, and so does its C++ (DDP's reducer, functional
 collectives) by way of the trampoline of `ProcessGroup`.
@@ -36,7 +36,7 @@ dist: Any = _distributed  # torch declares no types for most of what is used her
 __all__ = ["RingredGroup", "create", "monitored_barrier"]
 
 _LOOK_SECONDS = 0.002  # between two looks into the store
-_VERDICT_SECONDS = 1.0  # how much longer than rank 0 the others wait, to hear of it who is missing
+_VERDICT_SECONDS = 1.0  # how much longer than rank 0 the others wait for its list of missing ranks
 
 _open: set[_Collectives] = set()
 _T = TypeVar("_T")
@@ -57,7 +57,7 @@ Started: TypeAlias = Work[None] | None
 
 @never_compiled
 class RingredWork(dist.Work):  # type: ignore[misc]
-    """Collectives in flight, as torch knows one. `outputs` are what its future gives."""
+    """One or more collectives in flight, as a torch `Work`. Its future holds `outputs`."""
 
     def __init__(self, works: list[Work[None]], outputs: list[Tensor]) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class RingredWork(dist.Work):  # type: ignore[misc]
 
 @never_compiled
 class _MailWork(dist.Work):  # type: ignore[misc]
-    """A message in flight: Gloo's work, whose failures become ours."""
+    """A message in flight: wraps Gloo's work and raises its failures as ringred's exceptions."""
 
     def __init__(self, group: _Collectives, work: Any, what: str, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _MailWork(dist.Work):  # type: ignore[misc]
 
 @never_compiled
 class _Collectives:
-    """What torch asks of a group, on the communicator `comm`. `store` is the group's own."""
+    """Implements torch's process-group methods on the communicator `comm`. `store` is the group's own."""
 
     def __init__(self, comm: Communicator, store: Any, timeout: float) -> None:
         super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
@@ -166,7 +166,7 @@ class _Collectives:
         self._mail = gloo_group(dist.PrefixStore("mail", self._own), comm.rank, comm.size, timeout, address)
         self._coalescing: list[Work[None]] | None = None
         self._barriers = 0
-        _open.add(self)  # torch's C++ holds only its own half of it
+        _open.add(self)  # keeps this object alive: torch's C++ refers only to the C++ part
 
     # ------------------------------------------------------------------ who it is
 
@@ -192,7 +192,7 @@ class _Collectives:
     def get_group_store(self) -> Any:
         return self._store
 
-    supports_coalescing = supports_splitting = False  # what torch asks of the backend of a device
+    supports_coalescing = supports_splitting = False  # torch reads these from a device's backend
 
     def _get_backend(self, device: torch.device) -> _Collectives:
         return self
@@ -233,7 +233,7 @@ class _Collectives:
     def reduce_scatter(
         self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor] | Tensor], opts: Any = None
     ) -> RingredWork:
-        """Each of `inputs` is the list of a rank's shares, or one tensor of equal shares."""
+        """Each of `inputs` is a list of one tensor per rank, or one tensor of equal shares."""
         kind, factor = _operation(opts)
 
         def start(pair: tuple[Tensor, Sequence[Tensor] | Tensor], async_op: bool) -> Started:
@@ -252,7 +252,7 @@ class _Collectives:
     reduce_scatter_single = _reduce_scatter_base
 
     def _sparse_all_reduce(self, tensor: Tensor, kind: ReduceOp, factor: float | None) -> None:
-        """The sum of sparse tensors: their entries are gathered, and those of one place added."""
+        """Sums sparse tensors: gathers the entries of all ranks and adds those with the same index."""
         where = f"rank {self.comm.rank}: all_reduce"
         if kind is not ReduceOp.SUM or factor is not None:
             raise UnsupportedTensor(f"{where}: sparse tensors can only be summed, got {kind.value}")
@@ -281,7 +281,7 @@ class _Collectives:
     def allgather(
         self, outputs: Sequence[Sequence[Tensor] | Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> RingredWork:
-        """Each of `outputs` is a list of a tensor a rank, or one tensor of equal shares."""
+        """Each of `outputs` is a list of one tensor per rank, or one tensor of equal shares."""
 
         def start(pair: tuple[Sequence[Tensor] | Tensor, Tensor], async_op: bool) -> Started:
             return self.comm.all_gather(*pair, async_op=async_op)
@@ -298,7 +298,7 @@ class _Collectives:
     def allgather_coalesced(
         self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None
     ) -> RingredWork:
-        # Here the list of a rank has what each of its inputs became.
+        # Here there is one list per rank, with a tensor for each input; `allgather` takes one list per input.
         return self.allgather([list(shares) for shares in zip(*outputs, strict=True)], inputs, opts)
 
     def gather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any) -> RingredWork:
@@ -333,7 +333,7 @@ class _Collectives:
     all_to_all_single = alltoall_base
 
     def _rows(self, tensor: Tensor, sizes: Sequence[int], what: str) -> list[Tensor]:
-        """`tensor` by rank: so many rows each, or equally many where no sizes are given."""
+        """Splits `tensor` into one part per rank, with these numbers of rows, or equal ones if `sizes` is empty."""
         tensor = tensor.reshape(1) if not tensor.dim() else tensor
         size, rows = self.comm.size, tensor.shape[0]
         sizes = list(sizes) or [rows // size] * size
@@ -347,7 +347,7 @@ class _Collectives:
         return self._each(opts, [None], lambda _, async_op: self.comm.barrier(async_op=async_op), [])
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
-        """See the function of this name. Ranks meet in the store: it needs no collective that may be stuck."""
+        """See the function of this name. Ranks meet through the store, because a collective might hang."""
         seconds = self._timeout if timeout is None else getattr(timeout, "total_seconds", lambda: float(timeout))()
         rank, size = self.comm.rank, self.comm.size
         store = dist.PrefixStore(f"monitored-{self._barriers}", self._own)
@@ -427,7 +427,7 @@ class _Collectives:
         group_desc: str | None = None,
         device_types: Any = None,
     ) -> RingredGroup | None:
-        """A group of `ranks`, ranks of this one; None on the others. Only they need to call it."""
+        """A new group of `ranks` (rank numbers in this group); None on other ranks, which need not call this."""
         if self.comm.rank not in ranks:
             return None
         name = group_name or f"{self._name}/split/{','.join(map(str, ranks))}"
@@ -459,7 +459,7 @@ class _Collectives:
     def _each(
         self, opts: Any, calls: Iterable[_T], start: Callable[[_T, bool], Started], outputs: Sequence[Tensor]
     ) -> RingredWork:
-        """Starts a collective for each of `calls`; where torch waits for it at once, it runs here, on this thread."""
+        """Starts a collective for each of `calls`; a synchronous one runs at once, on this thread."""
         async_op = getattr(opts, "asyncOp", True) or self._coalescing is not None
         started = [start(call, async_op) for call in calls]
         return self._work([work for work in started if work is not None], outputs)
@@ -503,7 +503,7 @@ def create(options: Any, backend_options: Any = None) -> _Collectives:
 
 
 def _of_this_life(store: Any) -> Any:
-    """A part of `store` of its own for each time that torchrun has started the ranks anew."""
+    """The part of `store` for this run of the ranks: each restart by torchrun gets a new part."""
     return dist.PrefixStore(f"ringred/{restart_count()}", store)
 
 
@@ -511,8 +511,8 @@ def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bo
     """A barrier that names the ranks that did not come. Collective among the ranks of `group`.
 
     As `torch.distributed.monitored_barrier`, which takes no other backend than Gloo. `timeout` is a timedelta, or in
-    seconds. Raises `CollectiveTimeout` on every rank that came, which names the first missing one, and all of them
-    after it. `wait_all_ranks` is torch's: it names all in one.
+    seconds. Raises `CollectiveTimeout` on every rank that came. Its message names the first missing rank, and then
+    lists all of them. With torch's `wait_all_ranks` it names all of them at once.
     """
     found = group_of(dist.group.WORLD if group is None else group)
     if isinstance(found, _Collectives):  # else this rank is no member
@@ -520,7 +520,7 @@ def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bo
 
 
 def _operation(opts: Any) -> tuple[ReduceOp, float | None]:
-    """The operation, and what each contribution is multiplied by before (`premul_sum`), if by anything."""
+    """The operation, and the factor that each rank's input is multiplied by first (`premul_sum`), or None."""
     if opts is None:
         return ReduceOp.SUM, None
     operation = getattr(opts, "reduceOp", opts)

@@ -1,7 +1,7 @@
 """Makes `backend="ringred"` known to torch: its entry point `torch.backends` is called at the end of `import torch`.
 
-Whatever goes wrong in registering must not be the user's, who has only imported torch. (That this module can be
-imported at all is up to the installation.)
+An error while registering must not reach the user, who has only imported torch. (Whether this module itself can be
+imported depends on the installation.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What differs between versions of torch, or is not public in any. Tried with 2.11, 2.13 and 2.15."""
+"""Code that depends on the torch version or uses torch's private API. Tested with torch 2.11, 2.13 and 2.15."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _version() -> tuple[int, int]:
 
 
 Backend: Any = torch._C._distributed_c10d.Backend if _version() >= (2, 14) else None
-"""What serves one device within torch's process group, to be subclassed in Python; None before torch 2.14."""
+"""torch's base class for a Python backend of one device in a process group; None before torch 2.14."""
 
 
 def among_others() -> bool:
-    """Whether the group that torch is making has another backend too ("cpu:ringred,cuda:nccl"). It does not say so to
-    those whom it asks to make one, so this looks at what it is doing."""
+    """Whether the group that torch is making has another backend too ("cpu:ringred,cuda:nccl"). torch does not
+    pass this to the function that creates a backend, so it is read from torch's stack frame."""
     frame = sys._getframe()
     while frame.f_code.co_name != "_new_process_group_helper":
         if frame.f_back is None:
@@ -32,7 +32,7 @@ def among_others() -> bool:
 
 
 def group_of(process_group: Any) -> Any:
-    """What serves the CPU tensors of a process group of torch."""
+    """The backend for CPU tensors in a torch process group, or None."""
     try:
         return process_group._get_backend(torch.device("cpu"))
     except (AttributeError, RuntimeError):  # not a member of it, or no backend for the CPU

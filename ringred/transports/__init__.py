@@ -1,1 +1,1 @@
-"""What moves bytes: each transport is the only importer of its dependency, and knows no algorithm."""
+"""Transports move bytes. Each is the only module that imports its dependency, and knows no algorithm."""

@@ -1,13 +1,13 @@
-"""The seam between the executor and whatever moves bytes.
+"""The interface between the executor and the transports, which move bytes.
 
 A transport connects `size` ranks by reliable, ordered channels, one for each ordered pair. It knows nothing of
 algorithms. One thread at a time drives it. All memory is 1-D, contiguous tensors.
 
 A rank never sends to itself.
 
-The order of calls is the whole protocol: the n-th `isend` of p to q meets the n-th `irecv` of q from p. Both
-ends derive that order from one schedule, so messages carry no addresses; they carry the contract of the
-collective that they belong to, so that two ranks in different collectives find out.
+Messages are matched by call order alone: the n-th `isend` of p to q matches the n-th `irecv` of q from p. Both
+ends derive that order from the same schedule, so messages carry no addresses. They carry the contract of their
+collective, so that two ranks in different collectives detect it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ UNSETTLED_SECONDS = 2.0
 _64_BITS = (1 << 64) - 1
 
 Gather: TypeAlias = Callable[[str], list[str]]
-"""Gives a text of up to 256 bytes to all ranks of a job and returns those of all, by rank. Collective."""
+"""Sends a text of up to 256 bytes to all ranks of a job and returns the texts of all, by rank. Collective."""
 
 
 @dataclass(slots=True)
@@ -57,8 +57,8 @@ class Counters:
 
 
 def mixed(contract: int) -> int:
-    """64 bits in which each bit of `contract` counts (splitmix64), for transports that compare fewer than it has:
-    two calls that look alike to them do not look alike the next time."""
+    """A 64-bit hash of `contract` (splitmix64), for transports that compare fewer bits than a contract has: if two
+    different calls collide once, they do not collide the next time."""
     value = (contract ^ contract >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _64_BITS
     return value ^ value >> 31
@@ -91,32 +91,34 @@ class Transport(Protocol):
     windows: bool
     """Whether it is `Windowed`."""
     buffers: bool
-    """Whether there is room for a segment at least on its way between each two ranks (see `schedule.lower`)."""
+    """Whether at least one segment can be buffered between every two ranks (see `schedule.lower`)."""
     segment_bytes: int
-    """The greatest message that pays: above, the executor sends several and overlaps them with folds."""
+    """The greatest useful message: the executor splits a larger one, and overlaps the parts with folds."""
 
     def begin(self, contract: int, turn: int) -> None:
         """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.
 
-        `turn` counts the collectives of all ranks; it is −1 for what concerns one pair of them. Raises `Fault`
-        where it is known by now that a rank aborted; once begun, what has arrived counts, whoever aborts.
+        `turn` counts the collectives of all ranks; it is −1 for messages between one pair of ranks. Raises `Fault` if
+        it is already known that a rank aborted. Once it has begun, messages that have arrived are still delivered,
+        even if a rank aborts.
         """
 
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Request:
-        """Sends `src`; never blocks. Done, to `wait`, means that `src` may be overwritten; None is done already.
+        """Sends `src`; never blocks. The request is done once `src` may be overwritten; None is done already.
 
-        `put` says that the receiver, once it has begun the collective, does not touch its destination until it has
-        waited for this message: a transport whose peers share windows may write there at once if it sees that it has
-        begun. Others ignore it. `buffered` asks
-        that the send be done once there is room to copy it; only a transport that `buffers` is asked.
+        `put` promises that the receiver, once it has begun the collective, does not touch its destination until it
+        has waited for this message. A transport whose ranks share windows may then write there at once, if it sees
+        that the receiver has begun; others ignore it. `buffered` asks that the send be done once there is room to copy
+        `src`; it is only used with a transport that `buffers`.
         """
 
     def irecv(self, peer: int, dst: Tensor, lend: bool) -> Request:
-        """Receives what is like `dst` in length and dtype: into `dst`, or, if `lend`, into memory that `wait`
-        lends until `release`. Never blocks. At most one loan of each peer is held at a time."""
+        """Receives a message of the length and dtype of `dst`: into `dst`, or, if `lend`, into memory of the transport,
+        which `wait` returns and which is valid until `release`. Never blocks. At most one such loan per peer is held
+        at a time."""
 
     def wait(self, request: Request, deadline: float) -> Tensor | None:
-        """Blocks in the kernel, without the GIL, until `request` is done; drives all that is pending meanwhile.
+        """Blocks in the kernel, without the GIL, until `request` is done; other pending requests progress meanwhile.
 
         Returns the lent view of a lending receive. Raises `Fault` at `deadline` (of `time.monotonic`), when
         the peer is gone or in another collective, and when any rank aborted.
@@ -139,15 +141,15 @@ class Transport(Protocol):
         """The reports of all ranks that aborted, after at most `timeout` seconds of waiting for the rest."""
 
     def subset(self, members: Sequence[int], key: str) -> Transport:
-        """A transport of its own among `members` (ranks of this one, in order); called by all of them with a
-        `key` that they share with no other subset."""
+        """A new transport among `members` (ranks of this one, in order). All of them call it, with the same `key`,
+        which no other subset uses."""
 
     def close(self) -> None:
         """Gives back all that it holds; a second call does nothing. Called by every rank, in any order."""
 
 
 class Windowed(Transport, Protocol):
-    """A transport whose peers read and write each other's memory where that lies in a window."""
+    """A transport whose ranks can read and write each other's memory if it lies in a window."""
 
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor in this rank's window, uninitialised; its memory is free again when nobody holds it."""
@@ -156,5 +158,5 @@ class Windowed(Transport, Protocol):
         """Whether `memory` lies in this rank's window."""
 
     def expose(self, memory: Tensor | None) -> None:
-        """Says where the memory of the collective that began lies: for puts, at the same distance from its start
-        on every rank. None where puts are of no use in it."""
+        """Tells the peers where this rank's memory for the current collective begins, so that they can put into it: a
+        put goes to the same offset from there on every rank. None if the collective has no use for puts."""

@@ -1,7 +1,7 @@
-"""Sleeping on a word of shared memory, waking its sleeper, and copying by address: the kernel's part of `shm`.
+"""Low-level calls of `shm`: sleep on a word of shared memory, wake its sleepers, and copy between addresses.
 
-Python gives no futex and no copy between two addresses; the C library does, and ctypes lets the GIL go while it
-works. Everything here takes plain addresses, of memory that the caller keeps alive.
+Python has no futex call and no copy between two addresses; the C library has both, and ctypes releases the GIL
+during a call. All functions take plain addresses of memory that the caller keeps alive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SYS_FUTEX: Final = 202  # on x86-64
 _FUTEX_WAIT: Final = 0
 _FUTEX_WAKE: Final = 1
 _EVERYONE: Final = 2**31 - 1
-# Below this a copy is done before another thread could take the GIL, and giving it away costs more.
+# A copy up to this size ends before another thread could take the GIL, so that releasing the GIL does not pay.
 _SHORT_BYTES: Final = 32 << 10
 
 
@@ -27,7 +27,7 @@ class _Timespec(ctypes.Structure):
 
 
 def unavailable() -> str | None:
-    """Why this machine cannot do it, or None. Ordering is argued for x86-64 only: docs/design/shared-memory.md."""
+    """Why `shm` cannot work on this machine, or None. docs/design/shared-memory.md shows it correct on x86-64 only."""
     if not sys.platform.startswith("linux"):
         return f"it needs Linux, this is {sys.platform}"
     if platform.machine() not in ("x86_64", "AMD64") or sys.maxsize < 2**32:
@@ -56,7 +56,7 @@ for _memcpy in (_long_copy, _short_copy):
 
 
 copy_short = _short_copy
-"""As `copy`, for so few bytes that another thread had no use for the GIL meanwhile."""
+"""As `copy`, without releasing the GIL: for few bytes."""
 
 
 def copy(target: int, source: int, nbytes: int) -> None:
@@ -89,6 +89,6 @@ _take_barrier, _leave_barrier = _barrier.acquire, _barrier.release
 
 
 def fence() -> None:
-    """Orders all stores before it ahead of all loads after it: a locked instruction, as taking a lock has one."""
+    """Orders all earlier stores before all later loads, by a locked instruction: taking a lock executes one."""
     _take_barrier()
     _leave_barrier()

@@ -1,7 +1,7 @@
 """What `shm` keeps of each pair of ranks: the words and slots of a control block, and the state of both directions.
 
-A rank's control block lies in its window. Others write to it only its alarm, that it need not sleep any more, and, on a
-line of their own, that they will not look there any more.
+A rank's control block lies in its window. Other ranks write only three things there: its alarm, the word SLEEPING
+when they wake it, and, each on a cache line of its own, that they will not read the block any more.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from ringred.transports.windows import Window
 __all__ = ["Layout", "Link", "Receive", "Send", "Slots"]
 
 SLOT_BYTES = 512 << 10
-"""Of a large slot, and so of a segment: long enough to hide what Python takes for it, short enough for a cache."""
+"""The size of a large slot, and so of a segment: large enough to hide Python's overhead, small enough for a cache."""
 SLOTS = 4
 SMALL_BYTES = 4 << 10
-"""A message up to this goes into a small slot, even if it lies in the window: it is soon copied, and then its sender
+"""A message up to this goes into a small slot, even if it lies in the window: it is quickly copied, and its sender then
 need not wait until it is read."""
 SMALL_SLOTS = 16
 ENTRIES = 256
-"""Descriptors of a pair: messages that may be on their way."""
+"""Descriptors from one rank to another: how many messages may be in flight."""
 REPORT_BYTES = 16 << 10
 
 # Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
 SLEEPING, ALARM, ABORTED, CLOSED, REPORT_LENGTH = 0, 8, 16, 17, 18
 EXPOSED_CONTRACT, EXPOSED_AT = 24, 25
-NOWHERE = 1 << 62  # exposed by a rank whose memory is no window
-CONSUMED = 32  # a line for each peer: what was consumed, and from the peer itself that it will not look here any more
+NOWHERE = 1 << 62  # EXPOSED_AT of a rank whose memory does not lie in its window
+CONSUMED = 32  # a cache line per peer: the last message consumed, and LEFT, which the peer sets when it stops reading
 LEFT = 1
 CONTRACT, LENGTH, PLACE, NUMBER = 0, 1, 2, 3  # words of a descriptor
-# Kinds of place: in the sender's window, in the receiver's, in the sender's and more to come.
+# Kinds of place: AT, in the sender's window; PUT, in the receiver's; PART, in the sender's, more parts follow.
 AT, PUT, PART = 0, 1, 2
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
 
@@ -49,7 +49,7 @@ class Layout:
 
 
 class Slots:
-    """A ring of `count` slots of one size, `stride` apart from offset `start` of this rank's window on."""
+    """A ring of `count` slots of `nbytes` bytes in this rank's window, from offset `start`, `stride` bytes apart."""
 
     __slots__ = ("nbytes", "next", "start", "stride", "used")
 
@@ -95,9 +95,9 @@ class Link:
         self.small = Slots(small, SMALL_BYTES, SMALL_STRIDE, SMALL_SLOTS)
         self.large = Slots(large, SLOT_BYTES, SLOT_BYTES, SLOTS)
         self.acked_words, self.acked_at = window.words, block // 8 + CONSUMED + 8 * own
-        self.sent = self.acked = 0  # messages, or parts of them: numbers of the last one
+        self.sent = self.acked = 0  # numbers of the last message (or part of one) sent, and consumed
         self.queue: deque[Send] = deque()
-        self.awaited = 0  # the collective for whose beginning there the peer was waited for
+        self.awaited = 0  # contract of the last collective that this rank waited for the peer to begin
         # What it receives: the other way round.
         self.entries_in = (block + layout.entries) // 8 + own * ENTRIES * 4
         self.taken_at = own_block // 8 + CONSUMED + 8 * index
@@ -114,7 +114,7 @@ class Send:
         self.link, self.source, self.nbytes, self.contract = link, source, nbytes, contract
         self.place = -1  # where the receiver finds it without a slot
         self.done = 0  # bytes that went into slots
-        self.until = -1  # the message after whose consumption the source is free: −1 unknown, 0 at once
+        self.until = -1  # the source is free once the peer has consumed this message; −1 unknown, 0 at once
 
 
 class Receive:

@@ -169,7 +169,7 @@ class LocalTransport:
         with hub.lock:
             while True:
                 self._drain()
-                if done():  # what came before an abort is still there
+                if done():  # a message from before an abort is still delivered
                     return
                 self._check_aborted()
                 if peer in hub.gone:
@@ -185,7 +185,7 @@ class LocalTransport:
             raise Fault(FaultKind.ABORTED, culprit, self.hub.reports[culprit])
 
     def _drain(self) -> None:
-        """Moves what waits for a slot into those that became free."""
+        """Moves queued messages into slots that became free."""
         for peer in range(self.size if self.hub.slots is not None else 0):
             if self._fill_slots(self.hub.channels[self.rank, peer]):
                 self.hub.wake[peer].notify_all()

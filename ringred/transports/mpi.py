@@ -1,15 +1,15 @@
 """Ranks as MPI processes: mpi4py over any MPI, buffers only, CPU tensors.
 
 A message's tag holds its collective's number and a hash of its contract and length (22 bits with Open MPI, so that one
-mismatch in four million goes unseen, once), and receives ask for just that tag. So a message of another collective is
-never written anywhere: a receive that is not served looks what its peer sent instead, and says so; what a collective
-left over is found when the next one begins.
+mismatch in four million is missed, once). Receives ask for exactly that tag, so that a message of another collective is
+never written anywhere. A receive that stays without its message checks what its peer sent instead, and reports that.
+A message that nobody received is found when the next collective begins.
 (Asking for any tag and comparing later is not safe: a message longer than the buffer
 overruns it in some MPI libraries before they report the truncation.)
 
-Waiting is `Waitany` on the message and on a receive of a control communicator, which a peer's abort completes. MPI
-has no deadlines: while a wait lasts, a watchdog thread sends this rank itself a tick, to look at the clock and at
-the peers. MPI libraries poll inside `Waitany`; `runtime.config.mpi_environment`,
+A wait is `Waitany` on the message and on a receive of a control communicator, which completes when a peer aborts.
+MPI has no deadlines: during a wait, a watchdog thread sends tick messages to its own rank, so that the wait checks the
+clock and the peers. MPI libraries poll inside `Waitany`; `runtime.config.mpi_environment`,
 called before this module is imported, asks them to yield the core.
 """
 
@@ -34,8 +34,8 @@ __all__ = ["MpiTransport", "abort_job", "gatherer", "library", "world"]
 _TICK, _ABORT, _LEFT = 1, 2, 3
 _TICK_SECONDS = 0.1
 _REPORT_BYTES = 8192
-_TURNS = 256  # counted in a tag
-_STALE_TURNS = 32  # so many turns back a message is taken for left over; a peer may be far ahead
+_TURNS = 256  # a tag holds the turn modulo this
+_STALE_TURNS = 32  # a message up to this many turns old is left over; otherwise its sender is ahead
 _LONG_SECONDS = 1.0  # longer than any segment takes once its first byte is here
 _NATIVE_ELEMENTS = 1 << 30  # MPI counts elements in 31 bits
 _64_BITS = (1 << 64) - 1
@@ -65,7 +65,7 @@ _OPERATIONS = {
 
 
 def library() -> str:
-    """The first line of what the MPI library says of itself."""
+    """The first line of the MPI library's version text."""
     return str(MPI.Get_library_version()).splitlines()[0].strip("\0 ")
 
 
@@ -80,7 +80,7 @@ def abort_job(code: int) -> None:
 
 
 def gatherer(comm: Any) -> Gather:
-    """What gives a text of up to 256 bytes to all ranks of `comm`."""
+    """Returns a `Gather` among the ranks of `comm`."""
 
     def gather(text: str) -> list[str]:
         own, everyone = bytearray(256), bytearray(256 * comm.Get_size())
@@ -121,7 +121,7 @@ class _Receive:
 
 
 class MpiTransport:
-    """A communicator of its own, duplicated from `comm`. Creating one is collective over `comm`."""
+    """A transport on its own duplicates of `comm`. Constructing one is collective over `comm`."""
 
     name = "mpi"
     windows = False
@@ -139,7 +139,7 @@ class MpiTransport:
         self._data, self._control = comm.Dup(), comm.Dup()
         for duplicate in (self._data, self._control):
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
-        # A tag: one bit for what concerns a pair, the turn, the hash.
+        # A tag: one bit that marks messages between one pair of ranks, the turn, the hash.
         bits = min(int(comm.Get_attr(MPI.TAG_UB)).bit_length(), 31)
         self._hash_bits = bits - 1 - (_TURNS - 1).bit_length()
         self._pair_bit = 1 << (bits - 1)
@@ -196,7 +196,7 @@ class MpiTransport:
         return _Receive(self._data.Irecv(_memory(target), peer, tag), peer, target, lend, tag, nbytes)
 
     def wait(self, request: _Send | _Receive, deadline: float) -> Tensor | None:
-        if not request.mpi.Test():  # what came before an abort is still there
+        if not request.mpi.Test():  # a message from before an abort is still delivered
             if self._reports:
                 self._abandon(request)
             self._block(request, deadline)
@@ -224,7 +224,7 @@ class MpiTransport:
             self._waiting_since = None
 
     def _abandon(self, request: _Send | _Receive) -> None:
-        """Gives `request` up: it keeps its memory, for MPI may still use it."""
+        """Gives up `request`, but keeps its memory alive, because MPI may still use it."""
         self._abandoned.append(request)
         self._check_aborted()
 
@@ -234,11 +234,11 @@ class MpiTransport:
             raise Fault(FaultKind.ABORTED, culprit, self._reports[culprit])
 
     def _look_at_peer(self, request: _Send | _Receive) -> None:
-        """Raises if the peer of a receive that is not served has sent something else, or has left."""
+        """Raises `Fault` if the peer has sent something else than `request` receives, or has left."""
         if isinstance(request, _Receive):
             status = MPI.Status()
             if self._data.Iprobe(request.peer, MPI.ANY_TAG, status) and not request.mpi.Test():
-                # In the same turn it may be a later message: ours may have begun to arrive before it.
+                # Another tag of the same turn may be a later message, while the expected one is still arriving.
                 differs = (status.Get_tag() ^ request.tag) >> self._hash_bits
                 waited = time.monotonic() - (self._waiting_since or 0.0)
                 if differs or (status.Get_tag() != request.tag and waited > _LONG_SECONDS):
@@ -250,7 +250,7 @@ class MpiTransport:
             raise Fault(FaultKind.PEER, request.peer, "closed its communicator")
 
     def progress(self) -> None:
-        """Lets MPI move what is on its way, and hears of aborts, while this rank waits for something else."""
+        """Lets MPI move pending messages, and checks for aborts, while this rank waits on another transport."""
         if self._wake.Test(self._status):
             self._heed()
         self._check_aborted()
@@ -265,7 +265,7 @@ class MpiTransport:
         return self._control.Irecv([self._incoming, MPI.BYTE], MPI.ANY_SOURCE, MPI.ANY_TAG)
 
     def _heed(self) -> None:
-        """Takes the control message that `_wake` completed with, and listens for the next."""
+        """Handles the control message that completed `_wake`, and posts a receive for the next."""
         source, tag = self._status.Get_source(), self._status.Get_tag()
         if tag == _ABORT:
             length = self._status.Get_count(MPI.BYTE)
@@ -337,7 +337,7 @@ class MpiTransport:
         return dtype in _DATATYPES
 
     def native_all_reduce(self, tensor: Tensor, op: str, deadline: float) -> None:
-        """MPI's own all-reduce, in place. Contracts are compared by a small one before."""
+        """MPI's own all-reduce, in place. A small all-reduce before it compares the contracts."""
         contracts = torch.tensor([self._contract, -self._contract])
         self._all_reduce(contracts, MPI.MIN, deadline)
         least, greatest = contracts[0].item(), -contracts[1].item()

@@ -1,9 +1,9 @@
-"""The ranks of one host: who they are, each other's windows, and the news that one of them died.
+"""The ranks of one host: they find each other, map each other's windows, and notice when one of them dies.
 
-Every rank listens on a Unix socket of the abstract namespace, which has no file, and says its random name and a
-secret to all ranks by whatever bootstraps them (`Gather`). Each pair then connects once; both look at the
-credentials that the kernel vouches for, give the other's secret, and pass the descriptor of their window. The
-connection stays: its end tells, in about a millisecond, that a process is gone.
+Every rank listens on a Unix socket of the abstract namespace, which has no file, and sends its random name and a
+secret to all ranks through the bootstrap (`Gather`). Each pair then connects once; both ends check the peer's
+credentials as the kernel reports them, send the peer's secret, and pass the file descriptor of their window. The
+connection stays open: when it closes, the peer's process is gone, which is noticed in about a millisecond.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ringred.transports.windows import Heap, Window, adopt, create
 
 __all__ = ["Neighbours", "connect"]
 
-_HELLO = struct.Struct("<32sQ")  # the listener's secret, the rank of who speaks
+_HELLO = struct.Struct("<32sQ")  # the receiver's secret, the sender's rank
 _NOTE = struct.Struct("<32sQ")  # a key, and a number that goes with it
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _PATIENCE = 30.0  # seconds for a rank of this host to shake hands
@@ -44,8 +44,8 @@ class _Transport(Protocol):
 def connect(gather: Gather, rank: int) -> tuple[Neighbours | None, str | None]:
     """The neighbours of `rank`, or None and the reason. Collective: all ranks of the job call it.
 
-    Ranks are neighbours if one kernel runs them for one user, in one network namespace. None where there are no
-    others, and where those of this host could not all connect to each other.
+    Ranks are neighbours if one kernel runs them for one user, in one network namespace. None if this rank
+    has no neighbours, or if the ranks of this host could not all connect to each other.
     """
     reason = futex.unavailable()
     listener, secret, name = None, secrets.token_bytes(32), secrets.token_hex(8)
@@ -80,16 +80,17 @@ def connect(gather: Gather, rank: int) -> tuple[Neighbours | None, str | None]:
 
 
 def _place() -> str:
-    """What all ranks have in common that can share memory: the kernel, the network namespace, the user."""
+    """A text that is the same on ranks that can share memory: the kernel, the network namespace, the user."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}/{os.geteuid()}"
 
 
 class Neighbours:
-    """The connected ranks `members` of one host, of which this is `rank`; numbers are those of the whole job.
+    """The connected ranks `members` of one host, one of which is `rank`; all are rank numbers of the whole job.
 
-    `windows` are all of theirs as this process maps them, `heap` is in its own. `gone` says why a member is no
-    longer there; then `peer_lost` of all transports is called, on a thread of this object's own.
+    `windows` are the windows of all members as this process maps them, and `heap` manages this rank's own. `gone` has
+    the reason for each member that is no longer there. When a member goes, `peer_lost` of all transports is called, on
+    a thread of this object's own.
     """
 
     def __init__(self, rank: int, members: list[int]) -> None:
@@ -156,7 +157,7 @@ class Neighbours:
         expected: set[int],
         deadline: float,
     ) -> int | None:
-        """The rank that is on `connection`, or None where it is a stranger."""
+        """The rank at the other end of `connection`, or None if it is not an expected rank."""
         process, user = _credentials(connection)
         if user != os.geteuid():
             return None
@@ -178,7 +179,7 @@ class Neighbours:
         """The processor cores that `members` may run on between them: each may be bound to some of its own."""
         found = set(os.sched_getaffinity(0))
         for peer in members:
-            # A process that cannot be seen from here has the number 0, which asks for this one's again.
+            # The id of a process that is not visible from here is 0, which returns this process's cores again.
             with contextlib.suppress(OSError):
                 found |= os.sched_getaffinity(self._processes.get(peer, 0))
         return len(found)
@@ -186,7 +187,7 @@ class Neighbours:
     # ------------------------------------------------------------------ watching
 
     def watch(self) -> None:
-        """Starts to listen for notes of the peers, and for their end."""
+        """Starts the thread that receives notes of the peers, and notices when one ends."""
         for connection in self._sockets.values():
             connection.setblocking(False)
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -253,26 +254,26 @@ class Neighbours:
     # ------------------------------------------------------------------ ending
 
     def retire(self, free: Callable[[], bool]) -> None:
-        """Keeps `free` of a closed transport until it says that it could give its memory back."""
+        """Keeps the function `free` of a closed transport until it returns True: the memory was freed."""
         self._retired.append(free)
 
     def reap(self) -> None:
-        """Lets the closed transports try."""
+        """Calls `free` of each closed transport again, and forgets those that returned True."""
         self._retired = [free for free in self._retired if not free()]
 
     def hold(self, transport: _Transport) -> None:
-        """One more transport uses it, and hears of losses."""
+        """Registers `transport` as a user; it is told of lost peers."""
         self._users += 1
         with self._news:
             self._transports.add(transport)
 
     def let_forget(self, transport: _Transport) -> None:
-        """`transport` hears of losses no more: when this returns, none is being told to it."""
+        """`transport` is not told of lost peers any more; when this returns, no `peer_lost` call of it is running."""
         with self._news:
             self._transports.discard(transport)
 
     def let_go(self) -> None:
-        """One less; with the last it closes."""
+        """Removes one user; closes if it was the last."""
         self._users -= 1
         if not self._users:
             self.close()
@@ -293,7 +294,7 @@ class Neighbours:
             connection.close()
 
     def forget(self) -> None:
-        """In a forked child: the connections must end with the parent, and the parent alone speaks for this rank."""
+        """In a forked child: closes its copies of the connections, which must end with the parent, the real rank."""
         self.forked = self._closed = True
         for connection in self._sockets.values():
             with contextlib.suppress(OSError):
@@ -301,7 +302,7 @@ class Neighbours:
 
 
 def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
-    """What the other end introduces itself with. Raises `OSError`."""
+    """Receives the secret, rank and window that the other end sends. Raises `OSError`."""
     data, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
     try:
         while descriptors and 0 < len(data) < _HELLO.size:
@@ -316,7 +317,7 @@ def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
 
 
 def _credentials(connection: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end, as the kernel has them; 0 for a process that this one cannot see."""
+    """Process and user id at the other end, as the kernel reports them; 0 if the process is not visible here."""
     known = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     process, user, _ = _CREDENTIALS.unpack(known)
     return process, user

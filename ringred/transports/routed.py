@@ -1,8 +1,8 @@
 """The nearest way to each peer: shared memory to those on this host, MPI or torch's point-to-point to the others.
 
-Both ways carry the same contracts. What one of them learns of failures the other is told, and while a rank waits on
-one of them the other goes on: MPI moves messages only when it is called, and a queue of shared memory only when
-somebody looks whether there is room.
+Both transports carry the same contracts. An abort is passed to both, and while a rank waits on one of them the other
+must make progress: MPI moves messages only when it is called, and queued sends of shared memory leave only when
+somebody checks for room.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def join(
 ) -> Transport:
     """The transport of `rank` among `size`: shared memory where it reaches, `far()` elsewhere. Collective.
 
-    `keep_far` makes `far()` even where shared memory reaches all, for what else it can do; `only_near` refuses to go
-    without shared memory. Raises `TransportUnavailable`.
+    `keep_far` calls `far()` even if shared memory reaches all ranks, for its other abilities; `only_near` requires that
+    shared memory reaches all ranks. Raises `TransportUnavailable`.
     """
     found, reason = neighbours.connect(gather, rank)
     reach = 1 if found is None else len(found.members)
@@ -81,7 +81,7 @@ class RoutedTransport:
         self._all_near = self.buffers = len(self._near_peers) == self.size - 1
         self.name = near.name if self._all_near else f"{near.name}+{far.name}"
         if self._all_near:
-            # No detour for those who go only one way.
+            # All peers are near: calls go to `near` directly.
             self.begin, self.isend, self.irecv = near.begin, near.isend, near.irecv  # type: ignore[method-assign]
             self.wait, self.release = near.wait, near.release  # type: ignore[method-assign]
         else:
@@ -120,7 +120,7 @@ class RoutedTransport:
 
     @contextlib.contextmanager
     def _draining(self) -> Iterator[None]:
-        """While this thread waits far away, another one sends what waits for room nearby."""
+        """While this thread waits on `far`, another thread posts the sends of `near` that are queued for room."""
         ending = threading.Event()
 
         def drain() -> None:

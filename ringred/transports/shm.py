@@ -1,10 +1,10 @@
-"""Ranks of one host through each other's memory.
+"""Transport between ranks of one host, which access each other's memory.
 
 Each rank has a window that all map (`windows`). In it, for every peer, lies a ring of descriptors that this rank
 writes and the peer reads: the contract of a message, its length, where it lies, and its number, which is written
-last and says that the rest is there. A message is read where it is (a tensor in the window), or from a slot into
-which its sender copied it, or it was put into the receiver's window by its sender. The receiver counts what it has
-finished with; that count gives slots and entries back.
+last and says that the rest is there. A message is read in place (a tensor in the sender's window), or from a slot into
+which its sender copied it, or its sender has put it into the receiver's window. The receiver publishes the number of
+the last message that it has finished with, which frees slots and descriptors.
 
 Why this needs no lock, and one fence only, on x86-64: docs/design/shared-memory.md.
 """
@@ -56,15 +56,15 @@ __all__ = ["ShmTransport"]
 
 _BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
 _SPIN_NS = 20_000
-_LONGEST_SLEEP = 1.0  # seconds; only a waker that dies between two instructions makes it matter
-_SHORT_SLEEP = 0.0005  # where something else has to go on meanwhile
+_LONGEST_SLEEP = 1.0  # seconds; it matters only if a peer dies between its write and waking this rank
+_SHORT_SLEEP = 0.0005  # seconds, if another transport must make progress meanwhile
 _VIEWS = 4096  # views of peers' memory that are kept
 
 _Request: TypeAlias = Send | Receive
 
 
 class ShmTransport:
-    """The ranks `members` of `neighbours`, in that order, or, with `names`, called so.
+    """Connects the ranks `members` of `neighbours`, numbered in that order or, if given, by `names`.
 
     Every member constructs it at the same point of the program, with the same `key`. Raises `TransportUnavailable`.
     """
@@ -132,7 +132,7 @@ class ShmTransport:
         return self._base <= memory.data_ptr() < self._end
 
     def expose(self, memory: Tensor | None) -> None:
-        """Says to the peers where this rank's `memory` of the collective lies, for them to put into."""
+        """Tells the peers where this rank's `memory` of the collective lies, so that they can put into it."""
         address = 0 if memory is None else memory.data_ptr()
         if memory is None or not self._base <= address < self._end:
             self._exposed = self._exposed_end = 0
@@ -162,7 +162,7 @@ class ShmTransport:
             return None
         request = Send(link, src, nbytes, self._contract)
         if put and nbytes > SMALL_BYTES and (target := self._put_offset(link, address, nbytes)) >= 0:
-            # Now, while it is hot; the word of it may have to wait for its turn.
+            # Put it now, while it is in the cache; its descriptor may have to wait for earlier messages.
             self._put(link, target, address, src)
             request.place = PUT
         elif nbytes > SMALL_BYTES and not buffered and self._base <= address < self._end:
@@ -186,7 +186,7 @@ class ShmTransport:
         return True
 
     def _start(self, request: Send) -> bool:
-        """Posts as much of a send as there is room for; whether that is all."""
+        """Posts as much of a send as there is room for; returns whether that is all."""
         link, nbytes = request.link, request.nbytes
         slots = link.small if nbytes <= SMALL_BYTES else link.large
         while True:
@@ -220,7 +220,7 @@ class ShmTransport:
         return link.acked
 
     def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
-        """Where in the peer's window a put from `address` goes; −1 where one end has no window there."""
+        """The offset in the peer's window to which a put from `address` goes; −1 if a put is not possible."""
         if not self._exposed <= address < self._exposed_end:
             return -1
         if not self._entered(link):
@@ -229,7 +229,7 @@ class ShmTransport:
         return offset if offset + nbytes <= link.window.nbytes else -1
 
     def _entered(self, link: Link) -> bool:
-        """Whether the peer has begun this collective. Once, it is given a moment to."""
+        """Whether the peer has begun this collective. The first call for a collective waits a moment for that."""
         words, at = link.words, link.words_at + EXPOSED_CONTRACT
         if words[at] == self._contract:
             return True
@@ -255,10 +255,10 @@ class ShmTransport:
         words[entry] = contract
         words[entry + LENGTH] = nbytes
         words[entry + PLACE] = place
-        words[entry + NUMBER] = number  # the last: it says that the rest is there
+        words[entry + NUMBER] = number  # written last: the descriptor is now complete
         link.sent = number
         fence()
-        if link.words[link.words_at + SLEEPING]:  # as `_wake`, which would cost a tenth of a small message
+        if link.words[link.words_at + SLEEPING]:  # `_wake`, inlined: a call costs a tenth of a small message
             self._rouse(link)
 
     def _wake(self, link: Link) -> None:
@@ -272,7 +272,7 @@ class ShmTransport:
         futex.wake(link.sleep_address)
 
     def drain(self) -> None:
-        """Posts what had no room, in order, as far as there is some now."""
+        """Posts queued sends, in order, as far as there is room now."""
         for link in self._links.values():
             while link.queue and self._start(link.queue[0]):
                 link.queue.popleft()
@@ -383,7 +383,7 @@ class ShmTransport:
         address = self._base + self._block + 8 * SLEEPING
         while True:
             own[sleeping] = 1
-            fence()  # whoever writes after this sees that it must wake
+            fence()  # a peer that writes after this sees that it must wake this rank
             if self.queued:
                 self.drain()
             if words[at] >= value:
@@ -451,7 +451,7 @@ class ShmTransport:
         self._words[self._at + REPORT_LENGTH] = len(text)
         self._words[self._at + ABORTED] = 1
         self._words[self._at + ALARM] = 1
-        self._heap.freeze()  # a peer that has not heard yet may still write where it was told to, until it leaves
+        self._heap.freeze()  # a peer that does not know yet may still put into exposed memory, until it leaves
         self._froze = True
         self.peer_lost()
         for link in self._links.values():
@@ -461,12 +461,12 @@ class ShmTransport:
     def reports(self, timeout: float) -> dict[int, str]:
         deadline = time.monotonic() + timeout
         while True:
-            # In this order: a peer that has left by now has written its report before, and it is found.
+            # The order matters: a peer that has left by now wrote its report before leaving, so that it is found.
             here = [link.rank for link in self._links.values() if self._left(link) is None]
             found = self._reports()
             if all(rank in found for rank in here) or time.monotonic() >= deadline:
                 return found
-            time.sleep(0.002)  # a collective has failed: half a second of this is all there will be
+            time.sleep(0.002)  # only after a failure, for half a second at most
 
     # ------------------------------------------------------------------ families, and the end
 
@@ -474,7 +474,7 @@ class ShmTransport:
         return self.family(members, key, None, len(members))
 
     def family(self, members: Sequence[int], key: str, names: Sequence[int] | None, size: int) -> ShmTransport:
-        """As `subset`, for those of a group of `size` that are near, which are called `names` in it."""
+        """As `subset`, for the near ranks `members` of a group of `size`; `names` are their ranks in that group."""
         return ShmTransport(self._neighbours, [self._member[rank] for rank in members], key, self._timeout, names, size)
 
     @property
@@ -496,7 +496,7 @@ class ShmTransport:
         self._neighbours.let_go()
 
     def _free_block(self) -> bool:
-        """Gives the control block back once no peer looks at it any more; whether that is now."""
+        """Frees the control block if no peer reads it any more; returns whether it did."""
         for link in self._links.values():
             gone = self._member[link.rank] in self._neighbours.gone
             if not self._words[link.taken_at + LEFT] and not gone:

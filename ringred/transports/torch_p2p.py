@@ -1,12 +1,13 @@
 """Ranks over the point-to-point of torch's Gloo process group, set up from a torch store: no MPI needed.
 
 The first message of a collective from one rank to another travels in a frame: the collective's contract and the
-payload's length, then the payload if it is small. Its receiver posts room for any frame, compares, and only then
-posts what else it expects from that peer: Gloo ends the whole process when a message exceeds the posted buffer.
+payload's length, then the payload if it is small. The receiver first posts a buffer that fits any frame, compares the
+contract and length, and only then posts its other receives from that peer, because Gloo ends the whole process when a
+message exceeds the posted buffer.
 
 A Gloo request can be waited for once, a send is done only when it was received, and a wait that times out closes
-every connection of the process group. That closing is how an abort travels: each rank that sees it looks into the
-store for the reason, and closes its own.
+every connection of the process group. An abort spreads in this way: each rank that sees a closed connection
+looks up the reason in the store, and closes its own connections.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ def group_store(group: Any) -> tuple[Any, int, int]:
 
 
 def corner(store: Any, rank: int) -> Any:
-    """A fresh part of `store`: the n-th call of each rank gets the n-th. So a store serves many communicators."""
+    """A fresh part of `store`: the n-th call on each rank gets part n, so that one store serves many communicators."""
     turn = store.add(f"turn/{rank}", 1)
     return dist.PrefixStore(f"turn-{turn}", store)
 
 
 def gatherer(store: Any, rank: int, size: int, timeout: float) -> Gather:
-    """What gives a text to all ranks through `store`; it raises `TransportUnavailable` where not all come."""
+    """Returns a `Gather` through `store`, which raises `TransportUnavailable` if a rank does not come in time."""
     rounds = itertools.count()
 
     def gather(text: str) -> list[str]:
@@ -169,7 +170,7 @@ class TorchP2PTransport:
         self._contract = 0
         self._greeted: set[int] = set()
         self._first: dict[int, _Receive] = {}  # peers whose frame of this collective is posted
-        self._verified: set[int] = set()  # ... and has come, with the right contract
+        self._verified: set[int] = set()  # peers whose frame has come, with the right contract
         self._deferred: dict[int, deque[_Receive]] = defaultdict(deque)
         self._frames: list[Tensor] = []
         self._pool: dict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
@@ -293,7 +294,7 @@ class TorchP2PTransport:
     def _wait_for(self, work: Any, peer: int, deadline: float) -> None:
         if self._fault is not None:
             raise self._fault
-        # Gloo takes no timeout of zero, and closes all connections at one that passes: so does our caller.
+        # Gloo accepts no timeout of zero. When one passes it closes all connections, as the caller does then anyway.
         left = max(deadline - time.monotonic(), 0.001)
         try:
             work.wait(timedelta(seconds=left))
@@ -331,7 +332,7 @@ class TorchP2PTransport:
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Closes every connection: a wait that times out does. It takes one that still lives."""
+        """Closes every connection, by a wait that times out. This needs a connection that is still open."""
         nothing = torch.empty(1, dtype=torch.uint8)
         for peer in range(self.size):
             if peer != self.rank:

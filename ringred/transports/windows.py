@@ -1,9 +1,9 @@
 """Windows: anonymous memory of a process that its peers map too, and the heap in it.
 
-A window is a `memfd`: no name ever exists, so nothing can be left behind, squatted on or taken for another's, and
+A window is a `memfd`: it never has a file name, so it cannot be left behind or confused with another one, and
 the size of /dev/shm does not matter. It is as large as the machine's memory and sparse: a page costs nothing until
-it is touched, and blocks that are freed give theirs back. So memory can be had at any time without a word to the
-peers, which mapped all of it at the start.
+it is touched, and freed blocks give their pages back. So memory can be allocated at any time without telling the
+peers, which mapped the whole window at the start.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def adopt(descriptor: int) -> Window:
 
 
 class Heap:
-    """Blocks of a window, first fit, each on cache lines of its own; from a page on, on pages of its own.
+    """Allocates blocks of a window, first fit. Each has cache lines of its own; one of a page or more, its own pages.
 
     Any thread may take and give back.
     """
@@ -77,8 +77,8 @@ class Heap:
         self.window = window
         self._lock = threading.Lock()
         self._free: list[tuple[int, int]] = [(0, window.nbytes)]  # (start, end), ascending, never adjacent
-        self._returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run anywhere, in `take` itself too
-        self._frozen = 0  # how many ask that nothing be given back
+        self._returned: deque[tuple[int, int]] = deque()  # added by finalizers, which may run even within `take`
+        self._frozen = 0  # number of `freeze` calls without their `thaw`
         self._held_back: list[tuple[int, int]] = []
         _live.add(self)
 
@@ -97,7 +97,7 @@ class Heap:
             else:
                 raise MemoryError(f"the window of {self.window.nbytes} bytes has no room for {nbytes} more")
         if unit == _PAGE:
-            self.window.memory.madvise(mmap.MADV_REMOVE, first, last - first)  # small blocks leave dirt behind
+            self.window.memory.madvise(mmap.MADV_REMOVE, first, last - first)  # zeroes what small blocks left
         return first
 
     def give_back(self, offset: int, nbytes: int) -> None:
@@ -121,11 +121,11 @@ class Heap:
         self._free.insert(at, (offset, end))
 
     def freeze(self) -> None:
-        """From here on nothing is given back: a peer may still write where it was told to."""
+        """From here on no block is freed: a peer may still write to memory that was exposed to it."""
         self._frozen += 1
 
     def thaw(self) -> None:
-        """The end of one `freeze`: with the last, what was held back meanwhile is given back."""
+        """Ends one `freeze`; after the last one, the blocks that were held back are freed."""
         self._frozen -= 1
         while not self._frozen and self._held_back:
             self.give_back(*self._held_back.pop())
@@ -137,7 +137,7 @@ class Heap:
             return torch.empty(0, dtype=dtype)
         offset = self.take(nbytes)
         block: Any = (ctypes.c_char * nbytes).from_buffer(self.window.memory, offset)
-        # The tensor's memory holds the block, whatever views there are of it.
+        # The tensor's storage, which all its views share, keeps the block alive.
         weakref.finalize(block, self.give_back, offset, nbytes).atexit = False
         return torch.frombuffer(block, dtype=dtype)
 
