@@ -6,7 +6,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ringred.buckets import Bucket, SparseBucket
 from ringred.communicator import Communicator
+from ringred.data_parallel.autograd_hooks import at_the_end_of_backward, register, weakly
 from ringred.data_parallel.backward import Backward, Forward
 from ringred.data_parallel.graph import leaves_behind, tensors_in
 from ringred.data_parallel.layout import Layout, Members, Settings
@@ -66,16 +66,13 @@ class Reducer:
         self._open = False  # whether a backward that passed through outputs of forward is running
         self._presumed_unused: frozenset[int] = frozenset()
         self._began_ns = self._forward_ended_ns = self._waited_ns = self._free_ns = 0
-        # The hooks live as long as the parameters, so they refer to the reducer weakly: a dropped one must not reduce.
-        me = weakref.ref(self)
-        hooked: list[tuple[Any, Callable[..., None]]] = [
-            (parameter, partial(_on_delayed if at in delayed else _on_gradient, me, at))
+        hooks = [
+            (parameter, weakly(self, Reducer.on_delayed if at in delayed else Reducer.on_gradient, at))
             for at, parameter in enumerate(members.parameters)
         ]
         if members.trigger is not None:
-            hooked.append((members.trigger, partial(_on_trigger, me)))
-        handles = [parameter.register_post_accumulate_grad_hook(hook) for parameter, hook in hooked]
-        weakref.finalize(self, _remove, handles)
+            hooks.append((members.trigger, weakly(self, Reducer.on_trigger)))
+        register(self, hooks)
 
     # ------------------------------------------------------------------ forward
 
@@ -119,7 +116,7 @@ class Reducer:
         self._open, self._presumed_unused = False, frozenset()
         self._pass = self._new_backward(forward)
         self._began_ns, self._forward_ended_ns = 0, time.monotonic_ns()
-        on_backward = partial(_on_backward, weakref.ref(self), forward)
+        on_backward = weakly(self, Reducer.on_backward, forward)
         for tensor in tensors:
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(on_backward)
@@ -138,7 +135,7 @@ class Reducer:
             self._firings,
             self._used,
             asks_for_use=self._used_always is None if settings.static_graph else settings.find_unused,
-            on_launched=partial(_at_its_end, weakref.ref(self)),
+            on_launched=weakly(self, Reducer._finish_at_the_end),
         )
 
     # ------------------------------------------------------------------ backward
@@ -159,7 +156,7 @@ class Reducer:
         if self._open:
             return
         self._open = True
-        _at_the_end_of_backward(self._close)
+        at_the_end_of_backward(self._close)
         if self._pass is None:
             self._pass = self._new_backward(forward)
 
@@ -252,7 +249,7 @@ class Reducer:
         now.touched = True
         self._begin(now)
         if not self._open and (self._recording or self.settings.find_unused):
-            _at_the_end_of_backward(self._close_hidden)
+            at_the_end_of_backward(self._close_hidden)
         for unused in now.forward.unused:
             now.left[unused] = 0
             now.ready(unused)
@@ -276,6 +273,9 @@ class Reducer:
                 f"rank {self.comm.rank}: the gradient of the delayed parameter {self.members.names[at]!r} came after "
                 "that of param_to_hook_all_reduce, and would be lost"
             )
+
+    def _finish_at_the_end(self) -> None:
+        at_the_end_of_backward(self.finish)
 
     def finish(self) -> None:
         """Runs at the end of the backward in which the last bucket was full."""
@@ -397,42 +397,3 @@ class Reducer:
             flat.copy_(before)
         self._note_reduced(now)
         now.raise_non_finite()
-
-
-def _at_the_end_of_backward(callback: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def _at_its_end(reducer: weakref.ref[Reducer]) -> None:
-    alive = reducer()
-    if alive is not None:
-        _at_the_end_of_backward(alive.finish)
-
-
-def _on_gradient(reducer: weakref.ref[Reducer], at: int, parameter: Tensor) -> None:
-    alive = reducer()
-    if alive is not None:
-        alive.on_gradient(at)
-
-
-def _on_trigger(reducer: weakref.ref[Reducer], parameter: Tensor) -> None:
-    alive = reducer()
-    if alive is not None:
-        alive.on_trigger()
-
-
-def _on_delayed(reducer: weakref.ref[Reducer], at: int, parameter: Tensor) -> None:
-    alive = reducer()
-    if alive is not None:
-        alive.on_delayed(at)
-
-
-def _on_backward(reducer: weakref.ref[Reducer], forward: Forward, gradient: Tensor) -> None:
-    alive = reducer()
-    if alive is not None:
-        alive.on_backward(forward)
-
-
-def _remove(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules for data-parallel training."""
 
-from ringred.optim.sharded import LinearScaling, ShardedOptimizer
+from ringred.optim.scaling import LinearScaling
+from ringred.optim.sharded import ShardedOptimizer
 
 __all__ = ["LinearScaling", "ShardedOptimizer"]

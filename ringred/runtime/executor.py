@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ringred.runtime.folds import Folder
 from ringred.runtime.trace import Tracer
-from ringred.schedule.lower import Fold, PostReceive, PostSend, Program, Snapshot, Take, WaitSent
+from ringred.schedule.program import Fold, PostReceive, PostSend, Program, Snapshot, Take, WaitSent
 from ringred.transports.base import Request, Transport, Windowed
 
 __all__ = ["Piece", "Plan", "bind", "run"]

@@ -17,7 +17,8 @@ from ringred.runtime.folds import Folder, ReduceOp
 from ringred.runtime.select import AUTOMATIC, RANK_ORDER, choose, segments_for, share_bounds
 from ringred.runtime.tensors import Flat
 from ringred.schedule.ir import Recv
-from ringred.schedule.lower import Program, in_step, lower
+from ringred.schedule.lower import in_step, lower
+from ringred.schedule.program import Program
 from ringred.topology.calibrate import Costs
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology

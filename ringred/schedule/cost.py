@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeAlias
 
 from ringred.errors import DeadlockError
 from ringred.schedule.ir import Send, Step, fold_groups
-from ringred.schedule.lower import Fold, PostSend, Take, lower
+from ringred.schedule.lower import lower
+from ringred.schedule.program import Fold, PostSend, Take
 
 __all__ = ["Cost", "Link", "simulate"]
 

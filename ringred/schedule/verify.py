@@ -8,16 +8,13 @@ before, for the matching sends, and for earlier sends that still read the data t
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from ringred.errors import DeadlockError, OverwriteError, ScheduleError
+from ringred.errors import ScheduleError
 from ringred.schedule.ir import Chunk, Send, Spec, Step, fold_groups, is_final, last_writes
+from ringred.schedule.matching import Matched, Node, finishing_order, matched_messages, place_of
+from ringred.schedule.put_safe import put_safe
 
 __all__ = ["Proof", "verify"]
 
@@ -40,16 +37,6 @@ class Proof:
     units_received: tuple[int, ...]
     rank_ordered: bool
     put_safe: frozenset[tuple[int, int, int]]
-
-
-class _Message(NamedTuple):
-    sender: int
-    step: int
-    op: int
-    chunk: Chunk
-
-
-_Node = tuple[int, int]  # (rank, step): all receives of one step of one rank
 
 
 class _Expressions:
@@ -102,8 +89,8 @@ def verify(spec: Spec, schedule: Callable[[int], Iterable[Step]], *, puts: bool 
     _check_spec(spec)
     steps = [list(schedule(rank)) for rank in range(spec.size)]
     _check_operations(spec, steps)
-    matched = _match(spec, steps)
-    order = _order(spec, steps, matched)
+    matched = matched_messages(spec, steps)
+    order = finishing_order(spec, steps, matched)
     rank_ordered = _run(spec, steps, matched, order)
     sends = [[op for step in rank for op in step if isinstance(op, Send)] for rank in steps]
     received = [sum(len(op.chunk.units) for step in rank for op in step if not isinstance(op, Send)) for rank in steps]
@@ -114,13 +101,8 @@ def verify(spec: Spec, schedule: Callable[[int], Iterable[Step]], *, puts: bool 
         units_sent=tuple(sum(len(op.chunk.units) for op in rank) for rank in sends),
         units_received=tuple(received),
         rank_ordered=rank_ordered,
-        put_safe=_put_safe(spec, steps, matched, order) if puts else frozenset(),
+        put_safe=put_safe(spec, steps, matched, order) if puts else frozenset(),
     )
-
-
-def _where(spec: Spec, rank: int, step: int, chunk: Chunk | None = None) -> str:
-    at = f"{spec.collective} on {spec.size} ranks: rank {rank}, step {step}"
-    return at if chunk is None else f"{at}, chunk {chunk}"
 
 
 def _check_spec(spec: Spec) -> None:
@@ -140,16 +122,16 @@ def _check_operations(spec: Spec, steps: list[list[Step]]) -> None:
         for index, step in enumerate(rank_steps):
             for op in step:
                 if not 0 <= op.peer < spec.size or op.peer == rank:
-                    where = _where(spec, rank, index, op.chunk)
+                    where = place_of(spec, rank, index, op.chunk)
                     raise ScheduleError(f"{where}: {op} names no other rank of 0..{spec.size - 1}")
                 if not 0 <= op.chunk.start < op.chunk.stop <= spec.units:
-                    where = _where(spec, rank, index, op.chunk)
+                    where = place_of(spec, rank, index, op.chunk)
                     raise ScheduleError(f"{where}: {op} is no run of units of 0..{spec.units - 1}")
             groups = fold_groups(step)
             for chunk, _, peers in groups:
                 if len(peers) > len(set(peers)):
                     raise ScheduleError(
-                        f"{_where(spec, rank, index, chunk)}: one fold takes two messages of one rank, of {peers}"
+                        f"{place_of(spec, rank, index, chunk)}: one fold takes two messages of one rank, of {peers}"
                     )
             turn = {chunk: at for at, (chunk, _, _) in enumerate(groups)}
             latest: dict[int, int] = {}
@@ -157,7 +139,7 @@ def _check_operations(spec: Spec, steps: list[list[Step]]) -> None:
                 if not isinstance(op, Send):
                     if turn[op.chunk] < latest.get(op.peer, 0):
                         raise ScheduleError(
-                            f"{_where(spec, rank, index, op.chunk)}: received from rank {op.peer} after a chunk "
+                            f"{place_of(spec, rank, index, op.chunk)}: received from rank {op.peer} after a chunk "
                             "whose fold comes later; folds of one step take each peer's messages in order"
                         )
                     latest[op.peer] = turn[op.chunk]
@@ -166,117 +148,12 @@ def _check_operations(spec: Spec, steps: list[list[Step]]) -> None:
                 for other in writes[:at]:
                     if chunk.overlaps(other):
                         raise ScheduleError(
-                            f"{_where(spec, rank, index, chunk)}: written together with chunk {other}; "
+                            f"{place_of(spec, rank, index, chunk)}: written together with chunk {other}; "
                             "receives of one step may share a chunk only to fold into all of it"
                         )
 
 
-def _match(spec: Spec, steps: list[list[Step]]) -> dict[tuple[int, int, int], _Message]:
-    """The message that each receive (rank, step, operation) gets: first in, first out per ordered pair."""
-    sent: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
-    for rank, rank_steps in enumerate(steps):
-        for index, step in enumerate(rank_steps):
-            for at, op in enumerate(step):
-                if isinstance(op, Send):
-                    sent[rank, op.peer].append(_Message(rank, index, at, op.chunk))
-    matched: dict[tuple[int, int, int], _Message] = {}
-    for rank, rank_steps in enumerate(steps):
-        for index, step in enumerate(rank_steps):
-            for at, op in enumerate(step):
-                if isinstance(op, Send):
-                    continue
-                queue = sent[op.peer, rank]
-                if not queue:
-                    where = _where(spec, rank, index, op.chunk)
-                    raise ScheduleError(f"{where}: receives from rank {op.peer}, which sends nothing more to it")
-                message = queue.popleft()
-                if message.chunk != op.chunk:
-                    where = _where(spec, rank, index, op.chunk)
-                    raise ScheduleError(
-                        f"{where}: expected chunk {op.chunk} from rank {op.peer}, "
-                        f"which sends chunk {message.chunk} in its step {message.step}"
-                    )
-                matched[rank, index, at] = message
-    for (rank, peer), queue in sent.items():
-        if queue:
-            message = queue[0]
-            raise ScheduleError(
-                f"{_where(spec, rank, message.step, message.chunk)}: sent to rank {peer}, which never receives it"
-            )
-    return matched
-
-
-def _order(spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message]) -> list[_Node]:
-    """The steps of all ranks in an order in which each can finish."""
-    consumer = {(m.sender, m.step, m.op): (rank, step) for (rank, step, _), m in matched.items()}
-    data: dict[_Node, set[_Node]] = {}
-    overwrites: dict[_Node, dict[_Node, Chunk]] = {}
-    for rank, rank_steps in enumerate(steps):
-        unread: dict[int, list[_Node]] = defaultdict(list)  # unit -> who still reads it from this rank
-        for index, step in enumerate(rank_steps):
-            node = (rank, index)
-            needs = {(rank, index - 1)}
-            for at, op in enumerate(step):
-                if not isinstance(op, Send):
-                    message = matched[rank, index, at]
-                    needs.add((message.sender, message.step - 1))
-            data[node] = {need for need in needs if need[1] >= 0}
-            waits: dict[_Node, Chunk] = {}
-            written: set[int] = set()
-            for chunk, _, _ in fold_groups(step):
-                written.update(chunk.units)
-                for u in chunk.units:
-                    for reader in unread.pop(u, ()):
-                        waits[reader] = chunk
-            overwrites[node] = waits
-            for at, op in enumerate(step):
-                # A chunk that is sent and received in one step is sent from a slot, so no peer reads the chunk itself.
-                if isinstance(op, Send) and written.isdisjoint(op.chunk.units):
-                    reader = consumer[rank, index, at]
-                    for u in op.chunk.units:
-                        unread[u].append(reader)
-    order, stuck = _topological(data, overwrites)
-    if not stuck:
-        return order
-    if not _topological(data, {})[1]:
-        rank, index = min(stuck, key=lambda node: node[1])
-        for node in sorted(stuck, key=lambda node: node[1]):
-            for reader, chunk in overwrites[node].items():
-                if reader in stuck:
-                    raise OverwriteError(
-                        f"{_where(spec, *node, chunk)}: overwritten while rank {reader[0]} may still read it "
-                        f"for its step {reader[1]}"
-                    )
-    circle = ", ".join(f"rank {r} in step {s}" for r, s in sorted(stuck)[:8])
-    raise DeadlockError(f"{spec.collective} on {spec.size} ranks: deadlock of {circle}")
-
-
-def _topological(
-    data: dict[_Node, set[_Node]], overwrites: dict[_Node, dict[_Node, Chunk]]
-) -> tuple[list[_Node], set[_Node]]:
-    """Kahn's algorithm: the order found, and the nodes that no order reaches."""
-    after: dict[_Node, list[_Node]] = defaultdict(list)
-    missing: dict[_Node, int] = {}
-    for node, needs in data.items():
-        every = needs | (overwrites.get(node, {}).keys() - {node})
-        missing[node] = len(every)
-        for need in every:
-            after[need].append(node)
-    ready = deque(node for node, count in missing.items() if not count)
-    order = []
-    while ready:
-        node = ready.popleft()
-        order.append(node)
-        for following in after[node]:
-            missing[following] -= 1
-            if not missing[following]:
-                ready.append(following)
-    return order, missing.keys() - set(order)
-
-
-def _run(
-    spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
-) -> bool:
+def _run(spec: Spec, steps: list[list[Step]], matched: Matched, order: list[Node]) -> bool:
     """Runs the schedule on expressions and checks the end state; returns `Proof.rank_ordered`."""
     expressions = _Expressions()
     held = [[_NOTHING] * spec.units for _ in range(spec.size)]
@@ -295,7 +172,7 @@ def _run(
                 if _NOTHING in values:
                     missing = op.chunk.start + values.index(_NOTHING)
                     raise ScheduleError(
-                        f"{_where(spec, rank, index, op.chunk)}: sends unit {missing}, which it does not hold"
+                        f"{place_of(spec, rank, index, op.chunk)}: sends unit {missing}, which it does not hold"
                     )
                 in_flight[rank, index, at] = values
 
@@ -315,7 +192,7 @@ def _run(
         for chunk, operands in folds.items():
             operands.append((rank, mine[chunk.start : chunk.stop]))
             final = is_final(chunk, index, last_write[rank], spec.wants[rank].__contains__)
-            where = _where(spec, rank, index, chunk)
+            where = place_of(spec, rank, index, chunk)
             mine[chunk.start : chunk.stop] = _fold(expressions, chunk, sorted(operands), final, where)
         post_sends(rank, index + 1)
     return _check_end(spec, steps, held, expressions)
@@ -351,7 +228,7 @@ def _check_end(spec: Spec, steps: list[list[Step]], held: list[list[int]], expre
     agreed: dict[int, tuple[int, int]] = {}
     rank_ordered = True
     for rank, wanted in enumerate(spec.wants):
-        end = f"{_where(spec, rank, len(steps[rank]))} (the end)"
+        end = f"{place_of(spec, rank, len(steps[rank]))} (the end)"
         for u in sorted(wanted):
             value = held[rank][u]
             ranks = 0 if value == _NOTHING else expressions.ranks[value]
@@ -373,67 +250,3 @@ def _check_end(spec: Spec, steps: list[list[Step]], held: list[list[int]], expre
                 )
             rank_ordered &= expressions.rank_ordered[value]
     return rank_ordered
-
-
-def _put_safe(
-    spec: Spec, steps: list[list[Step]], matched: dict[tuple[int, int, int], _Message], order: list[_Node]
-) -> frozenset[tuple[int, int, int]]:
-    """The replacing messages whose sender knows that the receiver, if it has entered, no longer uses its own copy.
-
-    What a rank knows is kept as a vector clock for each unit. `clocks[q][u, p] = s + 1` means that rank q knows that
-    rank p has posted its sends of u in step s, and so has finished its receives of u in all steps before s; 0 means
-    that p may not even have entered. Only messages that carry u pass this knowledge on: a program divides messages
-    into segments, and a segment of one unit says nothing about the progress of another unit. For any single element,
-    receives come before the sends that read what they wrote, whatever the segments are.
-    """
-    size = spec.size
-    consumer = {(m.sender, m.step, m.op): (rank, step) for (rank, step, _), m in matched.items()}
-    # unit -> what must be known before another rank writes it here: (rank, clock value)
-    accesses: list[dict[int, list[tuple[int, int]]]] = [defaultdict(list) for _ in range(size)]
-    needed: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
-    for rank, rank_steps in enumerate(steps):
-        mine = accesses[rank]
-        for index, step in enumerate(rank_steps):
-            for at, op in enumerate(step):
-                if isinstance(op, Send):
-                    reader, reader_step = consumer[rank, index, at]
-                    for u in op.chunk.units:
-                        mine[u] += [(rank, index + 1), (reader, reader_step + 2)]
-            for at, op in enumerate(step):
-                if isinstance(op, Send):
-                    continue
-                if not op.reduce:
-                    message = matched[rank, index, at]
-                    needed[message.sender, message.step, message.op] = [
-                        (u, *need) for u in op.chunk.units for need in mine[u]
-                    ]
-            for chunk, _, _ in fold_groups(step):
-                for u in chunk.units:
-                    mine[u] = [(rank, index + 2)]
-    clocks: list[npt.NDArray[np.int32]] = [np.zeros((spec.units, size), np.int32) for _ in range(size)]
-    posted: dict[_Node, npt.NDArray[np.int32]] = {}
-    safe = set()
-
-    def post(rank: int, index: int) -> None:
-        clock = clocks[rank]
-        clock[:, rank] = index + 1
-        if index >= len(steps[rank]):
-            return
-        posted[rank, index] = clock.copy()
-        for at, op in enumerate(steps[rank][index]):
-            if isinstance(op, Send):
-                needs = needed.get((rank, index, at))
-                if needs is not None and all(clock[u, peer] >= value for u, peer, value in needs):
-                    safe.add((rank, index, at))
-
-    for rank in range(size):
-        post(rank, 0)
-    for rank, index in order:
-        for at, op in enumerate(steps[rank][index]):
-            if not isinstance(op, Send):
-                message = matched[rank, index, at]
-                rows = slice(op.chunk.start, op.chunk.stop)
-                theirs = posted[message.sender, message.step][rows]
-                np.maximum(clocks[rank][rows], theirs, out=clocks[rank][rows])
-        post(rank, index + 1)
-    return frozenset(safe)

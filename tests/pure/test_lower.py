@@ -7,7 +7,8 @@ import pytest
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup
 from ringred.runtime.select import share_bounds
 from ringred.schedule.ir import Chunk, Recv, Send, unit
-from ringred.schedule.lower import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent, in_step, lower
+from ringred.schedule.lower import in_step, lower
+from ringred.schedule.program import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent
 
 
 def ring(rank: int, size: int, count: int, segment: int) -> list:

@@ -15,13 +15,35 @@ from ringred.buckets import Entry
 from ringred.communicator import Communicator
 from ringred.data_parallel.overlap import BackwardTimes, forecast, report
 from ringred.data_parallel.reports import write_scalars
+from ringred.data_parallel.stragglers import straggler_report
 from ringred.testing import run_ranks
 from tests.threads.wrapping import MODEL, backward, wrapped
 
-LATE = 0.05  # seconds: more than a busy machine keeps any rank waiting on the average
+LATE = 0.25  # seconds: several times what a machine with ten threads a core keeps a rank waiting, on the average
 
 
 def test_the_straggler_is_named_on_every_rank() -> None:
+    """By arrivals that are given: none of the numbers is a matter of how busy the machine is."""
+
+    def body(comm: Communicator) -> tuple[dict[str, Any], str]:
+        late = 0.051 if comm.rank == comm.size - 1 else 0.001
+        report = straggler_report(comm, [1.0] * (3 - comm.rank) + [late] * 10)  # older ones that not all ranks have
+        return report.as_dict(), str(report)
+
+    results = run_ranks(body, 3)
+    assert len({json.dumps(report) for report, _ in results}) == 1, "all ranks say the same"
+    report, text = results[0]
+    assert report["straggler"] == 2
+    assert report["iterations"] == 11
+    assert [rank["last"] for rank in report["ranks"]] == [1, 0, 10]
+    assert [rank["caused"] for rank in report["ranks"]] == pytest.approx([0.0, 0.0, 1.0])
+    assert [rank["busy_ms"] for rank in report["ranks"]] == pytest.approx([1.0, 1.0, 51.0])
+    assert [rank["waits_ms"] for rank in report["ranks"]] == pytest.approx([500 / 11, 500 / 11, 0.0])
+    assert report["waiting"] > 0.2
+    assert "rank 2 is the straggler" in text
+
+
+def test_the_last_rank_is_named_for_its_time_in_forward() -> None:
     class Slow(nn.Module):
         def __init__(self, seconds: float) -> None:
             super().__init__()
@@ -31,24 +53,15 @@ def test_the_straggler_is_named_on_every_rank() -> None:
             time.sleep(self.seconds)
             return self.inner(self.norm(x))
 
-    def body(comm: Communicator) -> tuple[dict[str, Any], str]:
-        late = comm.size - 1
+    def body(comm: Communicator) -> tuple[int | None, int]:
         # BatchNorm's buffers come from rank 0 in each forward, and wait there too.
-        model = wrapped(comm, Slow(LATE if comm.rank == late else 0.0))
-        for step in range(11):
+        model = wrapped(comm, Slow(LATE if comm.rank == comm.size - 1 else 0.0))
+        for step in range(6):
             backward(model, comm.rank, 8, step)
         report = model.straggler_report()
-        return report.as_dict(), str(report)
+        return report.straggler, report.iterations
 
-    results = run_ranks(body, 3)
-    assert len({json.dumps(report) for report, _ in results}) == 1, "all ranks say the same"
-    report, text = results[0]
-    assert report["straggler"] == 2
-    assert report["iterations"] == 10
-    assert report["ranks"][2]["caused"] > 0.8
-    assert report["ranks"][2]["waits_ms"] < 250 * LATE < 500 * LATE < report["ranks"][0]["waits_ms"]
-    assert report["waiting"] > 0.3
-    assert "rank 2 is the straggler" in text
+    assert run_ranks(body, 3) == [(2, 5)] * 3
 
 
 def test_rank_0_is_named_though_the_others_wait_for_it_in_forward() -> None:
