@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,20 +16,10 @@ from torch import Tensor, nn
 
 from ringred.buckets import FIRST_BUCKET_BYTES
 from ringred.communicator import Communicator, default_communicator
-from ringred.data_parallel.arguments import (
-    BucketPlan,
-    algorithm_of,
-    bucket_caps,
-    check_hook,
-    check_parameters,
-    group_asked_for,
-    members_of,
-    op_of,
-    plan_text,
-    read_plan,
-    special_parameters,
-)
-from ringred.data_parallel.join import UnevenInputs
+from ringred.data_parallel import arguments
+from ringred.data_parallel.arguments import BucketPlan
+from ringred.data_parallel.as_given import AsGiven
+from ringred.data_parallel.join import UnevenInputs, check_joinable
 from ringred.data_parallel.layout import Members, Settings
 from ringred.data_parallel.overlap import OverlapReport, forecast, report
 from ringred.data_parallel.policy import Policy, comm_hook
@@ -40,9 +27,9 @@ from ringred.data_parallel.reducer import Reducer
 from ringred.data_parallel.reductions import CommHook
 from ringred.data_parallel.replicas import broadcast_tensors, check_same_model, check_same_values
 from ringred.data_parallel.stragglers import StragglerReport, straggler_report
-from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
+from ringred.data_parallel.weights import Weights
 from ringred.errors import RingredError
-from ringred.runtime.compiling import compiled_in_buckets, not_compiled
+from ringred.runtime.compiling import active_ddp_module, compiled_in_buckets, not_compiled
 from ringred.runtime.folds import ReduceOp
 
 __all__ = ["DistributedDataParallel"]
@@ -111,32 +98,20 @@ class DistributedDataParallel(nn.Module):
         desync_check_every: int = 0,
     ) -> None:
         super().__init__()
-        if mixed_precision is not None:
-            raise ValueError(
-                "mixed_precision is not supported: torch's own needs an accelerator. torch.autocast computes in 16 "
-                "bits, ringred.hooks.Half reduces in 16 bits"
-            )
-        if lazy_bucket_allocation:
-            raise ValueError(
-                "lazy_bucket_allocation is not supported: buckets lie in memory that ranks share, and their plans are "
-                "made at construction"
-            )
-        if check_reduction:
-            warnings.warn("check_reduction has no effect; it is deprecated in torch too", FutureWarning, stacklevel=2)
-        if forward_sync_buffers is not None and broadcast_buffers is not None:
-            warnings.warn("broadcast_buffers is ignored beside forward_sync_buffers", FutureWarning, stacklevel=2)
+        arguments.check_supported(mixed_precision, lazy_bucket_allocation)
+        arguments.warn_of_ignored(check_reduction, forward_sync_buffers is not None and broadcast_buffers is not None)
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [(name, p) for name, p in module.named_parameters() if name not in ignored]
-        check_parameters(named, device_ids, output_device)
+        arguments.check_parameters(named, device_ids, output_device)
         # broadcast_buffers=False leaves buffers alone at the start as well, as in torch.
         init_buffers = forward_sync_buffers is not None or broadcast_buffers is not False
         self.forward_sync_buffers = init_buffers if forward_sync_buffers is None else forward_sync_buffers
-        self.process_group = group_asked_for(process_group, device_mesh)
+        self.process_group = arguments.group_asked_for(process_group, device_mesh)
         self.comm: Communicator = default_communicator(self.process_group)
         settings = Settings(
-            caps=bucket_caps(bucket_cap_mb, bucket_cap_mb_list),
-            op=op_of(reduce_op),
-            algorithm=algorithm_of(algorithm, grid, deterministic),
+            caps=arguments.bucket_caps(bucket_cap_mb, bucket_cap_mb_list),
+            op=arguments.op_of(reduce_op),
+            algorithm=arguments.algorithm_of(algorithm, grid, deterministic),
             grid=None if grid is None else tuple(grid),
             as_views=gradient_as_bucket_view,
             find_unused=find_unused_parameters,
@@ -146,17 +121,14 @@ class DistributedDataParallel(nn.Module):
             check_finite=check_finite,
             deterministic=deterministic,
         )
-        if desync_check_every < 0:
-            raise ValueError(f"DistributedDataParallel: expected desync_check_every ≥ 0, got {desync_check_every}")
         alike = [
-            *(f"{field.name}={getattr(settings, field.name)}" for field in dataclasses.fields(settings)),
-            *(f"desync_check_every={desync_check_every}", f"bucket plan {plan_text(bucket_plan)}"),
+            *arguments.as_text(settings, desync_check_every, bucket_plan),
             f"init_sync={init_sync}, {init_buffers}, forward_sync_buffers={self.forward_sync_buffers}",
-            *special_parameters(module, delay_all_reduce_named_params, param_to_hook_all_reduce),
+            *arguments.special_parameters(module, delay_all_reduce_named_params, param_to_hook_all_reduce),
         ]
         check_same_model(self.comm, module, ignored, alike)
-        members = members_of(module, named, delay_all_reduce_named_params, param_to_hook_all_reduce)
-        plan = None if bucket_plan is None else read_plan(bucket_plan, members)
+        members = arguments.members_of(module, named, delay_all_reduce_named_params, param_to_hook_all_reduce)
+        plan = None if bucket_plan is None else arguments.read_plan(bucket_plan, members)
         if init_sync:
             buffers = [buffer for name, buffer in module.named_buffers() if name not in ignored]
             broadcast_tensors(self.comm, [*(p for _, p in named), *(buffers if init_buffers else [])])
@@ -168,10 +140,10 @@ class DistributedDataParallel(nn.Module):
         self.module, self.parameters_to_ignore, self.reducer = module, ignored, reducer
         self._desync_check_every = desync_check_every
         self.require_backward_grad_sync = True
-        self._as_given = [(id(p), p.requires_grad) for p in module.parameters()]
+        self._as_given = AsGiven(self.comm.rank, module, ignored, reducer.members.parameters)
         self._forwards = 0  # number of synchronised forwards so far
         self._sync_buffers_next = True
-        self._weight: float | None = None
+        self._weights = Weights(self.comm)
         self._uneven: UnevenInputs | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistributedDataParallel:
@@ -218,7 +190,7 @@ class DistributedDataParallel(nn.Module):
         scale: Callable[[], float] | None = None
         if syncing:
             reducer.check_finished()
-            self._check_unchanged()
+            self._as_given.check(self.module, self.reducer.settings.find_unused)
         began = time.monotonic_ns()
         if self._uneven is not None:
             turn = self._uneven.next((syncing, copying))
@@ -227,8 +199,8 @@ class DistributedDataParallel(nn.Module):
                 scale = partial(float, 1 / len(turn.active))
         if syncing:
             reducer.rebuild()
-            if self._weight is not None:
-                scale = self._weighing()
+            if self._weights.given:
+                scale = self._weights.gathered()
             self._forwards += 1
             if self._desync_check_every and self._forwards % self._desync_check_every == 0 and self._uneven is None:
                 self.check_desync()
@@ -266,56 +238,13 @@ class DistributedDataParallel(nn.Module):
         """
         if self.reducer.layout.hooked or self.reducer.settings.op is ReduceOp.SUM or self._uneven is not None:
             raise ValueError("weigh goes with reduce_op='avg', without a communication hook, outside of join()")
-        if self._weight is not None or not self.require_backward_grad_sync:
+        if self._weights.given or not self.require_backward_grad_sync:
             raise ValueError("weigh: once before each synchronised forward, and not within no_sync()")
-        if any(isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) for module in self.module.modules()):
-            raise ValueError(
-                "weigh does not go with SyncBatchNorm, which adds gradients of all ranks before they are weighed: use "
-                "reduce_op='sum', and divide losses by the samples of all ranks"
-            )
-        if not 0 <= samples < float("inf"):
-            raise ValueError(f"weigh: expected a number of samples ≥ 0, got {samples}")
-        self._weight = float(samples)
-
-    def _weighing(self) -> Callable[[], float]:
-        assert self._weight is not None, "weights were given"
-        mine, self._weight = self._weight, None
-        total = torch.tensor([mine], dtype=torch.float64)
-        work = self.comm.all_reduce(total, async_op=True)
-        known: list[float] = []
-
-        def scale() -> float:
-            if not known:
-                work.wait()
-                if not total.item():
-                    raise ValueError(f"rank {self.comm.rank}: weigh: all ranks together have no samples")
-                known.append(mine / total.item())
-            return known[0]
-
-        return scale
+        self._weights.give(samples, self.module)
 
     def _current_buffers(self) -> list[Tensor]:
         """The buffers as they are now: a module may put new tensors in their places."""
         return [buffer for name, buffer in self.module.named_buffers() if name not in self.parameters_to_ignore]
-
-    def _check_unchanged(self) -> None:
-        """Raises `RuntimeError` if a parameter was replaced, frozen or unfrozen so that synchronisation would fail."""
-        if [(id(p), p.requires_grad) for p in self.module.parameters()] == self._as_given:
-            return
-        known = set(map(id, self.reducer.members.parameters))
-        now = [(name, p) for name, p in self.module.named_parameters() if name not in self.parameters_to_ignore]
-        for name, parameter in now:
-            if parameter.requires_grad and id(parameter) not in known:
-                raise RuntimeError(
-                    f"rank {self.comm.rank}: parameter {name!r} was added, replaced or unfrozen after "
-                    "DistributedDataParallel was constructed; its gradient would not be reduced. Construct it anew"
-                )
-        frozen = [name for name, p in now if id(p) in known and not p.requires_grad]
-        if frozen and len(frozen) < len(known) and not self.reducer.settings.find_unused:
-            raise RuntimeError(
-                f"rank {self.comm.rank}: parameter {frozen[0]!r} was frozen after DistributedDataParallel was "
-                "constructed, and its bucket would wait for it: construct it anew, or use find_unused_parameters=True"
-            )
 
     # ------------------------------------------------------------------ uneven inputs
 
@@ -337,17 +266,7 @@ class DistributedDataParallel(nn.Module):
         if not enable:
             yield
             return
-        if not self.reducer.layout.joins or self.reducer.settings.skip_unused:
-            raise RuntimeError(
-                "join() does not go with a ShardedOptimizer or LocalSGD, in whose steps all ranks take part, nor with "
-                "skip_all_reduce_unused_params, for a rank without inputs does not know what is used"
-            )
-        layers = (SyncBatchNorm, nn.SyncBatchNorm)
-        if not throw_on_early_termination and any(isinstance(m, layers) for m in self.module.modules()):
-            raise RuntimeError(
-                "join() does not go with SyncBatchNorm, in whose forward all ranks take part, but for "
-                "throw_on_early_termination=True"
-            )
+        check_joinable(self.module, self.reducer.layout, throw_on_early_termination)
         self._uneven = UnevenInputs(self.comm, divide_by_initial_world_size, throw_on_early_termination)
         try:
             yield
@@ -388,23 +307,16 @@ class DistributedDataParallel(nn.Module):
         Raises `TypeError` or `ValueError` if the hook is not valid for this model, and `RuntimeError` if the model
         already has a hook or a backward was already reduced.
         """
-        check_hook(hook)
-        settings = self.reducer.settings
+        arguments.check_hook(hook)
         if self.reducer.layout.hooked:
             raise RuntimeError("register_comm_hook can only be called once")
         if self.reducer.layout.shares is not None:
             raise RuntimeError("register_comm_hook does not go with a ShardedOptimizer, which reduces by itself")
-        if settings.op is ReduceOp.SUM or settings.deterministic:
-            raise ValueError("a communication hook reduces by itself: reduce_op and deterministic say nothing to it")
-        if not isinstance(state, Policy):
+        arguments.check_goes_with(state, self.reducer.settings)
+        if isinstance(state, Policy):
+            self.reducer.set_policy(state, None if hook is comm_hook else hook)
+        else:
             self.reducer.set_hook(state, hook)
-            return
-        if state.needs_all_gradients and (settings.find_unused or settings.check_finite):
-            raise ValueError(
-                f"{type(state).__name__} does not go with find_unused_parameters or check_finite: it acts before it is "
-                "known whether gradients count"
-            )
-        self.reducer.set_policy(state, None if hook is comm_hook else hook)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `Module.zero_grad`; it forgets gradients that lie in the shares of a `ShardedOptimizer` as well."""
@@ -419,10 +331,7 @@ class DistributedDataParallel(nn.Module):
 
     def save_bucket_plan(self, path: str | Path) -> None:
         """Writes `bucket_plan()` to a file (JSON), whole or not at all."""
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.rank{self.comm.rank}")
-        unfinished.write_text(json.dumps({"buckets": self.bucket_plan()}, indent=1) + "\n")
-        unfinished.replace(path)
+        arguments.write_plan(path, self.bucket_plan(), self.comm.rank)
 
     def check_desync(self) -> None:
         """Raises `ReplicasDiverged` on every rank if parameters differ between ranks. Collective."""
@@ -455,11 +364,12 @@ class DistributedDataParallel(nn.Module):
 
     def straggler_report(self) -> StragglerReport:
         """Reports which rank the others waited for over the last iterations; the same on all ranks. Collective."""
-        found = straggler_report(self.comm, self.reducer.arrivals)
-        if self.comm.tracer is not None:
-            name = "no straggler" if found.straggler is None else f"rank {found.straggler} is the straggler"
-            self.comm.tracer.instant("ddp", name, time.monotonic_ns(), **found.as_dict())
-        return found
+        return straggler_report(self.comm, self.reducer.arrivals)
+
+    @classmethod
+    def _get_active_ddp_module(cls) -> Any:
+        """As in torch: for torch.compile, where a program has put this class in the place of torch's."""
+        return active_ddp_module()
 
     @staticmethod
     def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, params_and_buffers_to_ignore: Any) -> None:

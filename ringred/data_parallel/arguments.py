@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from ringred.buckets import FIRST_BUCKET_BYTES, MIB
 from ringred.collectives.registry import algorithms, lookup
-from ringred.data_parallel.layout import Members
+from ringred.data_parallel.layout import Members, Settings
+from ringred.data_parallel.policy import Policy
 from ringred.errors import UnknownAlgorithm, UnsupportedTensor
 from ringred.runtime.folds import ReduceOp, reduce_op
 from ringred.runtime.select import AUTOMATIC, RANK_ORDER
@@ -21,15 +24,19 @@ from ringred.runtime.select import AUTOMATIC, RANK_ORDER
 __all__ = [
     "BucketPlan",
     "algorithm_of",
+    "as_text",
     "bucket_caps",
+    "check_goes_with",
     "check_hook",
     "check_parameters",
+    "check_supported",
     "group_asked_for",
     "members_of",
     "op_of",
-    "plan_text",
     "read_plan",
     "special_parameters",
+    "warn_of_ignored",
+    "write_plan",
 ]
 
 _DEFAULT_CAP_MB = 25
@@ -54,6 +61,28 @@ def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, outpu
             f"device_ids and output_device only work with GPU modules, but got device_ids {device_ids}, output_device "
             f"{output_device}, and parameters on the CPU"
         )
+
+
+def check_supported(mixed_precision: Any, lazy_bucket_allocation: bool) -> None:
+    """Raises `ValueError` for arguments of torch's that ringred does not take."""
+    if mixed_precision is not None:
+        raise ValueError(
+            "mixed_precision is not supported: torch's own needs an accelerator. torch.autocast computes in 16 "
+            "bits, ringred.hooks.Half reduces in 16 bits"
+        )
+    if lazy_bucket_allocation:
+        raise ValueError(
+            "lazy_bucket_allocation is not supported: buckets lie in memory that ranks share, and their plans are "
+            "made at construction"
+        )
+
+
+def warn_of_ignored(check_reduction: bool, buffers_said_twice: bool) -> None:
+    """Warns the caller of DistributedDataParallel of arguments that have no effect."""
+    if check_reduction:
+        warnings.warn("check_reduction has no effect; it is deprecated in torch too", FutureWarning, stacklevel=3)
+    if buffers_said_twice:
+        warnings.warn("broadcast_buffers is ignored beside forward_sync_buffers", FutureWarning, stacklevel=3)
 
 
 def group_asked_for(process_group: Any, device_mesh: Any) -> Any:
@@ -155,12 +184,19 @@ def algorithm_of(algorithm: str, grid: Sequence[int] | None, deterministic: bool
     return RANK_ORDER if algorithm == "auto" else algorithm
 
 
-def plan_text(plan: BucketPlan | str | Path | None) -> str:
-    """A bucket plan as text that the ranks compare; of a file, its contents if it exists."""
+def as_text(settings: Settings, desync_check_every: int, plan: BucketPlan | str | Path | None) -> list[str]:
+    """What must be the same on all ranks, as text that they compare; of a plan in a file, its contents if it exists."""
+    if desync_check_every < 0:
+        raise ValueError(f"DistributedDataParallel: expected desync_check_every ≥ 0, got {desync_check_every}")
     if isinstance(plan, (str, Path)):
-        path = Path(plan)
-        return path.read_text() if path.exists() else "in a file that is not there"
-    return str(plan)
+        plan_text = Path(plan).read_text() if Path(plan).exists() else "in a file that is not there"
+    else:
+        plan_text = str(plan)
+    return [
+        *(f"{field.name}={getattr(settings, field.name)}" for field in dataclasses.fields(settings)),
+        f"desync_check_every={desync_check_every}",
+        f"bucket plan {plan_text}",
+    ]
 
 
 def read_plan(plan: BucketPlan | str | Path, members: Members) -> list[list[int]]:
@@ -177,6 +213,25 @@ def read_plan(plan: BucketPlan | str | Path, members: Members) -> list[list[int]
         if len(kinds) > 1 or (len(places) > 1 and not members.sparse.isdisjoint(places)):
             raise ValueError(f"bucket_plan: {members.names[places[0]]!r} shares a bucket with others of another kind")
     return found
+
+
+def write_plan(path: str | Path, plan: BucketPlan, rank: int) -> None:
+    """Writes `plan` to the file `path` (JSON), whole or not at all."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.rank{rank}")
+    unfinished.write_text(json.dumps({"buckets": plan}, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def check_goes_with(state: Any, settings: Settings) -> None:
+    """Raises `ValueError` if a hook with this `state`, which may be a policy, does not go with `settings`."""
+    if settings.op is ReduceOp.SUM or settings.deterministic:
+        raise ValueError("a communication hook reduces by itself: reduce_op and deterministic say nothing to it")
+    if isinstance(state, Policy) and state.needs_all_gradients and (settings.find_unused or settings.check_finite):
+        raise ValueError(
+            f"{type(state).__name__} does not go with find_unused_parameters or check_finite: it acts before it is "
+            "known whether gradients count"
+        )
 
 
 def check_hook(hook: Callable[..., Any]) -> None:

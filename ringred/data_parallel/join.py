@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ringred.communicator import Communicator
+from ringred.data_parallel.layout import Layout
+from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
 
-__all__ = ["Turn", "UnevenInputs"]
+__all__ = ["Turn", "UnevenInputs", "check_joinable"]
+
+
+def check_joinable(module: nn.Module, layout: Layout, throws: bool) -> None:
+    """Raises `RuntimeError` for what a rank without inputs cannot take part in."""
+    if not layout.joins or layout.settings.skip_unused:
+        raise RuntimeError(
+            "join() does not go with a ShardedOptimizer or LocalSGD, in whose steps all ranks take part, nor with "
+            "skip_all_reduce_unused_params, for a rank without inputs does not know what is used"
+        )
+    layers = (SyncBatchNorm, nn.SyncBatchNorm)
+    if not throws and any(isinstance(part, layers) for part in module.modules()):
+        raise RuntimeError(
+            "join() does not go with SyncBatchNorm, in whose forward all ranks take part, but for "
+            "throw_on_early_termination=True"
+        )
 
 
 class Turn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,7 +85,18 @@ class StragglerReport:
 
 
 def straggler_report(comm: Communicator, arrivals: Sequence[float]) -> StragglerReport:
-    """Makes the report from this rank's seconds for its last iterations: for as many as every rank has. Collective."""
+    """Makes the report from this rank's seconds for its last iterations: for as many as every rank has. Collective.
+
+    It is noted in the trace, where one is made.
+    """
+    found = _report(comm, arrivals)
+    if comm.tracer is not None:
+        name = "no straggler" if found.straggler is None else f"rank {found.straggler} is the straggler"
+        comm.tracer.instant("ddp", name, time.monotonic_ns(), **found.as_dict())
+    return found
+
+
+def _report(comm: Communicator, arrivals: Sequence[float]) -> StragglerReport:
     count = torch.tensor([len(arrivals)])
     comm.all_reduce(count, "min")
     kept = list(arrivals)[len(arrivals) - int(count) :]

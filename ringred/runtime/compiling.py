@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.parallel import distributed as _torch_ddp
 
-__all__ = ["compiled_in_buckets", "never_compiled", "not_compiled"]
+__all__ = ["active_ddp_module", "compiled_in_buckets", "never_compiled", "not_compiled"]
 
 # Taken now: programs put ringred's class in the place of torch's name later on.
 _TorchDDP: Any = _torch_ddp.DistributedDataParallel
@@ -67,6 +67,11 @@ def compiled_in_buckets(bucket_bytes: int) -> Iterator[None]:
         yield
     finally:
         _TorchDDP._active_ddp_module = before
+
+
+def active_ddp_module() -> Any:
+    """What torch.compile is told of the wrapper whose forward is running."""
+    return _TorchDDP._active_ddp_module
 
 
 class _Buckets:

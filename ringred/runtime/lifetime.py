@@ -26,6 +26,7 @@ live: weakref.WeakSet[Closable] = weakref.WeakSet()
 """The communicators of this process that may still be open."""
 
 _reports_uncaught = False
+_end_jobs: list[Callable[[], None]] = []
 
 
 @atexit.register
@@ -45,12 +46,14 @@ def ending_with() -> BaseException | None:
     return None if isinstance(failure, (GeneratorExit, StopIteration)) else failure
 
 
-def report_uncaught(end_job: Callable[[], None]) -> None:
+def report_uncaught(end_job: Callable[[], None] | None = None) -> None:
     """Makes an uncaught exception known to the peers: a rank that just ended would leave them waiting.
 
     `end_job` is called once they have been told.
     """
     global _reports_uncaught
+    if end_job is not None:
+        _end_jobs[:] = [end_job]
     if _reports_uncaught:
         return
     _reports_uncaught = True
@@ -61,6 +64,7 @@ def report_uncaught(end_job: Callable[[], None]) -> None:
         sys.stderr.flush()
         for comm in list(live):
             comm.abort(value)
-        end_job()
+        for end in _end_jobs:
+            end()
 
     sys.excepthook = report

@@ -226,11 +226,12 @@ class Runner:
     def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
         """Publishes this rank's report, reads those of the other ranks and combines them into one exception."""
         number, call, site = self._doing()
-        if self._current is None and self._one_way:
-            # Peers fail in the first collective that they see differently, which may not be the last one here.
+        if self._one_way:
+            # Peers fail in the first collective that they see differently; this rank may have left that one.
             heard = [report for report in map(Report.load, self.transport.reports(0.0).values()) if report is not None]
             turns = {report.number for report in heard}
-            number, call, site = next((done for done in self._one_way if done.number in turns), self._one_way[-1])
+            last = self._one_way[-1] if self._current is None else (number, call, site)
+            number, call, site = next((done for done in self._one_way if done.number in turns), last)
         mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, fault.detail[:1000])
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}

@@ -119,6 +119,7 @@ def run_ranks(
             end = make(rank)
             comm = Communicator(end if delay is None else Faulty(end, *delay), config=config)
             results[rank] = fn(comm)
+            comm.close()
         except BaseException as failure:
             results[rank] = failure
             raised.append((rank, failure))

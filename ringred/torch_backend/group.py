@@ -11,8 +11,6 @@ collectives) by way of the trampoline of `ProcessGroup`.
 from __future__ import annotations
 
 import dataclasses
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar
@@ -22,133 +20,25 @@ import torch.distributed as _distributed
 from torch import Tensor
 
 from ringred.communicator import Communicator
-from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable, UnsupportedTensor
+from ringred.errors import TransportUnavailable
+from ringred.runtime import lifetime
 from ringred.runtime.compiling import never_compiled
 from ringred.runtime.config import Config, restart_count
-from ringred.runtime.folds import ReduceOp
-from ringred.runtime.futures import future_of
 from ringred.runtime.work import Work
+from ringred.torch_backend.mail import Mail, Message
+from ringred.torch_backend.meeting import meet
+from ringred.torch_backend.reducing import operation, sparse_all_reduce
 from ringred.torch_backend.versions import Backend, among_others, group_of
-from ringred.transports.torch_p2p import bind_address, corner, gloo_group
+from ringred.torch_backend.works import RingredWork
+from ringred.transports.torch_p2p import bind_address, corner
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
 __all__ = ["RingredGroup", "create", "monitored_barrier"]
 
-_LOOK_SECONDS = 0.002  # between two looks into the store
-_VERDICT_SECONDS = 1.0  # how much longer than rank 0 the others wait for its list of missing ranks
-
 _open: set[_Collectives] = set()
 _T = TypeVar("_T")
-_TYPES = dist.ReduceOp.RedOpType
-_KINDS = {
-    _TYPES.SUM: ReduceOp.SUM,
-    _TYPES.AVG: ReduceOp.AVG,
-    _TYPES.PREMUL_SUM: ReduceOp.SUM,
-    _TYPES.PRODUCT: ReduceOp.PROD,
-    _TYPES.MIN: ReduceOp.MIN,
-    _TYPES.MAX: ReduceOp.MAX,
-    _TYPES.BAND: ReduceOp.BAND,
-    _TYPES.BOR: ReduceOp.BOR,
-    _TYPES.BXOR: ReduceOp.BXOR,
-}
 Started: TypeAlias = Work[None] | None
-
-
-@never_compiled
-class RingredWork(dist.Work):  # type: ignore[misc]
-    """One or more collectives in flight, as a torch `Work`. Its future holds `outputs`."""
-
-    def __init__(self, works: list[Work[None]], outputs: list[Tensor]) -> None:
-        super().__init__()
-        self._works, self._outputs = works, outputs
-        self._future: Any = None
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Blocks until all is done. Raises what the communicator raises, or `CollectiveTimeout` after `timeout`."""
-        seconds = None if timeout is None or timeout.total_seconds() <= 0 else timeout.total_seconds()
-        deadline = None if seconds is None else time.monotonic() + seconds
-        for work in self._works:
-            work.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        return True
-
-    def get_future(self) -> Any:
-        """A `torch.futures.Future` of the outputs, which fails with the communicator's exception."""
-        if self._future is None:
-            self._future = future_of(self._works, self.result)
-        return self._future
-
-    def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
-
-    def is_success(self) -> bool:
-        return self.is_completed() and self.exception() is None
-
-    def exception(self) -> BaseException | None:
-        return next((error for error in (work.exception() for work in self._works) if error is not None), None)
-
-    def synchronize(self) -> None:
-        self.wait()
-
-    def result(self) -> list[Tensor]:
-        self.wait()
-        return self._outputs
-
-    def source_rank(self) -> int:
-        raise RuntimeError("source_rank: only a receive from any rank has a source")
-
-
-@never_compiled
-class _MailWork(dist.Work):  # type: ignore[misc]
-    """A message in flight: wraps Gloo's work and raises its failures as ringred's exceptions."""
-
-    def __init__(self, group: _Collectives, work: Any, what: str, tensors: list[Tensor]) -> None:
-        super().__init__()
-        self._group, self._work, self._what, self._tensors = group, work, what, tensors
-        self._waiting = threading.Lock()  # Gloo's work can be waited for once
-        self._done = False
-        self._failure: RingredError | None = None
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        began = time.monotonic()
-        seconds = timeout.total_seconds() if timeout is not None and timeout.total_seconds() > 0 else -1.0
-        if not self._waiting.acquire(timeout=seconds):
-            raise CollectiveTimeout(f"rank {self._group.comm.rank}: {self._what}: not done after {timeout}")
-        try:
-            if not self._done:
-                self._work.wait(*([timeout] if seconds > 0 else []))
-        except RuntimeError as failure:
-            self._failure = self._group._mail_failure(self._what, failure, time.monotonic() - began)
-        finally:
-            self._done = True
-            self._waiting.release()
-        if self._failure is not None:
-            raise self._failure
-        return True
-
-    def get_future(self) -> Any:
-        raise NotImplementedError("a message has no future, as on Gloo: wait() for it")
-
-    def is_completed(self) -> bool:
-        return self._done or bool(self._work.is_completed())
-
-    def is_success(self) -> bool:
-        return self.is_completed() and self._failure is None
-
-    def exception(self) -> BaseException | None:
-        return self._failure
-
-    def synchronize(self) -> None:
-        self.wait()
-
-    def result(self) -> list[Tensor]:
-        self.wait()
-        return self._tensors
-
-    def source_rank(self) -> int:
-        return int(self._work._source_rank())
-
-    _source_rank = source_rank
 
 
 @never_compiled
@@ -163,7 +53,7 @@ class _Collectives:
         self._timeout = timeout
         self._name, self._description = "", ""
         address = bind_address(comm.hosts, comm.config.interface)
-        self._mail = gloo_group(dist.PrefixStore("mail", self._own), comm.rank, comm.size, timeout, address)
+        self._mail = Mail(self._own, comm.rank, comm.size, timeout, address)
         self._coalescing: list[Work[None]] | None = None
         self._barriers = 0
         _open.add(self)  # keeps this object alive: torch's C++ refers only to the C++ part
@@ -201,14 +91,14 @@ class _Collectives:
         """From here on a collective fails after `timeout`."""
         self._timeout = timeout.total_seconds()
         self.comm.set_timeout(self._timeout)
-        self._mail._set_default_timeout(timeout)
+        self._mail.set_timeout(timeout)
 
     # ------------------------------------------------------------------ reducing
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> RingredWork:
-        kind, factor = _operation(opts)
+        kind, factor = operation(opts)
         if len(tensors) == 1 and tensors[0].layout is torch.sparse_coo:
-            self._sparse_all_reduce(tensors[0], kind, factor)
+            sparse_all_reduce(self.comm, tensors[0], kind, factor)
             return self._work([], tensors)
 
         def start(tensor: Tensor, async_op: bool) -> Started:
@@ -221,7 +111,7 @@ class _Collectives:
     allreduce_coalesced = allreduce
 
     def reduce(self, tensors: Sequence[Tensor], opts: Any) -> RingredWork:
-        kind, factor = _operation(opts)
+        kind, factor = operation(opts)
 
         def start(tensor: Tensor, async_op: bool) -> Started:
             if factor is not None:
@@ -234,7 +124,7 @@ class _Collectives:
         self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor] | Tensor], opts: Any = None
     ) -> RingredWork:
         """Each of `inputs` is a list of one tensor per rank, or one tensor of equal shares."""
-        kind, factor = _operation(opts)
+        kind, factor = operation(opts)
 
         def start(pair: tuple[Tensor, Sequence[Tensor] | Tensor], async_op: bool) -> Started:
             output, shares = pair
@@ -250,25 +140,6 @@ class _Collectives:
         return self.reduce_scatter([output], [input], opts)
 
     reduce_scatter_single = _reduce_scatter_base
-
-    def _sparse_all_reduce(self, tensor: Tensor, kind: ReduceOp, factor: float | None) -> None:
-        """Sums sparse tensors: gathers the entries of all ranks and adds those with the same index."""
-        where = f"rank {self.comm.rank}: all_reduce"
-        if kind is not ReduceOp.SUM or factor is not None:
-            raise UnsupportedTensor(f"{where}: sparse tensors can only be summed, got {kind.value}")
-        mine = tensor.coalesce()
-        shape = torch.tensor([mine.sparse_dim(), *mine.shape, mine._nnz()])
-        shapes = [torch.empty_like(shape) for _ in range(self.comm.size)]
-        self.comm.all_gather(shapes, shape)
-        if any(not torch.equal(other[:-1], shape[:-1]) for other in shapes):
-            raise ValueError(f"{where}: sparse tensors of unlike shapes, by rank: {[s[1:-1].tolist() for s in shapes]}")
-        counts = [int(other[-1]) for other in shapes]
-        indices = [mine.indices().new_empty(mine.sparse_dim() * count) for count in counts]
-        values = [mine.values().new_empty(count, *mine.values().shape[1:]) for count in counts]
-        self.comm.all_gather(indices, mine.indices().reshape(-1))
-        self.comm.all_gather(values, mine.values())
-        places = torch.cat([place.view(mine.sparse_dim(), -1) for place in indices], dim=1)
-        tensor.copy_(torch.sparse_coo_tensor(places, torch.cat(values), mine.shape).coalesce())
 
     # ------------------------------------------------------------------ gathering and spreading
 
@@ -347,67 +218,22 @@ class _Collectives:
         return self._each(opts, [None], lambda _, async_op: self.comm.barrier(async_op=async_op), [])
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
-        """See the function of this name. Ranks meet through the store, because a collective might hang."""
+        """See `ringred.torch_backend.monitored_barrier`."""
         seconds = self._timeout if timeout is None else getattr(timeout, "total_seconds", lambda: float(timeout))()
-        rank, size = self.comm.rank, self.comm.size
         store = dist.PrefixStore(f"monitored-{self._barriers}", self._own)
         self._barriers += 1
-        where, took = f"rank {rank}: monitored_barrier", f"in {seconds * 1000:.0f} ms"
-        began = time.monotonic()
-        store.set(f"came/{rank}", "")
-        if rank == 0:
-            if seconds <= 0:
-                raise CollectiveTimeout(f"{where}: Rank 0 timed out in monitoredBarrier: no time was given")
-            missing = list(range(1, size))
-            while missing and time.monotonic() - began < seconds:
-                missing = [peer for peer in missing if not store.check([f"came/{peer}"])]
-                time.sleep(_LOOK_SECONDS if missing else 0)
-            named = ", ".join(map(str, missing))
-            store.set("verdict", named or "all")
-            if missing:
-                first = f"Ranks {named}" if wait_all_ranks else f"Rank {missing[0]}"
-                raise CollectiveTimeout(f"{where}: {first} failed to pass monitoredBarrier {took}; missing: {named}")
-            return
-        while not store.check(["verdict"]) and time.monotonic() - began < seconds + _VERDICT_SECONDS:
-            time.sleep(_LOOK_SECONDS)
-        named = store.get("verdict").decode() if store.check(["verdict"]) else "0"
-        if named != "all":
-            raise CollectiveTimeout(
-                f"{where}: Rank {rank} successfully reached monitoredBarrier, but received errors while waiting for "
-                f"send/recv from rank 0 {took}; missing: {named}"
-            )
+        meet(store, self.comm.rank, self.comm.size, seconds, wait_all_ranks)
 
     # ------------------------------------------------------------------ messages
 
-    def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> _MailWork:
-        if dst == self.comm.rank:
-            raise ValueError(f"rank {dst}: send: to itself")
-        return self._mailed(f"send to rank {dst}, tag {tag}", tensors, lambda ready: self._mail.send(ready, dst, tag))
+    def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Message:
+        return self._mail.send(tensors, dst, tag)
 
-    def recv(self, tensors: Sequence[Tensor], src: int, tag: int = 0) -> _MailWork:
-        if src == self.comm.rank:
-            raise ValueError(f"rank {src}: recv: from itself")
-        return self._mailed(f"recv from rank {src}, tag {tag}", tensors, lambda ready: self._mail.recv(ready, src, tag))
+    def recv(self, tensors: Sequence[Tensor], src: int, tag: int = 0) -> Message:
+        return self._mail.recv(tensors, src, tag)
 
-    def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> _MailWork:
-        return self._mailed(
-            f"recv from any rank, tag {tag}", tensors, lambda ready: self._mail.recv_anysource(ready, tag)
-        )
-
-    def _mailed(self, what: str, tensors: Sequence[Tensor], post: Callable[[list[Tensor]], Any]) -> _MailWork:
-        began = time.monotonic()
-        try:
-            return _MailWork(self, post(list(tensors)), what, list(tensors))
-        except RuntimeError as failure:
-            raise self._mail_failure(what, failure, time.monotonic() - began) from failure
-
-    def _mail_failure(self, what: str, failure: RuntimeError, waited: float) -> RingredError:
-        where, text = f"rank {self.comm.rank}: {what}", str(failure)
-        if "Timed out" in text:
-            return CollectiveTimeout(f"{where}: not done after {waited:.1f} s")
-        if any(word in text for word in ("closed", "closure", "onnection", "reset")):
-            return PeerFailed(f"{where}: {text}")
-        return UnsupportedTensor(f"{where}: {text}")
+    def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Message:
+        return self._mail.recv_anysource(tensors, tag)
 
     # ------------------------------------------------------------------ several as one
 
@@ -498,6 +324,7 @@ def create(options: Any, backend_options: Any = None) -> _Collectives:
         comm = world.comm.subset(ranks, options.group_id, timeout=timeout)
     else:
         comm = Communicator.from_store(_of_this_life(options.store), rank, size, config=config)
+    lifetime.report_uncaught()
     made: _Collectives = kind(comm, options.store, timeout)
     return made
 
@@ -517,17 +344,6 @@ def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bo
     found = group_of(dist.group.WORLD if group is None else group)
     if isinstance(found, _Collectives):  # else this rank is no member
         found.monitored_barrier(timeout, wait_all_ranks)
-
-
-def _operation(opts: Any) -> tuple[ReduceOp, float | None]:
-    """The operation, and the factor that each rank's input is multiplied by first (`premul_sum`), or None."""
-    if opts is None:
-        return ReduceOp.SUM, None
-    operation = getattr(opts, "reduceOp", opts)
-    kind, factor = operation.__getstate__() if isinstance(operation, dist.ReduceOp) else (operation, None)
-    if kind not in _KINDS:
-        raise UnsupportedTensor(f"unknown reduce operation {operation!r}; there are {', '.join(map(str, _KINDS))}")
-    return _KINDS[kind], factor
 
 
 def _flattened(lists: Iterable[Sequence[Tensor] | Tensor]) -> list[Tensor]:

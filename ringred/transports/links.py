@@ -10,6 +10,8 @@ from collections import deque
 
 from torch import Tensor
 
+from ringred.transports import futex
+from ringred.transports.futex import fence
 from ringred.transports.windows import Window
 
 __all__ = ["Layout", "Link", "Receive", "Send", "Slots"]
@@ -103,6 +105,16 @@ class Link:
         self.taken_at = own_block // 8 + CONSUMED + 8 * index
         self.taken = 0
         self.pending: deque[Receive] = deque()
+
+    def wake(self) -> None:
+        """Wakes the peer, if it sleeps, to see what was just written."""
+        fence()
+        if self.words[self.words_at + SLEEPING]:
+            self.rouse()
+
+    def rouse(self) -> None:
+        self.words[self.words_at + SLEEPING] = 0
+        futex.wake(self.sleep_address)
 
 
 class Send:

@@ -29,11 +29,8 @@ from ringred.transports.links import (
     CLOSED,
     CONTRACT,
     ENTRIES,
-    EXPOSED_AT,
-    EXPOSED_CONTRACT,
     LEFT,
     LENGTH,
-    NOWHERE,
     NUMBER,
     PART,
     PLACE,
@@ -42,23 +39,19 @@ from ringred.transports.links import (
     REPORT_LENGTH,
     SLEEPING,
     SLOT_BYTES,
-    SMALL_BYTES,
-    SMALL_SLOTS,
-    SMALL_STRIDE,
     Layout,
     Link,
     Receive,
     Send,
 )
 from ringred.transports.neighbours import Neighbours
+from ringred.transports.shm_sending import SPIN_NS, Sender
+from ringred.transports.windows import Views
 
 __all__ = ["ShmTransport"]
 
-_BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
-_SPIN_NS = 20_000
 _LONGEST_SLEEP = 1.0  # seconds; it matters only if a peer dies between its write and waking this rank
 _SHORT_SLEEP = 0.0005  # seconds, if another transport must make progress meanwhile
-_VIEWS = 4096  # views of peers' memory that are kept
 
 _Request: TypeAlias = Send | Receive
 
@@ -85,7 +78,6 @@ class ShmTransport:
         names = list(range(len(members))) if names is None else list(names)
         own = list(members).index(neighbours.rank)
         self.rank, self.size = names[own], len(members) if size is None else size
-        self.counters = Counters()
         self._froze = False
         self.segment_bytes = SLOT_BYTES
         self._neighbours, self._timeout = neighbours, timeout
@@ -112,14 +104,27 @@ class ShmTransport:
         self._words, self._at = self.window.words, self._block // 8
         self._base, self._end = self.window.address, self.window.address + self.window.nbytes
         self._contract = 0
-        self._exposed = self._exposed_end = 0
-        self.queued = 0  # sends without a descriptor or a slot yet
         self.begun = (0, 0)  # contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
-        self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self._views = Views()
         self._crowded = len(members) > neighbours.cores(members)
+        self._sender = Sender(self.rank, self.window, self._block, self._links, self._views, self._crowded)
+        self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
         self._closed = False
         neighbours.hold(self)
+
+    @property
+    def counters(self) -> Counters:
+        return self._sender.counters
+
+    @counters.setter
+    def counters(self, value: Counters) -> None:
+        self._sender.counters = value
+
+    @property
+    def queued(self) -> int:
+        """Sends that wait for room."""
+        return self._sender.queued
 
     # ------------------------------------------------------------------ memory
 
@@ -131,152 +136,15 @@ class ShmTransport:
         """Whether `memory` lies in this rank's window."""
         return self._base <= memory.data_ptr() < self._end
 
-    def expose(self, memory: Tensor | None) -> None:
-        """Tells the peers where this rank's `memory` of the collective lies, so that they can put into it."""
-        address = 0 if memory is None else memory.data_ptr()
-        if memory is None or not self._base <= address < self._end:
-            self._exposed = self._exposed_end = 0
-            self._words[self._at + EXPOSED_AT] = NOWHERE
-        else:
-            self._exposed, self._exposed_end = address, address + memory.nbytes
-            self._words[self._at + EXPOSED_AT] = address - self._base
-        self._words[self._at + EXPOSED_CONTRACT] = self._contract
-
-    # ------------------------------------------------------------------ sending
+    # ------------------------------------------------------------------ one collective
 
     def begin(self, contract: int, turn: int) -> None:
         self._contract, self.begun = contract, (contract, turn)
+        self._sender.begin(contract)
         if self._words[self._at + ALARM]:
             self._check_aborted()
         if self._neighbours.forked:
             raise Fault(FaultKind.PEER, self.rank, "a forked child has no part in what its parent is a rank of")
-
-    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Send | None:
-        link = self._links[peer]
-        nbytes = src.nbytes
-        counters = self.counters
-        counters.messages_sent += 1
-        counters.bytes_sent += nbytes
-        address = src.data_ptr()
-        if nbytes <= SMALL_BYTES and not link.queue and self._send_small(link, address, nbytes):
-            return None
-        request = Send(link, src, nbytes, self._contract)
-        if put and nbytes > SMALL_BYTES and (target := self._put_offset(link, address, nbytes)) >= 0:
-            # Put it now, while it is in the cache; its descriptor may have to wait for earlier messages.
-            self._put(link, target, address, src)
-            request.place = PUT
-        elif nbytes > SMALL_BYTES and not buffered and self._base <= address < self._end:
-            request.place = (address - self._base) << 2
-        if link.queue or not self._start(request):
-            link.queue.append(request)
-            self.queued += 1
-        return request
-
-    def _send_small(self, link: Link, address: int, nbytes: int) -> bool:
-        """Sends by a small slot, if there is room now."""
-        number, slots = link.sent + 1, link.small
-        slot = slots.next
-        needed = max(number - ENTRIES, slots.used[slot])
-        if needed > link.acked and needed > self._refresh(link):
-            return False
-        slots.used[slot], slots.next = number, (slot + 1) % SMALL_SLOTS
-        offset = slots.start + slot * SMALL_STRIDE
-        futex.copy_short(self._base + offset, address, nbytes)
-        self._post(link, number, self._contract, nbytes, offset << 2)
-        return True
-
-    def _start(self, request: Send) -> bool:
-        """Posts as much of a send as there is room for; returns whether that is all."""
-        link, nbytes = request.link, request.nbytes
-        slots = link.small if nbytes <= SMALL_BYTES else link.large
-        while True:
-            number = link.sent + 1
-            if number - ENTRIES > link.acked and number - ENTRIES > self._refresh(link):
-                return False
-            if request.place >= 0:
-                request.until = 0 if request.place == PUT else number
-                self._post(link, number, request.contract, nbytes, request.place)
-                return True
-            slot = slots.next
-            if slots.used[slot] > link.acked and slots.used[slot] > self._refresh(link):
-                return False
-            slots.used[slot], slots.next = number, (slot + 1) % len(slots.used)
-            offset = slots.start + slot * slots.stride
-            part = min(nbytes - request.done, slots.nbytes)
-            if _BY_ADDRESS < part == nbytes:
-                self._view(self, offset, nbytes, request.source.dtype).copy_(request.source)
-            elif part:
-                futex.copy(self._base + offset, request.source.data_ptr() + request.done, part)
-            request.done += part
-            last = request.done == nbytes
-            self._post(link, number, request.contract, nbytes, offset << 2 | (AT if last else PART))
-            if last:
-                request.until = 0
-                return True
-
-    def _refresh(self, link: Link) -> int:
-        """The last message that the peer has finished with."""
-        link.acked = link.acked_words[link.acked_at]
-        return link.acked
-
-    def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
-        """The offset in the peer's window to which a put from `address` goes; −1 if a put is not possible."""
-        if not self._exposed <= address < self._exposed_end:
-            return -1
-        if not self._entered(link):
-            return -1
-        offset = link.words[link.words_at + EXPOSED_AT] + address - self._exposed
-        return offset if offset + nbytes <= link.window.nbytes else -1
-
-    def _entered(self, link: Link) -> bool:
-        """Whether the peer has begun this collective. The first call for a collective waits a moment for that."""
-        words, at = link.words, link.words_at + EXPOSED_CONTRACT
-        if words[at] == self._contract:
-            return True
-        if link.awaited == self._contract:
-            return False
-        link.awaited = self._contract
-        patience = time.monotonic_ns() + _SPIN_NS
-        while words[at] != self._contract:
-            if time.monotonic_ns() >= patience:
-                return False
-            if self._crowded:
-                futex.give_way()
-        return True
-
-    def _put(self, link: Link, offset: int, address: int, src: Tensor) -> None:
-        if src.nbytes > _BY_ADDRESS:
-            self._view(link, offset, src.nbytes, src.dtype).copy_(src)
-        elif src.nbytes:
-            futex.copy(link.window.address + offset, address, src.nbytes)
-
-    def _post(self, link: Link, number: int, contract: int, nbytes: int, place: int) -> None:
-        words, entry = self._words, link.entries_out + (number % ENTRIES) * 4
-        words[entry] = contract
-        words[entry + LENGTH] = nbytes
-        words[entry + PLACE] = place
-        words[entry + NUMBER] = number  # written last: the descriptor is now complete
-        link.sent = number
-        fence()
-        if link.words[link.words_at + SLEEPING]:  # `_wake`, inlined: a call costs a tenth of a small message
-            self._rouse(link)
-
-    def _wake(self, link: Link) -> None:
-        """Wakes the peer, if it sleeps, to see what was just written."""
-        fence()
-        if link.words[link.words_at + SLEEPING]:
-            self._rouse(link)
-
-    def _rouse(self, link: Link) -> None:
-        link.words[link.words_at + SLEEPING] = 0
-        futex.wake(link.sleep_address)
-
-    def drain(self) -> None:
-        """Posts queued sends, in order, as far as there is room now."""
-        for link in self._links.values():
-            while link.queue and self._start(link.queue[0]):
-                link.queue.popleft()
-                self.queued -= 1
 
     # ------------------------------------------------------------------ receiving
 
@@ -327,7 +195,7 @@ class ShmTransport:
             link.taken = number
             offset, kind = place >> 2, place & 3
             if kind == AT and request.lend and not got and wanted and nbytes:
-                request.view = self._view(link, offset, nbytes, dst.dtype)
+                request.view = self._views.of(link.rank, link.window, offset, nbytes, dst.dtype)
                 request.number = number
                 self._count(nbytes)
                 return
@@ -344,15 +212,6 @@ class ShmTransport:
                 self._count(nbytes)
                 return
 
-    def _view(self, whose: Link | ShmTransport, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
-        key = (whose.rank, offset, nbytes, dtype)
-        view = self._views.get(key)
-        if view is None:
-            if len(self._views) >= _VIEWS:
-                self._views.clear()
-            view = self._views[key] = whose.window.view(offset, nbytes, dtype)
-        return view
-
     def _count(self, nbytes: int) -> None:
         counters = self.counters
         counters.messages_received += 1
@@ -360,7 +219,7 @@ class ShmTransport:
 
     def _consume(self, link: Link, number: int) -> None:
         self._words[link.taken_at] = number
-        self._wake(link)
+        link.wake()
 
     def release(self, request: Receive) -> None:
         if request.number > 0:
@@ -371,9 +230,9 @@ class ShmTransport:
 
     def _until(self, link: Link, words: memoryview[int], at: int, value: int, deadline: float) -> None:
         """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
-        if self.queued:
+        if self._sender.queued:
             self.drain()
-        spin_end = time.monotonic_ns() + _SPIN_NS
+        spin_end = time.monotonic_ns() + SPIN_NS
         while time.monotonic_ns() < spin_end:
             if words[at] >= value:
                 return
@@ -384,7 +243,7 @@ class ShmTransport:
         while True:
             own[sleeping] = 1
             fence()  # a peer that writes after this sees that it must wake this rank
-            if self.queued:
+            if self._sender.queued:
                 self.drain()
             if words[at] >= value:
                 own[sleeping] = 0
@@ -456,7 +315,7 @@ class ShmTransport:
         self.peer_lost()
         for link in self._links.values():
             link.words[link.words_at + ALARM] = 1
-            self._wake(link)
+            link.wake()
 
     def reports(self, timeout: float) -> dict[int, str]:
         deadline = time.monotonic() + timeout
@@ -489,7 +348,7 @@ class ShmTransport:
         self._closed = True
         self._words[self._at + CLOSED] = 1
         for link in self._links.values():
-            self._wake(link)
+            link.wake()
         for link in self._links.values():
             link.words[link.acked_at + LEFT] = 1  # the last that this rank writes there
         self._neighbours.retire(self._free_block)

@@ -1,0 +1,187 @@
+"""The sending half of `shm`: small and large slots, descriptors, and puts into the receiver's window."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ringred.transports import futex
+from ringred.transports.base import Counters
+from ringred.transports.futex import fence
+from ringred.transports.links import (
+    AT,
+    ENTRIES,
+    EXPOSED_AT,
+    EXPOSED_CONTRACT,
+    LENGTH,
+    NOWHERE,
+    NUMBER,
+    PART,
+    PLACE,
+    PUT,
+    SLEEPING,
+    SMALL_BYTES,
+    SMALL_SLOTS,
+    SMALL_STRIDE,
+    Link,
+    Send,
+)
+from ringred.transports.windows import Views, Window
+
+__all__ = ["SPIN_NS", "Sender"]
+
+SPIN_NS = 20_000
+"""How long a rank looks again and again before it sleeps."""
+_BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
+
+
+class Sender:
+    """Sends what one rank has for its peers; the rank's control block is at offset `block` of its `window`.
+
+    `crowded`: there are more ranks than cores, so a rank that waits gives way.
+    """
+
+    def __init__(
+        self, rank: int, window: Window, block: int, links: Mapping[int, Link], views: Views, crowded: bool
+    ) -> None:
+        self._rank, self._window, self._links, self._views, self._crowded = rank, window, links, views, crowded
+        self._words, self._at = window.words, block // 8
+        self._base, self._end = window.address, window.address + window.nbytes
+        self._exposed = self._exposed_end = 0
+        self.counters = Counters()
+        self._contract = 0
+        self.queued = 0
+        """Sends without a descriptor or a slot yet."""
+
+    def begin(self, contract: int) -> None:
+        self._contract = contract
+
+    def expose(self, memory: Tensor | None) -> None:
+        """Tells the peers where this rank's `memory` of the collective lies, so that they can put into it."""
+        address = 0 if memory is None else memory.data_ptr()
+        if memory is None or not self._base <= address < self._end:
+            self._exposed = self._exposed_end = 0
+            self._words[self._at + EXPOSED_AT] = NOWHERE
+        else:
+            self._exposed, self._exposed_end = address, address + memory.nbytes
+            self._words[self._at + EXPOSED_AT] = address - self._base
+        self._words[self._at + EXPOSED_CONTRACT] = self._contract
+
+    def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Send | None:
+        link = self._links[peer]
+        nbytes = src.nbytes
+        counters = self.counters
+        counters.messages_sent += 1
+        counters.bytes_sent += nbytes
+        address = src.data_ptr()
+        if nbytes <= SMALL_BYTES and not link.queue and self._send_small(link, address, nbytes):
+            return None
+        request = Send(link, src, nbytes, self._contract)
+        if put and nbytes > SMALL_BYTES and (target := self._put_offset(link, address, nbytes)) >= 0:
+            # Put it now, while it is in the cache; its descriptor may have to wait for earlier messages.
+            self._put(link, target, address, src)
+            request.place = PUT
+        elif nbytes > SMALL_BYTES and not buffered and self._base <= address < self._end:
+            request.place = (address - self._base) << 2
+        if link.queue or not self._start(request):
+            link.queue.append(request)
+            self.queued += 1
+        return request
+
+    def _send_small(self, link: Link, address: int, nbytes: int) -> bool:
+        """Sends by a small slot, if there is room now."""
+        number, slots = link.sent + 1, link.small
+        slot = slots.next
+        needed = max(number - ENTRIES, slots.used[slot])
+        if needed > link.acked and needed > self._refresh(link):
+            return False
+        slots.used[slot], slots.next = number, (slot + 1) % SMALL_SLOTS
+        offset = slots.start + slot * SMALL_STRIDE
+        futex.copy_short(self._base + offset, address, nbytes)
+        self._post(link, number, self._contract, nbytes, offset << 2)
+        return True
+
+    def _start(self, request: Send) -> bool:
+        """Posts as much of a send as there is room for; returns whether that is all."""
+        link, nbytes = request.link, request.nbytes
+        slots = link.small if nbytes <= SMALL_BYTES else link.large
+        while True:
+            number = link.sent + 1
+            if number - ENTRIES > link.acked and number - ENTRIES > self._refresh(link):
+                return False
+            if request.place >= 0:
+                request.until = 0 if request.place == PUT else number
+                self._post(link, number, request.contract, nbytes, request.place)
+                return True
+            slot = slots.next
+            if slots.used[slot] > link.acked and slots.used[slot] > self._refresh(link):
+                return False
+            slots.used[slot], slots.next = number, (slot + 1) % len(slots.used)
+            offset = slots.start + slot * slots.stride
+            part = min(nbytes - request.done, slots.nbytes)
+            if _BY_ADDRESS < part == nbytes:
+                self._views.of(self._rank, self._window, offset, nbytes, request.source.dtype).copy_(request.source)
+            elif part:
+                futex.copy(self._base + offset, request.source.data_ptr() + request.done, part)
+            request.done += part
+            last = request.done == nbytes
+            self._post(link, number, request.contract, nbytes, offset << 2 | (AT if last else PART))
+            if last:
+                request.until = 0
+                return True
+
+    def _refresh(self, link: Link) -> int:
+        """The last message that the peer has finished with."""
+        link.acked = link.acked_words[link.acked_at]
+        return link.acked
+
+    def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
+        """The offset in the peer's window to which a put from `address` goes; −1 if a put is not possible."""
+        if not self._exposed <= address < self._exposed_end:
+            return -1
+        if not self._entered(link):
+            return -1
+        offset = link.words[link.words_at + EXPOSED_AT] + address - self._exposed
+        return offset if offset + nbytes <= link.window.nbytes else -1
+
+    def _entered(self, link: Link) -> bool:
+        """Whether the peer has begun this collective. The first call for a collective waits a moment for that."""
+        words, at = link.words, link.words_at + EXPOSED_CONTRACT
+        if words[at] == self._contract:
+            return True
+        if link.awaited == self._contract:
+            return False
+        link.awaited = self._contract
+        patience = time.monotonic_ns() + SPIN_NS
+        while words[at] != self._contract:
+            if time.monotonic_ns() >= patience:
+                return False
+            if self._crowded:
+                futex.give_way()
+        return True
+
+    def _put(self, link: Link, offset: int, address: int, src: Tensor) -> None:
+        if src.nbytes > _BY_ADDRESS:
+            self._views.of(link.rank, link.window, offset, src.nbytes, src.dtype).copy_(src)
+        elif src.nbytes:
+            futex.copy(link.window.address + offset, address, src.nbytes)
+
+    def _post(self, link: Link, number: int, contract: int, nbytes: int, place: int) -> None:
+        words, entry = self._words, link.entries_out + (number % ENTRIES) * 4
+        words[entry] = contract
+        words[entry + LENGTH] = nbytes
+        words[entry + PLACE] = place
+        words[entry + NUMBER] = number  # written last: the descriptor is now complete
+        link.sent = number
+        fence()
+        if link.words[link.words_at + SLEEPING]:  # `_wake`, inlined: a call costs a tenth of a small message
+            link.rouse()
+
+    def drain(self) -> None:
+        """Posts queued sends, in order, as far as there is room now."""
+        for link in self._links.values():
+            while link.queue and self._start(link.queue[0]):
+                link.queue.popleft()
+                self.queued -= 1
