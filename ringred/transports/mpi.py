@@ -31,7 +31,7 @@ from ringred.transports.base import UNSETTLED_SECONDS, Counters, Fault, FaultKin
 
 __all__ = ["MpiTransport", "abort_job", "gatherer", "library", "world"]
 
-_TICK, _ABORT, _LEFT = 1, 2, 3
+_TICK, _ABORT, _LEAVING, _LEFT = 1, 2, 3, 4
 _TICK_SECONDS = 0.1
 _REPORT_BYTES = 8192
 _TURNS = 256  # a tag holds the turn modulo this
@@ -152,7 +152,7 @@ class MpiTransport:
         self._abandoned: list[Any] = []
         self._reports: dict[int, str] = {}
         self._left: set[int] = set()
-        self._leaves = False
+        self._leaving: set[int] = set()  # peers that have made their last call, and may still fail
         self._closed = False
         self._waiting_since: float | None = None
         self._active, self._ending = threading.Event(), threading.Event()
@@ -270,6 +270,8 @@ class MpiTransport:
         if tag == _ABORT:
             length = self._status.Get_count(MPI.BYTE)
             self._reports[source] = self._incoming[:length].decode(errors="replace")
+        elif tag == _LEAVING:
+            self._leaving.add(source)
         elif tag == _LEFT:
             self._left.add(source)
         self._wake = self._listen()
@@ -304,17 +306,11 @@ class MpiTransport:
                 self._notices.append((self._control.Isend([message, MPI.BYTE], peer, tag), message))
 
     def settle(self, deadline: float) -> None:
-        self._leave()
+        self._notify(_LEAVING, "")
         until = min(deadline, time.monotonic() + UNSETTLED_SECONDS)
-        while len(self._left | {self.rank}) < self.size and time.monotonic() < until:
+        while len(self._leaving | self._left | {self.rank}) < self.size and time.monotonic() < until:
             self.progress()
             time.sleep(0.001)
-
-    def _leave(self) -> None:
-        """Tells the peers that this rank is closing."""
-        if not self._leaves and not self._reports:
-            self._leaves = True
-            self._notify(_LEFT, "")
 
     def abort(self, report: str) -> None:
         if self.rank not in self._reports and not self._closed:
@@ -364,7 +360,8 @@ class MpiTransport:
     def close(self) -> None:
         if self._closed:
             return
-        self._leave()
+        if not self._reports:
+            self._notify(_LEFT, "")
         self._closed = True
         self._ending.set()
         self._active.set()

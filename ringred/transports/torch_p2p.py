@@ -351,7 +351,7 @@ class TorchP2PTransport:
                 for peer in sorted(missing):
                     if self._board.check([f"abort/{peer}"]):
                         raise Fault(FaultKind.ABORTED, peer, self._board.get(f"abort/{peer}").decode(errors="replace"))
-                missing -= {peer for peer in missing if self._board.check([f"left/{peer}"])}
+                missing -= {peer for peer in missing if self._board.check([f"closing/{peer}"])}
                 time.sleep(0.002 if missing else 0.0)
 
     def _leave(self) -> None:
@@ -359,7 +359,7 @@ class TorchP2PTransport:
         if not self._leaves:
             self._leaves = True
             with contextlib.suppress(RuntimeError):
-                self._board.set(f"left/{self.rank}", "")
+                self._board.set(f"closing/{self.rank}", "")
 
     def reports(self, timeout: float) -> dict[int, str]:
         deadline = time.monotonic() + timeout

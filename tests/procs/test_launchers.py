@@ -11,30 +11,7 @@ from tests.procs.launching import ROOT, WAYS, launch, launch_plain
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
-CASES = {"mpi": 20, "torch_p2p": 18, "shm by mpirun": 20, "shm by torchrun": 19}
 EXAMPLE = ROOT / "examples" / "train_digits.py"
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("way", WAYS)
-def test_the_whole_table(way: str, ranks: int) -> None:
-    launcher, variables = WAYS[way]
-    ended = launch(launcher, ranks, "table.py", limit=200, **variables)
-    assert ended.status == 0, ended.output[-3000:]
-    checks = 0 if way == "torch_p2p" else 17
-    assert f"table: {way.split()[0]} {ranks} ranks, {68 * 5 * 9} all-reduces, " in ended.output
-    assert f"{checks} checks" in ended.output
-    assert ended.left_behind == []
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_disagreement_raises_on_every_rank(way: str) -> None:
-    launcher, variables = WAYS[way]
-    ended = launch(launcher, 3, "errors.py", limit=150, **variables)
-    assert ended.status == 0, ended.output[-3000:]
-    for rank in range(3):
-        assert f"rank {rank}: all {CASES[way]} cases raised" in ended.output
-    assert ended.left_behind == []
 
 
 @pytest.mark.parametrize("how", ["killed", "raises", "exits"])

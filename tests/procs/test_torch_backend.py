@@ -13,6 +13,7 @@ from tests.procs.launching import ROOT, launch, launch_plain
 from tests.procs.programs.torch_features import FEATURES
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
+ONE_START = pytest.mark.xdist_group("features")  # all of them are run by one start on each backend
 
 
 def said(output: str) -> list[dict[str, Any]]:
@@ -28,6 +29,7 @@ def found_on(backend: str) -> list[dict[str, Any]]:
     return [line["found"] for line in sorted(said(ended.output), key=lambda line: int(line["rank"]))]
 
 
+@ONE_START
 @pytest.mark.parametrize("feature", FEATURES)
 def test_equals_gloo_to_the_bit_on_two_ranks(feature: str) -> None:
     ours, theirs = ([rank[feature] for rank in found_on(backend)] for backend in ("ringred", "gloo"))
@@ -35,6 +37,7 @@ def test_equals_gloo_to_the_bit_on_two_ranks(feature: str) -> None:
     assert ours == theirs
 
 
+@ONE_START
 @pytest.mark.parametrize("backend", ["gloo", "ringred"])
 def test_our_hook_makes_of_torchs_ddp_what_gloo_does(backend: str) -> None:
     assert [rank["ddp_with_our_hook"] for rank in found_on(backend)] == [rank["ddp"] for rank in found_on("gloo")]
@@ -87,6 +90,7 @@ def losses(example: str, backend: str) -> list[str]:
     return [line for line in ended.output.splitlines() if line.startswith("step ")]
 
 
+@pytest.mark.xdist_group("examples")
 @pytest.mark.parametrize("framework", ["fsdp2", "lightning_ddp", "accelerate_ddp"])
 def test_the_examples_train_alike(framework: str) -> None:
     """FSDP2, Lightning and Accelerate come to the losses of torch's own DDP on Gloo."""

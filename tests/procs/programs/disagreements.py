@@ -1,8 +1,8 @@
-"""One rank of all the ways to disagree: each on a fresh communicator, on every path."""
+"""All the ways to disagree, each on fresh connections, on every path."""
 
 import dataclasses
+import itertools
 import re
-import sys
 import time
 
 import torch
@@ -12,27 +12,31 @@ import ringred
 from ringred.errors import CollectiveMismatch, CollectiveTimeout, PeerFailed, RingredError
 from ringred.runtime.config import detect_launch
 
-world = ringred.init()
 
+def connecting(world):
+    """What connects the ranks of `world` anew, with a timeout: by MPI, or by the store that torchrun serves."""
+    if detect_launch().kind == "mpi":
+        from mpi4py import MPI
 
-def fresh(timeout):
-    config = dataclasses.replace(world.config, timeout=timeout)
-    if by_mpi:
-        return ringred.Communicator.from_mpi(config=config)
-    global count
-    count += 1
+        group = MPI.COMM_WORLD.Get_group().Incl(list(range(world.size)))
+        ranks = MPI.COMM_WORLD.Create_group(group)
+        return lambda timeout: ringred.Communicator.from_mpi(ranks, config=config_of(world, timeout))
+
     import torch.distributed as dist
 
-    return ringred.Communicator.from_store(
-        dist.PrefixStore(f"case/{count}", store), world.rank, world.size, config=config
-    )
-
-
-by_mpi = detect_launch().kind == "mpi"
-if not by_mpi:
     from ringred.transports.torch_p2p import rendezvous
 
-    store, count = rendezvous(60, "errors"), 0
+    store, numbers = rendezvous(60, "disagreements"), itertools.count()
+
+    def fresh(timeout):
+        part = dist.PrefixStore(f"case/{next(numbers)}", store)
+        return ringred.Communicator.from_store(part, world.rank, world.size, config=config_of(world, timeout))
+
+    return fresh
+
+
+def config_of(world, timeout):
+    return dataclasses.replace(world.config, timeout=timeout)
 
 
 def backward(comm, action):
@@ -72,6 +76,12 @@ def case(comm, path, what):
         comm.broadcast(torch.ones(9), comm.rank)
         comm.barrier()
         comm.barrier()
+    elif what == "one way":
+        if comm.rank == 0:
+            comm.broadcast(torch.ones(9), 0)
+            comm.close()
+        else:
+            comm.all_reduce(torch.ones(9))
     elif what == "late":
         if odd:
             time.sleep(1.8)
@@ -84,7 +94,7 @@ def case(comm, path, what):
         on_path(comm, path, torch.ones(9))
 
 
-def check(what, path, error, took):
+def check_raised(comm, what, path, error, took):
     """Raises unless `error` is what this rank had to raise, in time."""
     text = str(error)
     if what == "roots":  # all three disagree: the message must name the two ends of what was left over, and the call
@@ -92,6 +102,8 @@ def check(what, path, error, took):
         kind, words = CollectiveMismatch, "barrier #"
         if found is None or found[1] == found[2]:
             raise AssertionError(f"rank {comm.rank}, roots: no two ends are named in {error!r}")
+    elif what == "one way":
+        kind, words = CollectiveMismatch, "rank 0 broadcast #2"
     elif what in ("shape", "dtype", "op", "collective", "native"):
         kind, words = CollectiveMismatch, "rank 1"
     elif comm.rank == 1:
@@ -109,21 +121,26 @@ CASES = [
     for path in ("sync", "async", "backward")
     for what in ("shape", "dtype", "op", "collective", "late", "raises")
 ]
-if by_mpi or world.transport.name == "shm":
-    # Small messages are sent and forgotten, so that each rank believes that it was the root: the next call tells.
-    CASES += [("sync", "roots")]
-if by_mpi:
-    CASES += [("sync", "native")]
-for path, what in CASES:
-    comm = fresh(1.0 if what == "late" else 8.0)
-    comm.barrier()
-    began, raised = time.monotonic(), None
-    try:
-        case(comm, path, what)
-    except (RingredError, ZeroDivisionError) as error:
-        raised = error
-    check(what, path, raised, time.monotonic() - began)
-    comm.close()
-    world.barrier()
-print(f"rank {world.rank}: all {len(CASES)} cases raised", flush=True)
-sys.exit(0)
+
+
+def check(world):
+    """How many cases raised on this rank what they had to."""
+    fresh, cases = connecting(world), [*CASES, ("sync", "one way")]
+    by_mpi = detect_launch().kind == "mpi"
+    if by_mpi or world.transport.name == "shm":
+        # Small messages are sent and forgotten, so that each rank believes that it was the root: the next call tells.
+        cases += [("sync", "roots")]
+    if by_mpi:
+        cases += [("sync", "native")]
+    for path, what in cases:
+        comm = fresh(1.0 if what == "late" else 8.0)
+        comm.barrier()
+        began, raised = time.monotonic(), None
+        try:
+            case(comm, path, what)
+        except (RingredError, ZeroDivisionError) as error:
+            raised = error
+        check_raised(comm, what, path, raised, time.monotonic() - began)
+        comm.close()
+        world.barrier()
+    return len(cases)

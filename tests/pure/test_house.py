@@ -1,0 +1,88 @@
+"""How the package is laid out: rooms, floors, no circles, no long files, and the names that users import."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ringred"
+
+PUBLIC = {
+    "ringred": (
+        "CollectiveMismatch CollectiveTimeout Communicator DistributedDataParallel GridError ModelMismatch "
+        "NonFiniteGradient PeerFailed ReduceOp ReplicasDiverged RingredError SyncBatchNorm TransportUnavailable "
+        "UnknownAlgorithm UnsupportedTensor Work algorithms hooks init optim reports torch_backend"
+    ),
+    "ringred.buckets": "Bucket Entry SparseBucket assign",
+    "ringred.collectives.registry": "algorithm algorithms lookup prove",
+    "ringred.communicator": "Communicator init",
+    "ringred.ddp": "DistributedDataParallel",
+    "ringred.errors": "DeadlockError OverwriteError RingredError ScheduleError",
+    "ringred.hooks": "FusedOptimizer Half Int8 LocalSGD Policy PowerSGD TopK all_reduce_hook comm_hook",
+    "ringred.optim": "LinearScaling ShardedOptimizer",
+    "ringred.schedule.cost": "simulate",
+    "ringred.schedule.draw": "draw",
+    "ringred.schedule.ir": "Recv Send Spec Step",
+    "ringred.schedule.verify": "Proof verify",
+    "ringred.testing": "Faulty run_ranks",
+    "ringred.testing.conformance": "BREAKING CHECKS",
+    "ringred.topology.detect": "machine",
+    "ringred.topology.model": "Topology flat hosts",
+    "ringred.torch_backend": "monitored_barrier register",
+    "ringred.transports.base": "Counters Fault FaultKind Transport Windowed",
+}
+
+
+@cache
+def imports() -> dict[str, frozenset[str]]:
+    """The rooms that each room imports: packages and modules of the first level, for type checkers only as well."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":  # it names what users import, and imports it when they do
+            continue
+        own = found.setdefault(room, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ringred"):
+                parts = (node.module or "").split(".")
+                own.update([parts[1]] if len(parts) > 1 else [alias.name for alias in node.names])
+            elif isinstance(node, ast.Import):
+                own.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ringred."))
+        own.discard(room)
+    return {room: frozenset(others) for room, others in found.items()}
+
+
+def floor(room: str, above: tuple[str, ...] = ()) -> int:
+    assert room not in above, f"a circle: {' -> '.join([*above, room])}"
+    return 1 + max((floor(below, (*above, room)) for below in imports()[room]), default=0)
+
+
+def test_rooms_floors_and_no_circle() -> None:
+    floors = {room: floor(room) for room in imports()}
+    assert len(floors) <= 16, sorted(floors)
+    assert max(floors.values()) <= 9, floors
+    used = frozenset[str]().union(*imports().values())
+    assert [room for room in floors if not imports()[room] and room not in used] == [], "nothing stands alone"
+
+
+def test_the_room_reads_as_few_names() -> None:
+    entries = [path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")]
+    assert len(entries) <= 15, sorted(entries)
+
+
+def test_no_file_is_long() -> None:
+    folders = ("ringred", "tests", "benchmarks", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_no_public_name_is_lost(module: str) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in PUBLIC[module].split() if not hasattr(found, name)] == []
