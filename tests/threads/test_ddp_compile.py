@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import ringred
+from ringred.communicator import Communicator
+from ringred.testing import run_ranks
 
 
 def test_compiled_graphs_are_cut_where_buckets_end() -> None:
@@ -51,3 +54,17 @@ def test_compiled_graphs_are_cut_where_buckets_end() -> None:
 
     assert graphs_of(whole) == 4
     assert graphs_of(within) == 4
+
+
+def test_a_program_may_put_this_class_in_the_place_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo  # the compiler is there, so that forward tells it of the buckets
+
+    for module in (torch.nn.parallel, torch.nn.parallel.distributed):
+        monkeypatch.setattr(module, "DistributedDataParallel", ringred.DistributedDataParallel)
+
+    def body(comm: Communicator) -> torch.Tensor:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2), process_group=comm)
+        model(torch.full((1, 3), float(comm.rank))).sum().backward()
+        return model.module.weight.grad
+
+    assert all(torch.equal(gradient, torch.full((2, 3), 0.5)) for gradient in run_ranks(body, 2))
