@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
 from ringred.communicator import Communicator
+from ringred.errors import CollectiveMismatch
 from ringred.runtime.work import Progress, Work
 
 __all__ = ["Lane"]
@@ -51,9 +53,16 @@ class Lane:
 
 def _end(progress: Progress, comm: Communicator) -> None:
     """Closes a lane after its queued jobs, without waiting for them."""
-    progress.submit(comm.close)
+    progress.submit(lambda: _close(comm))
     progress.submit(lambda: _threads.discard(progress))
     progress.let_end()
+
+
+def _close(comm: Communicator) -> None:
+    try:
+        comm.close()
+    except CollectiveMismatch as mismatch:  # nobody waits for it, and the thread must go on to its end
+        print(f"ringred: {mismatch}", file=sys.stderr, flush=True)
 
 
 _threads: set[Progress] = set()
