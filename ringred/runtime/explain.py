@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tabulate import tabulate
 
@@ -35,8 +35,4 @@ def table(
         for row, candidate in zip(rows, found, strict=True):
             row.append(f"{measure(candidate) * 1e6:.1f}")
     head = f"{collective} of {nbytes} bytes (decided as {decided}) on {model.size} ranks, {model.name}"
-    return f"{head}, {costs}\n{_printed(rows, columns)}"
-
-
-def _printed(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
-    return str(tabulate(rows, headers=columns, disable_numparse=True))
+    return f"{head}, {costs}\n{tabulate(rows, headers=columns, disable_numparse=True)}"

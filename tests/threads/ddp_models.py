@@ -76,3 +76,14 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 3) -> l
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+class Branches(nn.Module):
+    """Uses the left branch, or both, or always leaves one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.never = nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, both: bool) -> dict[str, Tensor]:
+        return {"out": self.left(x) + (self.right(x) if both else 0)}

@@ -11,18 +11,7 @@ from torch import Tensor, nn
 import ringred
 from ringred.communicator import Communicator
 from ringred.testing import run_ranks
-from tests.threads.ddp_models import MODELS, built, data, share, train
-
-
-class Branches(nn.Module):
-    """Uses the left branch, or both, or always leaves one alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.never = nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor, both: bool) -> dict[str, Tensor]:
-        return {"out": self.left(x) + (self.right(x) if both else 0)}
+from tests.threads.ddp_models import MODELS, Branches, built, data, share, train
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

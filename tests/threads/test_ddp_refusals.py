@@ -7,23 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ringred
 from ringred.communicator import Communicator
 from ringred.errors import ModelMismatch, UnsupportedTensor
 from ringred.testing import run_ranks
-
-
-class Branches(nn.Module):
-    """Uses the left branch, or both, or always leaves one alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.never = nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor, both: bool) -> dict[str, Tensor]:
-        return {"out": self.left(x) + (self.right(x) if both else 0)}
+from tests.threads.ddp_models import Branches
 
 
 def test_without_the_option_unused_parameters_are_named_at_the_next_forward() -> None:
