@@ -121,6 +121,14 @@ def test_a_part_of_torchs_own_suite() -> None:
     assert ended.left_behind == []
 
 
+def test_a_group_is_taken_as_it_is_however_it_was_made() -> None:
+    """Each init_method, a store and a sub-group, among variables of launchers that mean another job."""
+    ended = launch_plain("torch_groups.py")
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.output.count(": right\n") == 4 * 2 * 6 * 3
+    assert ended.left_behind == []
+
+
 def test_ranks_that_disagree_raise_and_the_process_lives_on() -> None:
     ended = launch("torchrun", 2, "torch_faults.py", RINGRED_TIMEOUT="20")
     assert ended.status == 0, ended.output[-3000:]

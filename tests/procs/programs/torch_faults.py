@@ -1,7 +1,9 @@
 """Ranks that do not do the same on the backend "ringred": each fault is told, and the process lives on."""
 
+import sys
 import time
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -89,6 +91,24 @@ def main():
             lambda: monitored_barrier(timeout=timedelta(seconds=0.3)),
         )
     dist.barrier()
+
+    six = group()
+    told = ["rank 1 raised ValueError: a bug of the user's"]
+    if rank == 0:
+        raises(ringred.PeerFailed, told, lambda: dist.all_reduce(torch.ones(3), group=six))
+    with suppress(ValueError):
+        try:
+            if rank == 1:
+                raise ValueError("a bug of the user's")
+        finally:
+            dist.destroy_process_group(six)
+    dist.barrier()
+    try:
+        if rank == 1:
+            raise ValueError("a bug of the user's")
+        raises(ringred.PeerFailed, told, lambda: dist.all_reduce(torch.ones(3)))
+    except ValueError:
+        sys.excepthook(*sys.exc_info())  # as the interpreter does if nobody catches it
     dist.destroy_process_group()
     print("every fault was told\n", end="", flush=True)
 
