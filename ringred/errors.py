@@ -15,9 +15,11 @@ __all__ = [
     "NonFiniteGradient",
     "OverwriteError",
     "PeerFailed",
+    "PolicyError",
     "ReplicasDiverged",
     "RingredError",
     "ScheduleError",
+    "TooFewWorkers",
     "TransportUnavailable",
     "UnknownAlgorithm",
     "UnsupportedTensor",
@@ -66,6 +68,14 @@ class UnsupportedTensor(RingredError, TypeError):
 
 class TransportUnavailable(RingredError):
     """A transport cannot be set up here; the message says how to fix it."""
+
+
+class PolicyError(RingredError, ValueError):
+    """A parameter server's policy is unknown, or was told what cannot have happened."""
+
+
+class TooFewWorkers(RingredError):
+    """The parameter server's policy waits for more workers than there are."""
 
 
 class ScheduleError(RingredError, AssertionError):
