@@ -11,22 +11,13 @@ from torch import Tensor, nn
 
 from ringred.buckets import Bucket
 from ringred.collectives.registry import lookup
+from ringred.data_parallel.elementwise import ELEMENTWISE
 from ringred.data_parallel.reductions import Share
 from ringred.ddp import DistributedDataParallel
 from ringred.errors import ModelMismatch
 from ringred.runtime.select import AUTOMATIC
 
 __all__ = ["ShardedOptimizer"]
-
-# These update an element by that element's gradient and state alone, so that they can be given any part of a
-# parameter. Others look at whole matrices (Muon, Adafactor) or at all at once (LBFGS).
-_ELEMENTWISE = frozenset(
-    {
-        *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam),
-        *(torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD),
-        torch.optim.Rprop,
-    }
-)
 
 
 class _Shard:
@@ -96,8 +87,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         elementwise: bool = False,
         **defaults: Any,
     ) -> None:
-        if not elementwise and kind not in _ELEMENTWISE:
-            names = ", ".join(sorted(known.__name__ for known in _ELEMENTWISE))
+        if not elementwise and kind not in ELEMENTWISE:
+            names = ", ".join(sorted(known.__name__ for known in ELEMENTWISE))
             raise ValueError(
                 f"ShardedOptimizer: expected an optimizer that treats each element by itself ({names}), got "
                 f"{kind.__name__}; elementwise=True vouches for it"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 __all__ = ["Piece", "Size", "partition"]
 
-_ALIGNED = 16  # elements: a cut lies on a cache line for every dtype of four bytes or more
+_ALIGNED = 64  # elements: torch's kernels treat the parts of a cut tensor as they treat the whole, to the bit
 _LARGE = 0.025  # of a shard's share of all bytes: a tensor above it is cut over all shards
 
 
@@ -35,7 +35,7 @@ def partition(sizes: Sequence[Size], shards: int, loads: Iterable[int] = ()) -> 
     `loads` are the bytes that each shard holds already. Tensors of more than 2.5 % of a shard's share are cut into
     equal parts for all shards; the others go, largest first, to the shard with the fewest bytes (Graham, Bounds on
     Multiprocessing Timing Anomalies, 1969). Where no cuttable tensor is forbidden to be cut, the fullest shard has at
-    most 5 % more than the mean, down to a granularity of 16 elements. Deterministic: equal input, equal pieces.
+    most 5 % more than the mean, down to a granularity of 64 elements. Deterministic: equal input, equal pieces.
     """
     held = list(loads) or [0] * shards
     if len(held) != shards:
@@ -45,7 +45,7 @@ def partition(sizes: Sequence[Size], shards: int, loads: Iterable[int] = ()) -> 
     small: list[int] = []
     for tensor, (elements, itemsize, cuttable) in enumerate(sizes):
         if cuttable and shards > 1 and elements * itemsize > threshold and elements >= 2 * _ALIGNED:
-            # Equal parts differ by up to 16 elements; the longer ones go to the shards that hold least.
+            # Equal parts differ by up to 64 elements; the longer ones go to the shards that hold least.
             emptiest = sorted(range(shards), key=lambda shard: (held[shard], shard))
             for (start, stop), shard in zip(_equal_parts(elements, shards), emptiest, strict=False):
                 pieces.append(Piece(tensor, start, stop, shard))
@@ -62,7 +62,7 @@ def partition(sizes: Sequence[Size], shards: int, loads: Iterable[int] = ()) -> 
 
 
 def _equal_parts(elements: int, parts: int) -> list[tuple[int, int]]:
-    """At most `parts` ranges, the longer ones first, each beginning at a multiple of 16 elements; none is empty."""
+    """At most `parts` ranges, the longer ones first, each beginning at a multiple of 64 elements; none is empty."""
     lines = -(-elements // _ALIGNED)
     short, longer = divmod(lines, parts)
     ranges: list[tuple[int, int]] = []

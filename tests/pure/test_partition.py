@@ -28,7 +28,7 @@ def check_covers(sizes: list[Size], pieces: list[Piece]) -> None:
         assert own[-1][1] == size.elements
         assert all(before[1] == after[0] for before, after in zip(own, own[1:], strict=False))
         assert all(start < stop or size.elements == 0 for start, stop in own)
-        assert all(start % 16 == 0 for start, _ in own)
+        assert all(start % 64 == 0 for start, _ in own)
 
 
 RESNET_LIKE = [Size(64 * 3 * 49, 4)] + [

@@ -1,0 +1,212 @@
+"""A worker's connections to the servers: requests that are answered, said again, or fail by name at their deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import zmq
+
+from ringred import errors
+from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
+from ringred.parameter_server import messages as m
+from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.server import bytes_of, secured
+from ringred.parameter_server.shard import Frame
+from ringred.parameter_server.shared import Area, SharedValues, map_window, place
+
+__all__ = ["Connection", "Request"]
+
+_AGAIN = 2.0  # seconds after which a request is sent again; then twice as many
+_SLICE = 0.02
+_BEAT = 3.0
+
+
+class Request:
+    """A message to `machine`, at a server, that has not been answered yet, or its answer."""
+
+    def __init__(self, server: int, machine: int, number: int, message: Any, frames: Sequence[Any]) -> None:
+        self.server, self.machine, self.number, self.message = server, machine, number, message
+        self.frames: Sequence[Any] = frames
+        self.began = self.sent = time.monotonic()
+        self.patience = _AGAIN
+        self.answer: Any = None
+
+
+class Connection:
+    """Worker `worker`, connected to the servers at `addresses`, by number; `told` gets what no request asked for.
+
+    `timeout` are the seconds after which a request that is not answered fails. Raises `PeerFailed` or
+    `CollectiveTimeout` if a server is not there. Any thread may ask; one at a time.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        worker: int,
+        told: Callable[[Any], None],
+        *,
+        keys: Keys | None = None,
+        timeout: float = 60.0,
+        shared: bool = True,
+    ) -> None:
+        self.worker, self.timeout, self.addresses = worker, timeout, list(addresses)
+        self.life = int.from_bytes(os.urandom(7), "little")
+        self._told = told
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(1)
+        self._open: dict[int, Request] = {}
+        self._context = zmq.Context(1)
+        self._poller = zmq.Poller()
+        self._links: list[zmq.Socket[bytes]] = []
+        self._processes: dict[int, int] = {}
+        self._ended: set[int] = set()
+        self.area = Area() if shared and place() else None
+        self.values: dict[int, SharedValues] = {}
+        self._closed = threading.Event()
+        for address in addresses:
+            link = secured(self._context.socket(zmq.DEALER), keys)
+            link.set(zmq.ROUTING_ID, f"w{worker}/{self.life:x}".encode())
+            link.connect(address)
+            self._poller.register(link, zmq.POLLIN)
+            self._links.append(link)
+        try:
+            self._meet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _meet(self) -> None:
+        descriptor = -1 if self.area is None else self.area.descriptor
+        here = "" if self.area is None else place()
+        meet = m.Meet(self.worker, self.life, os.getpid(), descriptor, here)
+        asked = [self.ask(server, 0, meet) for server in range(len(self._links))]
+        self.wait(asked)
+        for server, request in enumerate(asked):
+            met: m.Met = request.answer
+            if met.shards != len(self._links):
+                raise PeerFailed(
+                    f"worker {self.worker}: {self._called(server)} is one of {met.shards} servers, and this worker was "
+                    f"given the addresses of {len(self._links)}"
+                )
+            if not met.pid:
+                continue
+            with contextlib.suppress(OSError):
+                if met.pid != os.getpid():
+                    self._processes[server] = os.pidfd_open(met.pid)
+                    self._poller.register(self._processes[server], zmq.POLLIN)
+                if met.descriptor >= 0:
+                    self.values[server] = SharedValues(map_window(met.pid, met.descriptor), met.head)
+        if not asked[0].answer.pid:  # nothing else would tell the coordinator that this worker lives
+            threading.Thread(target=self._beat, name=f"ringred-beat-{self.worker}", daemon=True).start()
+
+    # ------------------------------------------------------------------ requests
+
+    def ask(self, server: int, machine: int, message: Any, frames: Sequence[Frame] = ()) -> Request:
+        """Sends `message`; `wait` has its answer. The frames must not change until then."""
+        with self._lock:
+            number = next(self._numbers)
+            request = Request(server, machine, number, message, [bytes_of(frame) for frame in frames])
+            self._open[number] = request
+            self._send(request)
+        return request
+
+    def send(self, server: int, machine: int, message: Any) -> None:
+        """Sends what is not answered as a request is."""
+        with self._lock:
+            if not self._closed.is_set():
+                self._send(Request(server, machine, 0, message, ()))
+
+    def _send(self, request: Request) -> None:
+        parts = [m.pack(request.machine, request.number, request.message), *request.frames]
+        with contextlib.suppress(zmq.Again):
+            self._links[request.server].send_multipart(parts, zmq.NOBLOCK, copy=not request.frames)
+
+    def wait(self, requests: Iterable[Request], timeout: float | None = None) -> list[Any]:
+        """The answers. Raises the exception that one of them is, and `CollectiveTimeout` or `PeerFailed`."""
+        asked = list(requests)
+        limit = self.timeout if timeout is None else timeout
+        for request in asked:
+            while request.answer is None:
+                waited = time.monotonic() - request.began
+                if waited > limit:
+                    self._open.pop(request.number, None)
+                    raise CollectiveTimeout(
+                        f"worker {self.worker}: {self._called(request.server)} did not answer "
+                        f"{type(request.message).__name__} within {waited:.0f} s"
+                    )
+                self.poll(_SLICE, request.server)
+            if isinstance(request.answer, m.Failed):
+                raise exception_of(request.answer, f"worker {self.worker}")
+        return [request.answer for request in asked]
+
+    def poll(self, seconds: float, server: int | None = None) -> None:
+        """Takes what has come, or comes within `seconds`. Raises `PeerFailed` if `server` has ended."""
+        with self._lock:
+            if self._closed.is_set():
+                raise RingredError(f"worker {self.worker}: this connection is closed")
+            for link, _ in self._poller.poll(int(seconds * 1000)):
+                if isinstance(link, int):
+                    self._server_ended(link)
+                else:
+                    self._take_all(link)
+            now = time.monotonic()
+            for request in self._open.values():
+                if now - request.sent > request.patience:
+                    request.sent, request.patience = now, 2 * request.patience
+                    self._send(request)
+        if server in self._ended:
+            raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: its process ended")
+
+    def _take_all(self, link: zmq.Socket[bytes]) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                head, *frames = link.recv_multipart(zmq.NOBLOCK, copy=False)
+                _, number, message = m.unpack(head.buffer)
+                request = self._open.pop(number, None)
+                if request is not None:
+                    request.answer, request.frames = message, [frame.buffer for frame in frames]
+                elif number == 0:
+                    self._told(message)
+
+    def _server_ended(self, process: int) -> None:
+        self._poller.unregister(process)
+        server = next(number for number, opened in self._processes.items() if opened == process)
+        os.close(self._processes.pop(server))
+        self._ended.add(server)
+
+    def ended(self, server: int) -> bool:
+        """Whether the process of that server is seen to have ended."""
+        return server in self._ended
+
+    def _called(self, server: int | None) -> str:
+        return f"server {server} at {self.addresses[server or 0]}"
+
+    def _beat(self) -> None:
+        while not self._closed.wait(_BEAT):
+            self.send(0, m.COORDINATOR, m.Beat(self.worker, self.life))
+
+    def close(self) -> None:
+        """Ends the connections; what was not answered is not waited for."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+            self.values.clear()
+            for process in self._processes.values():
+                os.close(process)
+            self._processes.clear()
+            self._context.destroy(0)
+            if self.area is not None:
+                self.area.close()
+
+
+def exception_of(failed: m.Failed, who: str) -> RingredError:
+    """The exception that a server answered with."""
+    kind = getattr(errors, failed.error, RingredError)
+    return kind(f"{who}: {failed.text}") if issubclass(kind, RingredError) else RingredError(f"{who}: {failed.text}")

@@ -1,0 +1,356 @@
+"""The coordinator: knows the workers, asks the policy, and gives its decisions to all shards in one order.
+
+A state machine like a shard: no socket, no clock. What it wants a shard to do is an `Order`, which is kept until the
+shard has answered it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from ringred.errors import PolicyError, RingredError, TooFewWorkers
+from ringred.parameter_server import messages as m
+from ringred.parameter_server.partition import Piece, Size, partition
+from ringred.parameter_server.policies import Decision, Gradient, Policy
+from ringred.parameter_server.rules import Rule
+from ringred.parameter_server.shard import Answer, Frame, dtype_of
+
+__all__ = ["Coordinator", "Order", "StalenessAware"]
+
+StalenessAware = Literal["mean", "per_gradient"]
+_UNRELEASED = m.Released(0, 0, 0)
+_RECENT = 4096  # gradients over which the mean staleness of `staleness_aware="mean"` is taken
+
+
+class Order(NamedTuple):
+    """`message` for shard `shard`, its `number`-th."""
+
+    shard: int
+    number: int
+    message: Any
+
+
+@dataclass
+class _Worker:
+    """A worker: its connection and life, what of it counted, and its last release."""
+
+    peer: bytes
+    life: int
+    hello: int
+    sequence: int = -1
+    released: m.Released = _UNRELEASED
+    there: bool = True
+
+
+@dataclass
+class _Tensor:
+    """A declared tensor: `creator` is the worker that was told to give its value, -1 once it is there."""
+
+    shape: list[int]
+    dtype: str
+    group: int
+    digest: str
+    numbers: list[int]
+    creator: int
+
+
+@dataclass
+class Figures:
+    """What happened so far: gradients that counted, by staleness and by worker, and those that were not used."""
+
+    staleness: Counter[int] = field(default_factory=Counter)
+    applied: Counter[int] = field(default_factory=Counter)
+    dropped: int = 0
+    cancelled: int = 0
+
+
+class Coordinator:
+    """Handles the messages for the coordinator of `workers` workers and `shards` shards.
+
+    `staleness_aware="mean"` divides the rate by the mean staleness of the last gradients, "per_gradient" each gradient
+    by its own; neither makes them larger (Zhang et al., IJCAI 2016).
+    """
+
+    def __init__(
+        self, policy: Policy, workers: int, shards: int, *, staleness_aware: StalenessAware | None = None
+    ) -> None:
+        self.policy, self.expected, self.shards = policy, workers, shards
+        if staleness_aware not in (None, "mean", "per_gradient"):
+            raise PolicyError(f"staleness_aware: expected 'mean', 'per_gradient' or None, got {staleness_aware!r}")
+        self.staleness_aware = staleness_aware
+        self.workers: dict[int, _Worker] = {}
+        self.figures = Figures()
+        self.rate = 1.0
+        self.started = False
+        self.failure: RingredError | None = None
+        self.orders: list[dict[int, Order]] = [{} for _ in range(shards)]
+        self._numbers = [0] * shards
+        self.tensors: dict[str, _Tensor] = {}
+        self.pieces: list[Piece] = []
+        self._loads = [0] * shards
+        self._rule: Rule | None = None
+        self._waiting: deque[tuple[int, bytes, int, list[str]]] = deque()
+        self._farewells: list[tuple[bytes, int]] = []
+        self._recent: deque[int] = deque(maxlen=_RECENT)
+
+    def handle(self, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> list[Answer | Order]:
+        """What `message` leads to. A wrong message is answered by `Failed` and changes nothing."""
+        try:
+            if self.failure is not None and isinstance(message, (m.Commit, m.Await)):
+                raise self.failure
+            return self._HANDLERS[type(message)](self, peer, request, message)
+        except (RingredError, KeyError, ValueError, TypeError) as failure:
+            kind = type(failure).__name__ if isinstance(failure, RingredError) else "PolicyError"
+            return [Answer(peer, request, m.Failed(kind, str(failure)))]
+
+    # ------------------------------------------------------------------ workers
+
+    def _hello(self, peer: bytes, request: int, message: m.Hello) -> list[Answer | Order]:
+        number, life = message.worker, message.life
+        if not 0 <= number < self.expected:
+            raise PolicyError(f"worker {number} said hello; expected 0 to {self.expected - 1}")
+        known = self.workers.get(number)
+        if (
+            known is not None and known.there and known.life == life
+        ):  # said again: the answer was lost, or is still to come
+            known.peer, known.hello = peer, request
+            return [self._welcome(number), self._release_of(number)] if self.started else []
+        answers = self.left(number, known.life, "was started again") if known is not None and known.there else []
+        sequence, released = (-1, _UNRELEASED) if known is None else (known.sequence, known.released)
+        self.workers[number] = _Worker(peer, life, request, sequence, released)
+        if self.started:
+            decision = self.policy.joined(number)
+            self._revive()
+            return [*answers, self._welcome(number), *self._follow(decision)]
+        if len(self.workers) < self.expected or not all(worker.there for worker in self.workers.values()):
+            return answers
+        decision = self.policy.start(self.workers)
+        self.started = True
+        return [*answers, *map(self._welcome, sorted(self.workers)), *self._follow(decision)]
+
+    def _welcome(self, number: int) -> Answer:
+        worker = self.workers[number]
+        told = {"policy": repr(self.policy), "workers": self.expected, "shards": self.shards}
+        return Answer(worker.peer, worker.hello, m.Welcome(json.dumps({**told, "sequence": worker.sequence})))
+
+    def _release_of(self, number: int) -> Answer:
+        return Answer(self.workers[number].peer, 0, self.workers[number].released)
+
+    def left(self, number: int, life: int, how: str) -> list[Answer | Order]:
+        """The `life`-th life of worker `number` ended: it said goodbye, or its process or connection is gone."""
+        worker = self.workers.get(number)
+        if worker is None or worker.life != life or not worker.there:
+            return []
+        worker.there = False
+        answers = [*self._hand_over(number), *self._farewell()]
+        if not self.started:
+            return answers
+        try:
+            return [*answers, *self._follow(self.policy.left(number))]
+        except TooFewWorkers as failure:
+            self.failure = TooFewWorkers(f"{failure} (worker {number} {how})")
+            text = m.Failed("TooFewWorkers", str(self.failure))
+            return [*answers, *(Answer(other.peer, 0, text) for other in self.workers.values() if other.there)]
+
+    def _revive(self) -> None:
+        if len(self.policy.workers) >= self.policy.fewest:
+            self.failure = None
+
+    def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Answer | Order]:
+        return [*self.left(message.worker, message.life, "left"), Answer(peer, request, m.Done())]
+
+    def _last(self, peer: bytes, request: int, message: m.Last) -> list[Answer | Order]:
+        if (peer, request) not in self._farewells:
+            self._farewells.append((peer, request))
+        return self._farewell()
+
+    def _farewell(self) -> list[Answer | Order]:
+        if any(worker.there for worker in self.workers.values()):
+            return []
+        told, self._farewells = self._farewells, []
+        return [Answer(peer, request, m.Done()) for peer, request in told]
+
+    def _beat(self, peer: bytes, request: int, message: m.Beat) -> list[Answer | Order]:
+        return []  # that it came is what it says
+
+    # ------------------------------------------------------------------ gradients
+
+    def _commit(self, peer: bytes, request: int, message: m.Commit) -> list[Answer | Order]:
+        worker = self._living(message.worker, message.life)
+        worker.peer = peer
+        committed = Answer(peer, request, m.Committed(message.sequence))
+        if message.sequence <= worker.sequence:  # said again
+            return [committed]
+        gradient = Gradient(message.worker, message.sequence, message.version)
+        decision = self.policy.pushed(gradient)  # raises before it changes anything
+        worker.sequence = message.sequence
+        return [committed, *self._follow(decision)]
+
+    def _await(self, peer: bytes, request: int, message: m.Await) -> list[Answer | Order]:
+        worker = self._living(message.worker, message.life)
+        worker.peer = peer
+        return [self._release_of(message.worker)] if worker.released.number > message.number else []
+
+    def _living(self, number: int, life: int) -> _Worker:
+        worker = self.workers.get(number)
+        if worker is None or worker.life != life or not worker.there:
+            raise PolicyError(f"worker {number} is not known in its life {life:x}; it has to say hello first")
+        return worker
+
+    def _follow(self, decision: Decision) -> list[Answer | Order]:
+        answers: list[Answer | Order] = []
+        if decision.apply:
+            stale = [self.policy.version - 1 - gradient.version for gradient in decision.apply]
+            self.figures.staleness.update(stale)
+            self.figures.applied.update(gradient.worker for gradient in decision.apply)
+            self._recent.extend(stale)
+            weights = tuple(self._weight(staleness) for staleness in stale)
+            apply = m.Apply(self.policy.version, self.rate * self._mean_rate(), decision.apply, weights, decision.drop)
+            answers += self._order(apply)
+        elif decision.drop:
+            answers += self._order(m.Discard(decision.drop))
+        self.figures.dropped += len(decision.drop)
+        self.figures.cancelled += len(decision.cancel)
+        cancelled = set(decision.cancel)
+        for number in decision.release:
+            worker = self.workers[number]
+            again = int(number in cancelled)
+            worker.released = m.Released(self.policy.version, worker.released.number + 1, again)
+            answers.append(self._release_of(number))
+        return answers
+
+    def _weight(self, staleness: int) -> float:
+        return 1.0 / max(1, staleness) if self.staleness_aware == "per_gradient" else 1.0
+
+    def _mean_rate(self) -> float:
+        if self.staleness_aware != "mean":
+            return 1.0
+        return 1.0 / max(1.0, sum(self._recent) / len(self._recent))
+
+    # ------------------------------------------------------------------ orders to shards
+
+    def _order(self, message: Any, only: Iterable[int] | None = None) -> list[Answer | Order]:
+        made: list[Answer | Order] = []
+        for shard in range(self.shards) if only is None else only:
+            self._numbers[shard] += 1
+            order = Order(shard, self._numbers[shard], message)
+            self.orders[shard][order.number] = order
+            made.append(order)
+        return made
+
+    def answered(self, shard: int, number: int) -> None:
+        """Shard `shard` has done what its `number`-th order says."""
+        self.orders[shard].pop(number, None)
+
+    # ------------------------------------------------------------------ tensors
+
+    def _declare(self, peer: bytes, request: int, message: m.Declare) -> list[Answer | Order]:
+        told = json.loads(message.text)
+        rule = Rule.from_json(told["rule"])
+        if self._rule is not None and rule != self._rule:
+            raise PolicyError(f"worker {message.worker}: expected the update rule {self._rule}, got {rule}")
+        new = [entry for entry in told["tensors"] if entry[0] not in self.tensors]
+        for name, shape, dtype, group, digest in told["tensors"]:
+            known = self.tensors.get(name)
+            if known is None:
+                continue
+            if (known.shape, known.dtype, known.group) != (shape, dtype, group):
+                raise PolicyError(
+                    f"worker {message.worker}: {name!r} is there: expected shape {tuple(known.shape)}, dtype "
+                    f"{known.dtype}, group {known.group}; got {tuple(shape)}, {dtype}, {group}"
+                )
+            if digest and known.digest and digest != known.digest:
+                raise PolicyError(f"worker {message.worker}: {name!r} is there already, with other values")
+        self._rule = rule
+        self._place(message.worker, new, rule)
+        names = [entry[0] for entry in told["tensors"]]
+        return self._placed([(message.worker, peer, request, names)])
+
+    def _place(self, creator: int, entries: list[Any], rule: Rule) -> None:
+        sizes = []
+        for _, shape, dtype, _, _ in entries:
+            elements = 1
+            for extent in shape:
+                elements *= int(extent)
+            sizes.append(Size(elements, dtype_of(dtype).itemsize, rule.cuttable))
+        numbers: list[list[int]] = [[] for _ in entries]
+        first = len(self.tensors)
+        for piece in partition(sizes, self.shards, self._loads):
+            numbers[piece.tensor].append(len(self.pieces))
+            self.pieces.append(piece._replace(tensor=first + piece.tensor))
+            self._loads[piece.shard] += (piece.stop - piece.start) * sizes[piece.tensor].itemsize
+        for (name, shape, dtype, group, digest), own in zip(entries, numbers, strict=True):
+            self.tensors[name] = _Tensor(shape, dtype, group, digest, own, creator)
+
+    def _placed(self, asked: list[tuple[int, bytes, int, list[str]]]) -> list[Answer | Order]:
+        """Answers those whose tensors are there, or who are to give them; the others wait."""
+        answers: list[Answer | Order] = []
+        for worker, peer, request, names in asked:
+            creators = {self.tensors[name].creator for name in names} - {-1}
+            if creators - {worker}:
+                if (worker, peer, request, names) not in self._waiting:  # else it is asked again
+                    self._waiting.append((worker, peer, request, names))
+                continue
+            numbers = [number for name in names for number in self.tensors[name].numbers]
+            pieces = tuple(self.pieces[number] for number in numbers)
+            answers.append(Answer(peer, request, m.Placed(int(bool(creators)), tuple(numbers), pieces)))
+        return answers
+
+    def _created(self, peer: bytes, request: int, message: m.Created) -> list[Answer | Order]:
+        for tensor in self.tensors.values():
+            if tensor.creator == message.worker:
+                tensor.creator = -1
+        return [Answer(peer, request, m.Done()), *self._ask_again()]
+
+    def _hand_over(self, worker: int) -> list[Answer | Order]:
+        """Another that declared the same tensors gives the values that `worker` did not live to give."""
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != worker)
+        orphans = {name for name, tensor in self.tensors.items() if tensor.creator == worker}
+        for heir, _, _, names in self._waiting:
+            for name in orphans.intersection(names):
+                self.tensors[name].creator = heir
+                orphans.discard(name)
+        return self._ask_again()
+
+    def _ask_again(self) -> list[Answer | Order]:
+        asked, self._waiting = list(self._waiting), deque()
+        return self._placed(asked)
+
+    # ------------------------------------------------------------------ figures
+
+    def _report(self, peer: bytes, request: int, message: m.Report) -> list[Answer | Order]:
+        return [Answer(peer, request, m.Told(json.dumps(self.report())))]
+
+    def report(self) -> dict[str, Any]:
+        """Updates, gradients and staleness so far; see `report.Report`."""
+        return {
+            "policy": repr(self.policy),
+            "updates": self.policy.version,
+            "workers": sorted(number for number, worker in self.workers.items() if worker.there),
+            "staleness": sorted(self.figures.staleness.items()),
+            "applied": sorted(self.figures.applied.items()),
+            "dropped": self.figures.dropped,
+            "cancelled": self.figures.cancelled,
+            "rate": self.rate * self._mean_rate() if self._recent else self.rate,
+        }
+
+    def _scale(self, peer: bytes, request: int, message: m.Scale) -> list[Answer | Order]:
+        self.rate = message.rate
+        return [Answer(peer, request, m.Done())]
+
+    _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Answer | Order]]]] = {
+        m.Hello: _hello,
+        m.Bye: _bye,
+        m.Beat: _beat,
+        m.Last: _last,
+        m.Commit: _commit,
+        m.Await: _await,
+        m.Declare: _declare,
+        m.Created: _created,
+        m.Report: _report,
+        m.Scale: _scale,
+    }

@@ -1,0 +1,379 @@
+"""What workers and servers of a parameter server say to each other, and how it lies in a frame.
+
+A message is one frame of header and fields, then any number of frames of raw tensor memory. Nothing is pickled, and
+`unpack` takes what it understands to the last byte or raises `Malformed`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_type_hints
+
+from ringred.parameter_server.partition import Piece
+from ringred.parameter_server.policies import Gradient
+
+__all__ = [
+    "COORDINATOR",
+    "Applied",
+    "Apply",
+    "Await",
+    "Beat",
+    "Bye",
+    "Commit",
+    "Committed",
+    "Create",
+    "Created",
+    "Declare",
+    "Discard",
+    "Done",
+    "Failed",
+    "Held",
+    "Hello",
+    "Last",
+    "Malformed",
+    "Meet",
+    "Met",
+    "Part",
+    "Placed",
+    "Pull",
+    "Released",
+    "Report",
+    "Scale",
+    "State",
+    "There",
+    "Told",
+    "Values",
+    "Welcome",
+    "Where",
+    "pack",
+    "unpack",
+]
+
+COORDINATOR = 0
+"""The machine that a message is for: the coordinator, or 1 + the number of a shard."""
+
+_MAGIC = b"RRPS"
+_FORMAT = 1
+_HEAD = struct.Struct("<4sBBHQ")  # magic, format, kind, machine, the request's number
+_LENGTH = struct.Struct("<I")
+_WORD = struct.Struct("<q")
+_REAL = struct.Struct("<d")
+
+
+class Malformed(ValueError):
+    """A frame is not a message."""
+
+
+# ---------------------------------------------------------------- to a server, and its answers
+
+
+class Meet(NamedTuple):
+    """Worker `worker`, in process `pid` of `place`, in its `life`-th life: a number that is another one each time it is
+    started. Its window is there the open file `descriptor`."""
+
+    worker: int
+    life: int
+    pid: int
+    descriptor: int
+    place: str
+
+
+class Met(NamedTuple):
+    """The server's process (0: of another place) and window, where in it the shard's head lies, and how many shards
+    there are. -1: no memory is shared."""
+
+    pid: int
+    descriptor: int
+    head: int
+    shards: int
+
+
+# ---------------------------------------------------------------- to the coordinator, and its answers
+
+
+class Hello(NamedTuple):
+    """Worker `worker` is there, in its `life`-th life, and wants to work."""
+
+    worker: int
+    life: int
+
+
+class Welcome(NamedTuple):
+    """All workers are there: JSON with the policy, the number of workers and of shards, and the last of the worker's
+    sequence numbers that counted (-1: none)."""
+
+    text: str
+
+
+class Declare(NamedTuple):
+    """JSON: tensors by name, with shape and dtype, and how they are updated."""
+
+    worker: int
+    text: str
+
+
+class Placed(NamedTuple):
+    """Where the declared tensors lie. Piece `pieces[i]` has the number `numbers[i]`. `create` if the receiver is to
+    give their values to the shards."""
+
+    create: int
+    numbers: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Created(NamedTuple):
+    """To a coordinator: all shards have the values of the tensors that this worker declared."""
+
+    worker: int
+
+
+class Commit(NamedTuple):
+    """All parts of the worker's `sequence`-th gradient are held; it was computed at parameters of `version`."""
+
+    worker: int
+    life: int
+    sequence: int
+    version: int
+
+
+class Committed(NamedTuple):
+    """The gradient counts, or was dropped because it came too late; a repeated commit changes nothing."""
+
+    sequence: int
+
+
+class Await(NamedTuple):
+    """Asks for the release after the `number`-th again, in case it was lost."""
+
+    worker: int
+    life: int
+    number: int
+
+
+class Released(NamedTuple):
+    """The worker's `number`-th release: it may take parameters of `version` or newer and start a mini-batch; if
+    `cancelled`, the one that it is computing at an older version is not wanted."""
+
+    version: int
+    number: int
+    cancelled: int
+
+
+class Beat(NamedTuple):
+    """The worker lives."""
+
+    worker: int
+    life: int
+
+
+class Bye(NamedTuple):
+    """The worker leaves."""
+
+    worker: int
+    life: int
+
+
+class Last(NamedTuple):
+    """Answered once all workers have left."""
+
+
+class Scale(NamedTuple):
+    """From the next update on, the rates are those of the rule times `rate`."""
+
+    rate: float
+
+
+class Report(NamedTuple):
+    """Asks for the figures so far, which come as JSON in `Told`."""
+
+
+class Told(NamedTuple):
+    """JSON."""
+
+    text: str
+
+
+# ---------------------------------------------------------------- to a shard, and its answers
+
+
+class Create(NamedTuple):
+    """JSON: pieces by number, with elements and dtype, and the rule that updates them; a frame of values for each."""
+
+    text: str
+
+
+class Part(NamedTuple):
+    """Pieces of the worker's `sequence`-th gradient, encoded in the way `encoding`: a frame for each, or at `offsets`
+    of the worker's window."""
+
+    worker: int
+    life: int
+    sequence: int
+    encoding: int
+    pieces: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+class Held(NamedTuple):
+    """The shard has the part."""
+
+    sequence: int
+
+
+class Pull(NamedTuple):
+    """Asks for pieces of `version` or newer; none: only to be told when that version is there."""
+
+    version: int
+    pieces: tuple[int, ...]
+
+
+class Where(NamedTuple):
+    """Asks where in the server's window pieces lie."""
+
+    pieces: tuple[int, ...]
+
+
+class There(NamedTuple):
+    """At these places; -1: not in memory that is shared."""
+
+    offsets: tuple[int, ...]
+
+
+class Values(NamedTuple):
+    """Pieces of `version`, a frame for each."""
+
+    version: int
+
+
+class Apply(NamedTuple):
+    """Make these gradients, each times its weight, one update that leads to `version`, with the rate times `rate`."""
+
+    version: int
+    rate: float
+    gradients: tuple[Gradient, ...]
+    weights: tuple[float, ...]
+    dropped: tuple[Gradient, ...]
+
+
+class Applied(NamedTuple):
+    """The shard is at `version`."""
+
+    version: int
+
+
+class Discard(NamedTuple):
+    """These gradients are not used."""
+
+    dropped: tuple[Gradient, ...]
+
+
+class State(NamedTuple):
+    """Asks a shard for all that it has, or with frames gives it that. JSON, and a frame for each tensor."""
+
+    text: str
+
+
+class Done(NamedTuple):
+    """What was asked has been done."""
+
+
+class Failed(NamedTuple):
+    """What was asked cannot be done: the name of an exception of `ringred.errors`, and its text."""
+
+    error: str
+    text: str
+
+
+# ---------------------------------------------------------------- how they lie in a frame
+
+_KINDS: tuple[type[Any], ...] = (
+    *(Meet, Met, Hello, Welcome, Declare, Placed, Created, Commit, Committed),
+    *(Await, Released, Beat, Bye, Last, Scale, Report, Told),
+    *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard, State, Done, Failed),
+)
+_NUMBER_OF = {kind: number for number, kind in enumerate(_KINDS, 1)}
+
+
+def pack(machine: int, request: int, message: Any) -> bytes:
+    """The first frame of `message`, for `machine`, as request `request` or the answer to it."""
+    parts = [_HEAD.pack(_MAGIC, _FORMAT, _NUMBER_OF[type(message)], machine, request)]
+    for (put, _), value in zip(_FIELDS[type(message)], message, strict=True):
+        put(parts, value)
+    return b"".join(parts)
+
+
+def unpack(frame: bytes | memoryview) -> tuple[int, int, Any]:
+    """The machine, the request and the message. Raises `Malformed`."""
+    try:
+        magic, version, number, machine, request = _HEAD.unpack_from(frame)
+        if magic != _MAGIC or version != _FORMAT or not 1 <= number <= len(_KINDS):
+            raise Malformed(f"magic {magic!r}, format {version}, kind {number}")
+        kind = _KINDS[number - 1]
+        at, values = _HEAD.size, []
+        for _, take in _FIELDS[kind]:
+            value, at = take(frame, at)
+            values.append(value)
+    except (struct.error, UnicodeDecodeError, IndexError) as failure:
+        raise Malformed(str(failure)) from None
+    if at != len(frame):
+        raise Malformed(f"{kind.__name__}: {len(frame) - at} bytes too many")
+    return machine, request, kind(*values)
+
+
+_Put = Callable[[list[bytes], Any], None]
+_Take = Callable[[Any, int], tuple[Any, int]]
+
+
+def _plain(layout: struct.Struct) -> tuple[_Put, _Take]:
+    def take(frame: Any, at: int) -> tuple[Any, int]:
+        return layout.unpack_from(frame, at)[0], at + layout.size
+
+    return lambda parts, value: parts.append(layout.pack(value)), take
+
+
+def _put_text(parts: list[bytes], value: str) -> None:
+    data = value.encode()
+    parts += (_LENGTH.pack(len(data)), data)
+
+
+def _take_text(frame: Any, at: int) -> tuple[str, int]:
+    (length,) = _LENGTH.unpack_from(frame, at)
+    at += _LENGTH.size
+    if at + length > len(frame):
+        raise Malformed(f"a text of {length} bytes in a frame of {len(frame)}")
+    return bytes(frame[at : at + length]).decode(), at + length
+
+
+def _array(code: str, width: int, make: Callable[..., Any] | None) -> tuple[_Put, _Take]:
+    """A tuple of numbers, or of NamedTuples of `width` numbers."""
+
+    def put(parts: list[bytes], values: Any) -> None:
+        numbers = values if make is None else [number for value in values for number in value]
+        parts.append(struct.pack(f"<I{len(numbers)}{code}", len(values), *numbers))
+
+    def take(frame: Any, at: int) -> tuple[Any, int]:
+        (length,) = _LENGTH.unpack_from(frame, at)
+        at += _LENGTH.size
+        if at + 8 * width * length > len(frame):
+            raise Malformed(f"{length} entries in a frame of {len(frame)} bytes")
+        numbers = struct.unpack_from(f"<{width * length}{code}", frame, at)
+        if make is not None:
+            numbers = tuple(make(*numbers[first : first + width]) for first in range(0, len(numbers), width))
+        return numbers, at + 8 * width * length
+
+    return put, take
+
+
+_LAYOUTS: dict[Any, tuple[_Put, _Take]] = {
+    int: _plain(_WORD),
+    float: _plain(_REAL),
+    str: (_put_text, _take_text),
+    tuple[int, ...]: _array("q", 1, None),
+    tuple[float, ...]: _array("d", 1, None),
+    tuple[Gradient, ...]: _array("q", len(Gradient._fields), Gradient),
+    tuple[Piece, ...]: _array("q", len(Piece._fields), Piece),
+}
+_FIELDS: dict[type[Any], list[tuple[_Put, _Take]]] = {
+    kind: [_LAYOUTS[layout] for layout in get_type_hints(kind).values()] for kind in _KINDS
+}

@@ -1,0 +1,328 @@
+"""One shard: its pieces of the tensors, their version, and the gradients that are held until the coordinator decides.
+
+A state machine: it is given messages, and answers with messages. It has no socket and no clock, so that a second shard
+that is given the same messages in the same order has the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringred.errors import RingredError, UnsupportedTensor
+from ringred.parameter_server import messages as m
+from ringred.parameter_server.encoding import decoded
+from ringred.parameter_server.policies import Gradient
+from ringred.parameter_server.rules import Rule, Stepper
+from ringred.runtime.folds import Folder, ReduceOp
+
+__all__ = ["Answer", "Memory", "Shard"]
+
+Frame = Tensor | memoryview | bytes
+
+
+class Answer(NamedTuple):
+    """`message`, with `frames` of tensors, for whoever sent the request with the number `request` from `peer`."""
+
+    peer: bytes
+    request: int
+    message: Any
+    frames: Sequence[Frame] = ()
+
+
+class Memory:
+    """Where a shard's values lie. This one is private; `shared.SharedMemory` is mapped by the workers of the host."""
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor."""
+        return torch.empty(elements, dtype=dtype)
+
+    def changing(self, version: int) -> None:
+        """From here on the values are neither those of `version` nor those of the next."""
+
+    def changed(self, version: int) -> None:
+        """The values are those of `version`."""
+
+    def offset(self, value: Tensor) -> int:
+        """Where a tensor of `empty` lies for those who share this memory; -1 if nobody does."""
+        return -1
+
+    def finished(self, worker: int, sequence: int) -> None:
+        """The gradients of `worker` up to `sequence` are not looked at any more."""
+
+
+class _Held(NamedTuple):
+    """The parts of one gradient: what another life of the worker pushed under the same number is not among them."""
+
+    life: int
+    parts: dict[int, Tensor]
+
+
+class _Waiting(NamedTuple):
+    version: int
+    pieces: tuple[int, ...]
+    peer: bytes
+    request: int
+
+
+class Shard:
+    """Handles the messages for shard `number`, whose values lie in `memory`.
+
+    `window(peer, offset, nbytes, dtype)` gives memory of the peer that it shares with this process.
+    """
+
+    def __init__(
+        self, number: int, memory: Memory, window: Callable[[bytes, int, int, torch.dtype], Tensor] | None = None
+    ) -> None:
+        self.number, self.memory, self.window = number, memory, window
+        self.version = 0
+        self.values: dict[int, Tensor] = {}
+        self._groups: dict[int, int] = {}
+        self._shapes: dict[int, list[int]] = {}
+        self._rule: Rule | None = None
+        self._stepper: Stepper | None = None
+        self._held: dict[tuple[int, int], _Held] = {}
+        self._done: dict[int, int] = {}
+        self._waiting: list[_Waiting] = []
+        self._folders: dict[tuple[torch.dtype, int], Folder] = {}
+        self._copies: dict[int, Tensor] = {}  # of the values at this version, which messages in flight refer to
+        self.bytes_in = self.bytes_out = 0
+
+    def handle(self, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> list[Answer]:
+        """What `message` leads to. A wrong message is answered by `Failed` and changes nothing."""
+        try:
+            answers: list[Answer] = self._HANDLERS[type(message)](self, peer, request, message, frames)
+        except (RingredError, KeyError, ValueError, TypeError, RuntimeError) as failure:
+            kind = type(failure).__name__ if isinstance(failure, RingredError) else "PolicyError"
+            text = f"shard {self.number}: {type(message).__name__}: {failure}"
+            return [Answer(peer, request, m.Failed(kind, text))]
+        return answers
+
+    # ------------------------------------------------------------------ values
+
+    def _create(self, peer: bytes, request: int, message: m.Create, frames: Sequence[Frame]) -> list[Answer]:
+        """A repeated request finds the pieces there, and changes nothing."""
+        told = json.loads(message.text)
+        rule = Rule.from_json(told["rule"])
+        if self._rule is None:
+            self._rule, self._stepper = rule, rule.stepper()
+        elif rule != self._rule:
+            raise ValueError(f"expected the update rule {self._rule}, got {rule}")
+        if len(frames) != len(told["pieces"]):
+            raise ValueError(f"expected {len(told['pieces'])} frames of values, got {len(frames)}")
+        for (number, shape, dtype, group), frame in zip(told["pieces"], frames, strict=True):
+            if number in self.values:
+                continue
+            kind = dtype_of(dtype)
+            given = as_tensor(frame, kind)
+            elements = torch.Size(shape).numel()
+            if given.numel() != elements:
+                raise ValueError(f"piece {number}: expected {elements} elements of {kind}, got {given.numel()}")
+            if not 0 <= group < len(rule.groups):
+                raise ValueError(f"piece {number}: there is no group {group}")
+            self._keep(number, shape, group, given)
+        return [Answer(peer, request, m.Created(-1))]
+
+    def _keep(self, number: int, shape: list[int], group: int, given: Tensor) -> None:
+        value = self.memory.empty(given.numel(), given.dtype)
+        value.copy_(given)
+        assert self._stepper is not None
+        self._stepper.add(value.view(shape), group)
+        self.values[number], self._groups[number], self._shapes[number] = value, group, list(shape)
+
+    def _pull(self, peer: bytes, request: int, message: m.Pull, frames: Sequence[Frame]) -> list[Answer]:
+        self._check_known(message.pieces)
+        if message.version > self.version:
+            waiting = _Waiting(message.version, message.pieces, peer, request)
+            if waiting not in self._waiting:  # else it is asked again
+                self._waiting.append(waiting)
+            return []
+        return [self._values(peer, request, message.pieces)]
+
+    def _values(self, peer: bytes, request: int, pieces: Sequence[int]) -> Answer:
+        """The frames are copies: the next update must not change what is still being sent."""
+        for piece in pieces:
+            if piece not in self._copies:
+                self._copies[piece] = self.values[piece].clone()
+            self.bytes_out += self.values[piece].nbytes
+        return Answer(peer, request, m.Values(self.version), [self._copies[piece] for piece in pieces])
+
+    def _where(self, peer: bytes, request: int, message: m.Where, frames: Sequence[Frame]) -> list[Answer]:
+        self._check_known(message.pieces)
+        offsets = tuple(self.memory.offset(self.values[piece]) for piece in message.pieces)
+        return [Answer(peer, request, m.There(offsets))]
+
+    def _check_known(self, pieces: Sequence[int]) -> None:
+        for piece in pieces:
+            if piece not in self.values:
+                raise ValueError(f"piece {piece} is not there; it has {len(self.values)} pieces")
+
+    # ------------------------------------------------------------------ gradients
+
+    def _part(self, peer: bytes, request: int, message: m.Part, frames: Sequence[Frame]) -> list[Answer]:
+        """Holds the part. One that is repeated, or comes after its gradient was used, is only acknowledged."""
+        self._check_known(message.pieces)
+        if message.sequence > self._done.get(message.worker, -1):
+            key = message.worker, message.sequence
+            if key not in self._held or self._held[key].life != message.life:
+                self._held[key] = _Held(message.life, {})
+            held = self._held[key].parts
+            for at, piece in enumerate(message.pieces):
+                value = self.values[piece]
+                if message.offsets:
+                    if self.window is None:
+                        raise UnsupportedTensor("it has no window of this worker")
+                    given = self.window(peer, message.offsets[at], value.nbytes, value.dtype)
+                else:
+                    given = decoded(message.encoding, frames[at], value.numel(), value.dtype)
+                self.bytes_in += given.nbytes
+                held[piece] = given
+        return [Answer(peer, request, m.Held(message.sequence))]
+
+    def _apply(self, peer: bytes, request: int, message: m.Apply, frames: Sequence[Frame]) -> list[Answer]:
+        if message.version > self.version:
+            if message.version != self.version + 1:
+                raise ValueError(f"expected the update to version {self.version + 1}, got that to {message.version}")
+            self._update(message)
+            self._forget((*message.gradients, *message.dropped))
+        return [Answer(peer, request, m.Applied(self.version)), *self._released()]
+
+    def _update(self, message: m.Apply) -> None:
+        nothing = _Held(0, {})
+        keys = [(gradient.worker, gradient.sequence) for gradient in message.gradients]
+        parts = [self._held.get(key, nothing).parts for key in keys]
+        folded = []
+        for piece, value in self.values.items():
+            given = [
+                (part[piece], weight) for part, weight in zip(parts, message.weights, strict=True) if piece in part
+            ]
+            folded.append(self._mean(given, len(parts), value, self._shapes[piece]) if given else None)
+        if self._stepper is not None:
+            self.memory.changing(self.version)
+            self._stepper.step(folded, message.rate)
+        self.version = message.version
+        self._copies.clear()
+        self.memory.changed(self.version)
+
+    def _mean(self, given: list[tuple[Tensor, float]], size: int, like: Tensor, shape: list[int]) -> Tensor:
+        """The sum from left to right, divided by `size`: a gradient that is missing counts as zeros."""
+        operands = [tensor if weight == 1.0 else tensor * weight for tensor, weight in given]
+        out = torch.empty_like(like)
+        key = like.dtype, size
+        if key not in self._folders:
+            self._folders[key] = Folder(ReduceOp.AVG, like.dtype, size)
+        folder = self._folders[key]
+        if folder.scales_first:
+            operands = [operand / size for operand in operands]
+        if len(operands) > 1:
+            folder(out, operands, True)
+        elif folder.scales_first or size == 1:
+            out = operands[0]
+        else:
+            torch.div(operands[0], size, out=out)
+        return out.view(shape)
+
+    def _discard(self, peer: bytes, request: int, message: m.Discard, frames: Sequence[Frame]) -> list[Answer]:
+        self._forget(message.dropped)
+        return [Answer(peer, request, m.Done())]
+
+    def _forget(self, gradients: Sequence[Gradient]) -> None:
+        """A worker's gradients before one that was used or dropped are of no use either: it gave them up."""
+        for worker, sequence, _ in gradients:
+            self._done[worker] = max(sequence, self._done.get(worker, -1))
+        for worker in {gradient.worker for gradient in gradients}:
+            done = self._done[worker]
+            for key in [key for key in self._held if key[0] == worker and key[1] <= done]:
+                del self._held[key]
+            self.memory.finished(worker, done)
+
+    def _released(self) -> list[Answer]:
+        ready = [waiting for waiting in self._waiting if waiting.version <= self.version]
+        self._waiting = [waiting for waiting in self._waiting if waiting.version > self.version]
+        return [self._values(waiting.peer, waiting.request, waiting.pieces) for waiting in ready]
+
+    # ------------------------------------------------------------------ all that it has
+
+    def _state(self, peer: bytes, request: int, message: m.State, frames: Sequence[Frame]) -> list[Answer]:
+        if message.text:
+            self.load_state(json.loads(message.text), frames)
+            return [Answer(peer, request, m.Done())]
+        text, tensors = self.state()
+        return [Answer(peer, request, m.State(text), [tensor.clone() for tensor in tensors])]
+
+    def state(self) -> tuple[str, list[Tensor]]:
+        """JSON, and tensors that it refers to: values, what the optimizer keeps, gradients that are held."""
+        rule, tensors = ({}, []) if self._stepper is None else self._stepper.state()
+        held = [[*key, life, sorted(parts)] for key, (life, parts) in self._held.items()]
+        told = {
+            "version": self.version,
+            "rule": None if self._rule is None else self._rule.as_json(),
+            "pieces": [
+                [number, self._shapes[number], str(value.dtype).removeprefix("torch."), self._groups[number]]
+                for number, value in self.values.items()
+            ],
+            "stepper": rule,
+            "kept": [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors],
+            "held": held,
+            "done": sorted(self._done.items()),
+        }
+        parts = [parts[piece] for _, parts in self._held.values() for piece in sorted(parts)]
+        return json.dumps(told), [*self.values.values(), *tensors, *parts]
+
+    def load_state(self, told: Any, frames: Sequence[Frame]) -> None:
+        """Takes what `state` returned, instead of all that is there; pieces stay where they are."""
+        given = list(frames)
+        self.memory.changing(self.version)
+        if told["rule"] is not None:
+            self._rule = Rule.from_json(told["rule"])
+            known = self.values
+            self._stepper, self.values = self._rule.stepper(), {}
+            for number, shape, dtype, group in told["pieces"]:
+                tensor = as_tensor(given.pop(0), dtype_of(dtype))
+                if number in known:  # workers look for it where it is
+                    self.values[number] = known[number]
+                    self.values[number].copy_(tensor)
+                    self._stepper.add(self.values[number].view(shape), group)
+                else:
+                    self._keep(number, shape, group, tensor)
+            kept = [as_tensor(given.pop(0), dtype_of(dtype)).view(shape).clone() for shape, dtype in told["kept"]]
+            self._stepper.load_state(told["stepper"], kept)
+        self._held = {}
+        for worker, sequence, life, pieces in told["held"]:
+            parts = {piece: as_tensor(given.pop(0), self.values[piece].dtype).clone() for piece in pieces}
+            self._held[worker, sequence] = _Held(life, parts)
+        self._done = dict(told["done"])
+        self.version = told["version"]
+        self._copies.clear()
+        self.memory.changed(self.version)
+
+    _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Answer]]]] = {
+        m.Create: _create,
+        m.Pull: _pull,
+        m.Where: _where,
+        m.Part: _part,
+        m.Apply: _apply,
+        m.Discard: _discard,
+        m.State: _state,
+    }
+
+
+def as_tensor(frame: Frame, dtype: torch.dtype) -> Tensor:
+    """The elements in a frame, without a copy. Raises `ValueError` if its bytes are no whole number of them."""
+    if isinstance(frame, Tensor):
+        return frame.reshape(-1)
+    if not len(frame):
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(frame, dtype=dtype)
+
+
+def dtype_of(name: Any) -> torch.dtype:
+    """The dtype of that name, like "float32"."""
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype is called {name!r}")
+    return dtype

@@ -1,0 +1,354 @@
+"""A worker's side of the protocol: tensors are declared, gradients pushed in pieces and committed, values pulled."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringred.errors import CollectiveTimeout, PolicyError, RingredError, UnsupportedTensor
+from ringred.parameter_server import messages as m
+from ringred.parameter_server.connection import Connection, Request, exception_of
+from ringred.parameter_server.encoding import RAW, Encoding
+from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.rules import Rule
+from ringred.parameter_server.server import bytes_of
+from ringred.parameter_server.shard import as_tensor
+
+__all__ = ["Gradients", "Piece", "Worker"]
+
+
+class Piece(NamedTuple):
+    """A part of a tensor: elements `start` to `stop`, which are piece `number`, on shard `shard`."""
+
+    number: int
+    start: int
+    stop: int
+    shard: int
+
+
+class _Slot:
+    """Memory in this worker's window for gradients of one piece; free once the shard is done with `sequence`."""
+
+    def __init__(self, memory: Tensor, offset: int) -> None:
+        self.memory, self.offset, self.sequence = memory, offset, -1
+
+
+class Gradients:
+    """The worker's `sequence`-th gradient while it is pushed: the parts that are on their way."""
+
+    def __init__(self, sequence: int, version: int) -> None:
+        self.sequence, self.version = sequence, version
+        self.parts: list[Request] = []
+
+
+class Worker:
+    """Worker `number` at the servers at `addresses`. Constructing it waits, up to `timeout` seconds, until all workers
+    are there.
+
+    `released` is the version from which on it may pull, and `cancelled` whether the mini-batch that it computes is not
+    wanted any more.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        addresses: Sequence[str],
+        *,
+        keys: Keys | None = None,
+        timeout: float = 60.0,
+        shared: bool = True,
+        encoding: Encoding | None = None,
+    ) -> None:
+        self.number, self.encoding = number, encoding or Encoding()
+        self.shards = len(addresses)
+        self._releases = m.Released(0, 0, 0)
+        self._used = 0  # the last release that `begin` has taken
+        self._failure: RingredError | None = None
+        self.version = 0  # of the oldest piece of the last `take`
+        self.never_pulled = True
+        self._versions: dict[int, int] = {}
+        self.pieces: dict[str, list[Piece]] = {}
+        self._offsets: dict[int, int] = {}
+        self._slots: dict[int, list[_Slot]] = {}
+        self.bytes_pushed = self.bytes_pulled = 0
+        self.connection = Connection(addresses, number, self._told, keys=keys, timeout=timeout, shared=shared)
+        try:
+            hello = self.connection.ask(0, m.COORDINATOR, m.Hello(number, self.connection.life))
+            (welcome,) = self.connection.wait([hello])
+        except CollectiveTimeout as failure:
+            self.connection.close()
+            raise CollectiveTimeout(f"{failure}: are all workers there?") from None
+        except BaseException:
+            self.connection.close()
+            raise
+        told = json.loads(welcome.text)
+        self.policy, self.workers = told["policy"], told["workers"]
+        self.sequence = told["sequence"]
+
+    def _told(self, message: Any) -> None:
+        """A release, or that it is over."""
+        if isinstance(message, m.Released):
+            if message.number > self._releases.number:
+                self._releases = message
+        elif isinstance(message, m.Failed):
+            self._failure = exception_of(message, f"worker {self.number}")
+
+    # ------------------------------------------------------------------ tensors
+
+    def declare(
+        self, tensors: Mapping[str, Tensor], rule: Rule, groups: Sequence[int], *, check_values: bool = False
+    ) -> None:
+        """The servers have `tensors` from here on, updated by `rule` in its `groups`. The first worker's values are
+        taken; if `check_values`, those of the others must be the same."""
+        entries = [
+            [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), group, _digest(tensor, check_values)]
+            for (name, tensor), group in zip(tensors.items(), groups, strict=True)
+        ]
+        text = json.dumps({"rule": rule.as_json(), "tensors": entries})
+        asked = self.connection.ask(0, m.COORDINATOR, m.Declare(self.number, text))
+        (placed,) = self.connection.wait([asked])
+        names = list(tensors)
+        order = {tensor: at for at, tensor in enumerate(dict.fromkeys(piece.tensor for piece in placed.pieces))}
+        for name in names:
+            self.pieces[name] = []
+        for number, piece in zip(placed.numbers, placed.pieces, strict=True):
+            self.pieces[names[order[piece.tensor]]].append(Piece(number, piece.start, piece.stop, piece.shard))
+        if placed.create:
+            self._create(tensors, rule, dict(zip(names, groups, strict=True)))
+        self._locate([piece for name in names for piece in self.pieces[name]])
+
+    def _create(self, tensors: Mapping[str, Tensor], rule: Rule, groups: Mapping[str, int]) -> None:
+        asked = []
+        for shard in range(self.shards):
+            entries, frames = [], []
+            for name, tensor in tensors.items():
+                flat = tensor.detach().reshape(-1)
+                for piece in self.pieces[name]:
+                    if piece.shard == shard:
+                        part = flat[piece.start : piece.stop]
+                        shape = list(tensor.shape if part.numel() == flat.numel() else part.shape)
+                        dtype = str(tensor.dtype).removeprefix("torch.")
+                        entries.append([piece.number, shape, dtype, groups[name]])
+                        frames.append(part)
+            if entries:
+                text = json.dumps({"rule": rule.as_json(), "pieces": entries})
+                asked.append(self.connection.ask(shard, 1 + shard, m.Create(text), frames))
+        self.connection.wait(asked)
+        self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Created(self.number))])
+
+    def _locate(self, pieces: Sequence[Piece]) -> None:
+        """Asks where the pieces lie in the windows of the servers that share theirs."""
+        asked = []
+        for shard in self.connection.values:
+            numbers = tuple(piece.number for piece in pieces if piece.shard == shard)
+            asked.append((numbers, self.connection.ask(shard, 1 + shard, m.Where(numbers))))
+        for numbers, request in asked:
+            (there,) = self.connection.wait([request])
+            self._offsets.update(zip(numbers, there.offsets, strict=True))
+
+    # ------------------------------------------------------------------ gradients
+
+    def begin(self, timeout: float | None = None) -> int:
+        """Waits until this worker is released, and returns the version that it must pull at least."""
+        began = asked = time.monotonic()
+        limit = self.connection.timeout if timeout is None else timeout
+        while not self._has_release():
+            self._check()
+            now = time.monotonic()
+            if now - began > limit:
+                raise CollectiveTimeout(
+                    f"worker {self.number}: {self.policy} did not release it within {limit:.0f} s: the others are slow "
+                    "or gone"
+                )
+            if now - asked > 1.0:  # it may have been lost
+                asked = now
+                again = m.Await(self.number, self.connection.life, self._used)
+                self.connection.send(0, m.COORDINATOR, again)
+            self.connection.poll(0.02, 0)
+        self._used = self._releases.number
+        return self._releases.version
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the gradient of the mini-batch in progress is not wanted any more."""
+        self.connection.poll(0.0, 0)
+        self._check()
+        return self._has_release() and bool(self._releases.cancelled)
+
+    def _has_release(self) -> bool:
+        """Whether there is a release that was not used. One that cancels what is older than the version that this
+        worker has pulled already tells it nothing new, and is used."""
+        last = self._releases
+        if last.cancelled and not self.never_pulled and self.version >= last.version:
+            self._used = max(self._used, last.number)
+        return last.number > self._used
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def gradients(self) -> Gradients:
+        """Starts the next gradient, at the version of the last pull."""
+        self.sequence += 1
+        return Gradients(self.sequence, self.version)
+
+    def push(self, into: Gradients, given: Mapping[str, Tensor]) -> None:
+        """Pushes gradients, by the names of their tensors, as part of `into`. They must not change before `commit`."""
+        by_shard: dict[int, list[tuple[Piece, Tensor]]] = {}
+        for name, gradient in given.items():
+            if name not in self.pieces:
+                raise PolicyError(f"worker {self.number}: there is no tensor {name!r}; there are {_some(self.pieces)}")
+            flat = gradient.detach().reshape(-1)
+            pieces = self.pieces[name]
+            if pieces and flat.numel() != pieces[-1].stop:
+                raise UnsupportedTensor(
+                    f"worker {self.number}: {name!r}: expected {pieces[-1].stop} elements, got {flat.numel()}"
+                )
+            for piece in pieces:
+                by_shard.setdefault(piece.shard, []).append((piece, flat[piece.start : piece.stop]))
+        for shard, parts in by_shard.items():
+            into.parts.append(self._push_to(shard, into.sequence, parts))
+
+    def _push_to(self, shard: int, sequence: int, parts: Sequence[tuple[Piece, Tensor]]) -> Request:
+        numbers = tuple(piece.number for piece, _ in parts)
+        code = self.encoding.code
+        life = self.connection.life
+        if code == RAW and shard in self.connection.values:
+            offsets = tuple(self._put(shard, sequence, piece.number, part) for piece, part in parts)
+            return self.connection.ask(shard, 1 + shard, m.Part(self.number, life, sequence, code, numbers, offsets))
+        frames = [self.encoding.encoded(piece.number, part) for piece, part in parts]
+        self.bytes_pushed += sum(frame.nbytes for frame in frames)
+        return self.connection.ask(shard, 1 + shard, m.Part(self.number, life, sequence, code, numbers, ()), frames)
+
+    def _put(self, shard: int, sequence: int, number: int, part: Tensor) -> int:
+        """Copies `part` to memory that the shard reads, and returns where that is."""
+        area = self.connection.area
+        assert area is not None
+        slots = self._slots.setdefault(number, [])
+        done = self.connection.values[shard].finished(self.number)
+        slot = next((slot for slot in slots if slot.sequence <= done), None)
+        if slot is None:
+            memory = area.heap.empty(part.numel(), part.dtype)
+            slot = _Slot(memory, area.offset(memory) if memory.numel() else 0)
+            slots.append(slot)
+        slot.memory.copy_(part)
+        slot.sequence = sequence
+        self.bytes_pushed += part.nbytes
+        return slot.offset
+
+    def commit(self, gradients: Gradients, version: int | None = None) -> None:
+        """Waits until all shards hold all parts; then the gradient counts, whatever happens to this worker."""
+        self.connection.wait(gradients.parts)
+        at = gradients.version if version is None else version
+        commit = m.Commit(self.number, self.connection.life, gradients.sequence, at)
+        self.connection.wait([self.connection.ask(0, m.COORDINATOR, commit)])
+
+    # ------------------------------------------------------------------ values
+
+    def take(self, out: Mapping[str, Tensor], version: int, timeout: float | None = None) -> None:
+        """As `pull`; gradients are computed at these values from here on."""
+        self.version = self.pull(out, version, timeout)
+        self.never_pulled = False
+
+    def pull(self, out: Mapping[str, Tensor], version: int, timeout: float | None = None) -> int:
+        """Copies values of `version` or newer to the tensors of `out`, in its order, and returns the oldest version."""
+        limit = self.connection.timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        by_shard: dict[int, list[tuple[Piece, Tensor]]] = {}
+        whole: list[tuple[Tensor, Tensor]] = []
+        for name, tensor in out.items():
+            if name not in self.pieces:
+                raise PolicyError(f"worker {self.number}: there is no tensor {name!r}; there are {_some(self.pieces)}")
+            flat = tensor.detach()
+            if not flat.is_contiguous():
+                flat = torch.empty_like(flat, memory_format=torch.contiguous_format)
+                whole.append((tensor.detach(), flat))
+            flat = flat.view(-1)
+            for piece in self.pieces[name]:
+                by_shard.setdefault(piece.shard, []).append((piece, flat[piece.start : piece.stop]))
+        asked = []
+        versions: list[int] = []
+        for shard, parts in by_shard.items():
+            if shard not in self.connection.values:
+                asked.append((parts, self._ask_for(shard, parts, version)))
+        for shard, parts in by_shard.items():
+            if shard in self.connection.values:
+                late = self._read(shard, parts, version, deadline, versions)
+                if late:
+                    asked.append((late, self._ask_for(shard, late, version)))
+        for parts, request in asked:
+            (values,) = self.connection.wait([request], limit)
+            versions.append(values.version)
+            for (_, part), frame in zip(parts, request.frames, strict=True):
+                part.copy_(as_tensor(frame, part.dtype))
+        for tensor, copy in whole:
+            tensor.copy_(copy)
+        self.bytes_pulled += sum(part.nbytes for parts in by_shard.values() for _, part in parts)
+        return min(versions, default=version)
+
+    def _ask_for(self, shard: int, parts: Sequence[tuple[Piece, Tensor]], version: int) -> Request:
+        return self.connection.ask(shard, 1 + shard, m.Pull(version, tuple(piece.number for piece, _ in parts)))
+
+    def _read(
+        self, shard: int, parts: Sequence[tuple[Piece, Tensor]], version: int, deadline: float, versions: list[int]
+    ) -> list[tuple[Piece, Tensor]]:
+        """Reads where the server keeps them; returns the pieces for which that did not succeed."""
+        values = self.connection.values[shard]
+
+        def interrupted() -> bool:
+            self.connection.poll(0.0, shard)
+            self._check()
+            return False
+
+        if not values.wait(version, deadline, interrupted):
+            raise CollectiveTimeout(
+                f"worker {self.number}: shard {shard} did not reach version {version}, it is at {values.version}"
+            )
+        late = []
+        for piece, part in parts:
+            found = values.read(version, self._offsets[piece.number], part)
+            if found is None:
+                late.append((piece, part))
+            else:
+                versions.append(found)
+        return late
+
+    # ------------------------------------------------------------------ the rest
+
+    def report(self) -> dict[str, Any]:
+        """The coordinator's figures."""
+        (told,) = self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Report())])
+        found: dict[str, Any] = json.loads(told.text)
+        return found
+
+    def scale_rate(self, rate: float) -> None:
+        """From the next update on, learning rates are those of the rule times `rate`."""
+        self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Scale(float(rate)))])
+
+    def close(self, patience: float = 5.0, *, last: bool = False) -> None:
+        """Says goodbye; with `last`, waits until all workers have. What was committed counts."""
+        with contextlib.suppress(RingredError):
+            bye = m.Bye(self.number, self.connection.life)
+            self.connection.wait([self.connection.ask(0, m.COORDINATOR, bye)], patience)
+            if last:
+                self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Last())], math.inf)
+        self.connection.close()
+
+
+def _digest(tensor: Tensor, wanted: bool) -> str:
+    if not wanted:
+        return ""
+    return hashlib.blake2b(bytes_of(tensor), digest_size=16).hexdigest()
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    listed = [repr(name) for name in names][:5]
+    return f"{', '.join(listed)}{', ...' if len(names) > 5 else ''}" if listed else "none"
