@@ -20,7 +20,7 @@ DISAGREEMENTS = {"mpi": 21, "torch_p2p": 19, "shm by mpirun": 21, "shm by torchr
 DIGESTS = [("mpi", ranks) for ranks in RANKS]
 DIGESTS += [(way, ranks) for way in ("torch_p2p", "shm by torchrun") for ranks in (2, 6)]
 
-pytestmark = [pytest.mark.procs, pytest.mark.timeout(850)]
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(500)]
 
 
 @cache
@@ -30,7 +30,7 @@ def started(way: str) -> tuple[Ended, list[dict[str, Any]]]:
     cases += [f"digests:{ranks}" for of, ranks in DIGESTS if of == way]
     launcher, variables = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
-        ended = launch(launcher, max(RANKS), "started.py", folder, *cases, "disagreements:3", limit=800, **variables)
+        ended = launch(launcher, max(RANKS), "started.py", folder, *cases, "disagreements:3", limit=460, **variables)
     return ended, [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
 
 
