@@ -16,7 +16,7 @@ from ringred import errors
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.keys import Keys
-from ringred.parameter_server.server import bytes_of, secured
+from ringred.parameter_server.server import SILENCE, bytes_of, secured
 from ringred.parameter_server.shard import Frame
 from ringred.parameter_server.shared import Area, SharedValues, map_window, place
 
@@ -66,6 +66,7 @@ class Connection:
         self._links: list[zmq.Socket[bytes]] = []
         self._processes: dict[int, int] = {}
         self._ended: set[int] = set()
+        self._heard: dict[int, float] = {}  # when the servers of other places were heard of
         self.area = Area() if shared and place() else None
         self.values: dict[int, SharedValues] = {}
         self._closed = threading.Event()
@@ -95,6 +96,7 @@ class Connection:
                     f"given the addresses of {len(self._links)}"
                 )
             if not met.pid:
+                self._heard[server] = time.monotonic()
                 continue
             with contextlib.suppress(OSError):
                 if met.pid != os.getpid():
@@ -102,7 +104,7 @@ class Connection:
                     self._poller.register(self._processes[server], zmq.POLLIN)
                 if met.descriptor >= 0:
                     self.values[server] = SharedValues(map_window(met.pid, met.descriptor), met.head)
-        if not asked[0].answer.pid:  # nothing else would tell the coordinator that this worker lives
+        if self._heard:  # nothing else would tell that they and this worker live
             threading.Thread(target=self._beat, name=f"ringred-beat-{self.worker}", daemon=True).start()
 
     # ------------------------------------------------------------------ requests
@@ -155,6 +157,9 @@ class Connection:
                     self._server_ended(link)
                 else:
                     self._take_all(link)
+                    server_of_link = self._links.index(link)
+                    if server_of_link in self._heard:
+                        self._heard[server_of_link] = time.monotonic()
             now = time.monotonic()
             for request in self._open.values():
                 if now - request.sent > request.patience:
@@ -162,6 +167,8 @@ class Connection:
                     self._send(request)
         if server in self._ended:
             raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: its process ended")
+        if server in self._heard and now - self._heard[server] > SILENCE:
+            raise PeerFailed(f"worker {self.worker}: {self._called(server)} was not heard of for {SILENCE:.0f} s")
 
     def _take_all(self, link: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
@@ -189,7 +196,8 @@ class Connection:
 
     def _beat(self) -> None:
         while not self._closed.wait(_BEAT):
-            self.send(0, m.COORDINATOR, m.Beat(self.worker, self.life))
+            for server in self._heard:
+                self.send(server, m.COORDINATOR, m.Beat(self.worker, self.life))
 
     def close(self) -> None:
         """Ends the connections; what was not answered is not waited for."""

@@ -161,21 +161,17 @@ class Coordinator:
             self.failure = None
 
     def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Answer | Order]:
-        return [*self.left(message.worker, message.life, "left"), Answer(peer, request, m.Done())]
-
-    def _last(self, peer: bytes, request: int, message: m.Last) -> list[Answer | Order]:
-        if (peer, request) not in self._farewells:
+        if (peer, request) not in self._farewells and message.last:
             self._farewells.append((peer, request))
-        return self._farewell()
+        answers = [*self.left(message.worker, message.life, "left"), *self._farewell()]
+        return answers if message.last else [*answers, Answer(peer, request, m.Done())]
 
     def _farewell(self) -> list[Answer | Order]:
+        """Answers those who wait for the last worker to leave, if it has."""
         if any(worker.there for worker in self.workers.values()):
             return []
         told, self._farewells = self._farewells, []
         return [Answer(peer, request, m.Done()) for peer, request in told]
-
-    def _beat(self, peer: bytes, request: int, message: m.Beat) -> list[Answer | Order]:
-        return []  # that it came is what it says
 
     # ------------------------------------------------------------------ gradients
 
@@ -345,8 +341,6 @@ class Coordinator:
     _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Answer | Order]]]] = {
         m.Hello: _hello,
         m.Bye: _bye,
-        m.Beat: _beat,
-        m.Last: _last,
         m.Commit: _commit,
         m.Await: _await,
         m.Declare: _declare,

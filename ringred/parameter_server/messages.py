@@ -30,7 +30,6 @@ __all__ = [
     "Failed",
     "Held",
     "Hello",
-    "Last",
     "Malformed",
     "Meet",
     "Met",
@@ -161,21 +160,18 @@ class Released(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """The worker lives."""
+    """The worker lives, and asks whether the server does."""
 
     worker: int
     life: int
 
 
 class Bye(NamedTuple):
-    """The worker leaves."""
+    """The worker leaves. If `last`, it wants no answer before all workers have left."""
 
     worker: int
     life: int
-
-
-class Last(NamedTuple):
-    """Answered once all workers have left."""
+    last: int
 
 
 class Scale(NamedTuple):
@@ -289,7 +285,7 @@ class Failed(NamedTuple):
 
 _KINDS: tuple[type[Any], ...] = (
     *(Meet, Met, Hello, Welcome, Declare, Placed, Created, Commit, Committed),
-    *(Await, Released, Beat, Bye, Last, Scale, Report, Told),
+    *(Await, Released, Beat, Bye, Scale, Report, Told),
     *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard, State, Done, Failed),
 )
 _NUMBER_OF = {kind: number for number, kind in enumerate(_KINDS, 1)}

@@ -29,11 +29,11 @@ from ringred.parameter_server.shard import Answer, Frame, Memory, Shard
 from ringred.parameter_server.shared import Area, SharedMemory, map_window, place
 from ringred.transports.windows import Window
 
-__all__ = ["Server", "bytes_of", "secured"]
+__all__ = ["SILENCE", "Server", "bytes_of", "secured"]
 
 _LARGEST = 1 << 34  # bytes of one frame; a longer one closes its connection
 _AGAIN = 2.0  # seconds after which an order that was not answered is given again
-_SILENCE = 15.0  # seconds after which a worker of another place counts as gone
+SILENCE = 15.0  # seconds after which a worker of another place counts as gone
 _TICK = 0.5
 _LINGER = 1000  # ms for the last answers to leave
 _WORKER = b"RRw"
@@ -185,6 +185,8 @@ class Server:
         body: list[Frame] = [frame.buffer for frame in frames[1:]]
         if isinstance(message, m.Meet):
             self._meet(peer, request, message)
+        elif isinstance(message, m.Beat):
+            self._send(Answer(peer, request, m.Done()))
         elif machine == m.COORDINATOR and self.coordinator is not None:
             self._deliver(self.coordinator.handle(peer, request, message, body))
         elif machine == 1 + self.number:
@@ -281,8 +283,8 @@ class Server:
 
     def _tick(self, now: float) -> None:
         for peer, heard in list(self._heard.items()):
-            if now - heard > _SILENCE:
-                self._gone(peer, f"was not heard of for {_SILENCE:.0f} s")
+            if now - heard > SILENCE:
+                self._gone(peer, f"was not heard of for {SILENCE:.0f} s")
         if self.coordinator is None:
             return
         for (shard, number), given in list(self._given.items()):

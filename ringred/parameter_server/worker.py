@@ -335,11 +335,9 @@ class Worker:
 
     def close(self, patience: float = 5.0, *, last: bool = False) -> None:
         """Says goodbye; with `last`, waits until all workers have. What was committed counts."""
+        bye = m.Bye(self.number, self.connection.life, int(last))
         with contextlib.suppress(RingredError):
-            bye = m.Bye(self.number, self.connection.life)
-            self.connection.wait([self.connection.ask(0, m.COORDINATOR, bye)], patience)
-            if last:
-                self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Last())], math.inf)
+            self.connection.wait([self.connection.ask(0, m.COORDINATOR, bye)], math.inf if last else patience)
         self.connection.close()
 
 
