@@ -3,6 +3,7 @@
     comm = ringred.init()                                  # mpirun, torchrun, or one rank
     comm.all_reduce(tensor, "avg", algorithm="torus")      # in place; every rank ends with the same bits
     model = ringred.DistributedDataParallel(model)         # gradients reduced while backward runs
+    server = ringred.ParameterServer(model, make_optimizer, policy)    # or kept on servers, synchronous or not
 
 Collectives: `Communicator`. Algorithms by name: `algorithms("all_reduce")`. Exceptions: subclasses of `RingredError`.
 """
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ringred.communicator import Communicator, init
     from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
     from ringred.ddp import DistributedDataParallel
+    from ringred.parameter_server.training import ParameterServer
     from ringred.runtime.folds import ReduceOp
     from ringred.runtime.work import Work
 
@@ -43,6 +45,7 @@ __all__ = [
     "GridError",
     "ModelMismatch",
     "NonFiniteGradient",
+    "ParameterServer",
     "PeerFailed",
     "PolicyError",
     "ReduceOp",
@@ -65,6 +68,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Communicator": "ringred.communicator",
     "DistributedDataParallel": "ringred.ddp",
+    "ParameterServer": "ringred.parameter_server.training",
     "ReduceOp": "ringred.runtime.folds",
     "SyncBatchNorm": "ringred.data_parallel.sync_batchnorm",
     "Work": "ringred.runtime.work",
@@ -73,6 +77,7 @@ _LAZY = {
 _SUBMODULES = {
     "hooks": "ringred.hooks",
     "optim": "ringred.optim",
+    "parameter_server": "ringred.parameter_server",
     "reports": "ringred.data_parallel.reports",
     "torch_backend": "ringred.torch_backend",
 }

@@ -58,6 +58,7 @@ class Connection:
         self.worker, self.timeout, self.addresses = worker, timeout, list(addresses)
         self.life = int.from_bytes(os.urandom(7), "little")
         self._told = told
+        self._failure: RingredError | None = None
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
         self._open: dict[int, Request] = {}
@@ -70,6 +71,7 @@ class Connection:
         self.area = Area() if shared and place() else None
         self.values: dict[int, SharedValues] = {}
         self._closed = threading.Event()
+        self._owner = threading.current_thread()
         for address in addresses:
             link = secured(self._context.socket(zmq.DEALER), keys)
             link.set(zmq.ROUTING_ID, f"w{worker}/{self.life:x}".encode())
@@ -104,7 +106,8 @@ class Connection:
                     self._poller.register(self._processes[server], zmq.POLLIN)
                 if met.descriptor >= 0:
                     self.values[server] = SharedValues(map_window(met.pid, met.descriptor), met.head)
-        if self._heard:  # nothing else would tell that they and this worker live
+        if self._heard or self._owner is not threading.main_thread():
+            # Nothing else would tell that servers of other places live, or that this worker's thread does.
             threading.Thread(target=self._beat, name=f"ringred-beat-{self.worker}", daemon=True).start()
 
     # ------------------------------------------------------------------ requests
@@ -148,7 +151,8 @@ class Connection:
         return [request.answer for request in asked]
 
     def poll(self, seconds: float, server: int | None = None) -> None:
-        """Takes what has come, or comes within `seconds`. Raises `PeerFailed` if `server` has ended."""
+        """Takes what has come, or comes within `seconds`. Raises `PeerFailed` if `server` has ended, and what a server
+        said that ends this worker's work."""
         with self._lock:
             if self._closed.is_set():
                 raise RingredError(f"worker {self.worker}: this connection is closed")
@@ -165,6 +169,8 @@ class Connection:
                 if now - request.sent > request.patience:
                     request.sent, request.patience = now, 2 * request.patience
                     self._send(request)
+        if self._failure is not None:
+            raise self._failure
         if server in self._ended:
             raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: its process ended")
         if server in self._heard and now - self._heard[server] > SILENCE:
@@ -178,6 +184,8 @@ class Connection:
                 request = self._open.pop(number, None)
                 if request is not None:
                     request.answer, request.frames = message, [frame.buffer for frame in frames]
+                elif number == 0 and isinstance(message, m.Failed):
+                    self._failure = exception_of(message, f"worker {self.worker}")
                 elif number == 0:
                     self._told(message)
 
@@ -195,7 +203,9 @@ class Connection:
         return f"server {server} at {self.addresses[server or 0]}"
 
     def _beat(self) -> None:
-        while not self._closed.wait(_BEAT):
+        while not self._closed.wait(_BEAT if self._heard else 1.0):
+            if not self._owner.is_alive():
+                self.send(0, m.COORDINATOR, m.Bye(self.worker, self.life, 0, "its thread ended"))
             for server in self._heard:
                 self.send(server, m.COORDINATOR, m.Beat(self.worker, self.life))
 

@@ -72,20 +72,27 @@ class Coordinator:
     """Handles the messages for the coordinator of `workers` workers and `shards` shards.
 
     `staleness_aware="mean"` divides the rate by the mean staleness of the last gradients, "per_gradient" each gradient
-    by its own; neither makes them larger (Zhang et al., IJCAI 2016).
+    by its own; neither makes them larger (Zhang et al., IJCAI 2016). The training is over after `updates` updates, or
+    when workers that have left because they were done are too many for the policy.
     """
 
     def __init__(
-        self, policy: Policy, workers: int, shards: int, *, staleness_aware: StalenessAware | None = None
+        self,
+        policy: Policy,
+        workers: int,
+        shards: int,
+        *,
+        updates: int | None = None,
+        staleness_aware: StalenessAware | None = None,
     ) -> None:
-        self.policy, self.expected, self.shards = policy, workers, shards
+        self.policy, self.expected, self.shards, self.updates = policy, workers, shards, updates
         if staleness_aware not in (None, "mean", "per_gradient"):
             raise PolicyError(f"staleness_aware: expected 'mean', 'per_gradient' or None, got {staleness_aware!r}")
         self.staleness_aware = staleness_aware
         self.workers: dict[int, _Worker] = {}
         self.figures = Figures()
         self.rate = 1.0
-        self.started = False
+        self.started = self.over = False
         self.failure: RingredError | None = None
         self.orders: list[dict[int, Order]] = [{} for _ in range(shards)]
         self._numbers = [0] * shards
@@ -119,13 +126,15 @@ class Coordinator:
         ):  # said again: the answer was lost, or is still to come
             known.peer, known.hello = peer, request
             return [self._welcome(number), self._release_of(number)] if self.started else []
-        answers = self.left(number, known.life, "was started again") if known is not None and known.there else []
+        answers: list[Answer | Order] = []
+        if known is not None and known.there:
+            answers += self.left(number, known.life, "was started again")
         sequence, released = (-1, _UNRELEASED) if known is None else (known.sequence, known.released)
         self.workers[number] = _Worker(peer, life, request, sequence, released)
         if self.started:
             decision = self.policy.joined(number)
             self._revive()
-            return [*answers, self._welcome(number), *self._follow(decision)]
+            return [*answers, self._welcome(number), *self._follow(decision), *self._end_of(number)]
         if len(self.workers) < self.expected or not all(worker.there for worker in self.workers.values()):
             return answers
         decision = self.policy.start(self.workers)
@@ -140,8 +149,8 @@ class Coordinator:
     def _release_of(self, number: int) -> Answer:
         return Answer(self.workers[number].peer, 0, self.workers[number].released)
 
-    def left(self, number: int, life: int, how: str) -> list[Answer | Order]:
-        """The `life`-th life of worker `number` ended: it said goodbye, or its process or connection is gone."""
+    def left(self, number: int, life: int, how: str, *, done: bool = False) -> list[Answer | Order]:
+        """The `life`-th life of worker `number` ended: it is `done`, or its process or connection is gone."""
         worker = self.workers.get(number)
         if worker is None or worker.life != life or not worker.there:
             return []
@@ -152,9 +161,23 @@ class Coordinator:
         try:
             return [*answers, *self._follow(self.policy.left(number))]
         except TooFewWorkers as failure:
+            if done or self.over:
+                return [*answers, *self._end()]
             self.failure = TooFewWorkers(f"{failure} (worker {number} {how})")
             text = m.Failed("TooFewWorkers", str(self.failure))
             return [*answers, *(Answer(other.peer, 0, text) for other in self.workers.values() if other.there)]
+
+    def _end(self) -> list[Answer | Order]:
+        """The training is over; all are told, once."""
+        self.over = True
+        return [answer for number, worker in self.workers.items() if worker.there for answer in self._end_of(number)]
+
+    def _end_of(self, number: int) -> list[Answer | Order]:
+        worker = self.workers[number]
+        if not self.over or worker.released.how == m.OVER:
+            return []
+        worker.released = m.Released(self.policy.version, worker.released.number + 1, m.OVER)
+        return [self._release_of(number)]
 
     def _revive(self) -> None:
         if len(self.policy.workers) >= self.policy.fewest:
@@ -163,7 +186,8 @@ class Coordinator:
     def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Answer | Order]:
         if (peer, request) not in self._farewells and message.last:
             self._farewells.append((peer, request))
-        answers = [*self.left(message.worker, message.life, "left"), *self._farewell()]
+        how = f"raised {message.because}" if message.because else "left"
+        answers = [*self.left(message.worker, message.life, how, done=not message.because), *self._farewell()]
         return answers if message.last else [*answers, Answer(peer, request, m.Done())]
 
     def _farewell(self) -> list[Answer | Order]:
@@ -181,6 +205,10 @@ class Coordinator:
         committed = Answer(peer, request, m.Committed(message.sequence))
         if message.sequence <= worker.sequence:  # said again
             return [committed]
+        if self.over:
+            worker.sequence = message.sequence
+            self.figures.dropped += 1
+            return [committed, *self._order(m.Discard((Gradient(message.worker, message.sequence, message.version),)))]
         gradient = Gradient(message.worker, message.sequence, message.version)
         decision = self.policy.pushed(gradient)  # raises before it changes anything
         worker.sequence = message.sequence
@@ -212,10 +240,12 @@ class Coordinator:
         self.figures.dropped += len(decision.drop)
         self.figures.cancelled += len(decision.cancel)
         cancelled = set(decision.cancel)
+        if self.updates is not None and self.policy.version >= self.updates:
+            return [*answers, *self._end()]
         for number in decision.release:
             worker = self.workers[number]
-            again = int(number in cancelled)
-            worker.released = m.Released(self.policy.version, worker.released.number + 1, again)
+            how = m.CANCELLED if number in cancelled else m.PLAIN
+            worker.released = m.Released(self.policy.version, worker.released.number + 1, how)
             answers.append(self._release_of(number))
         return answers
 

@@ -32,6 +32,7 @@ def in_ranks(
     policy: Policy,
     shards: int,
     *,
+    updates: int | None = None,
     staleness_aware: StalenessAware | None = None,
     encrypt: bool = True,
     shared: bool = True,
@@ -46,7 +47,7 @@ def in_ranks(
     if comm.rank < shards:
         coordinator = None
         if comm.rank == 0:
-            coordinator = Coordinator(policy, comm.size, shards, staleness_aware=staleness_aware)
+            coordinator = Coordinator(policy, comm.size, shards, updates=updates, staleness_aware=staleness_aware)
         server = Server(comm.rank, shards, coordinator=coordinator, listen=_listen(comm), keys=keys, shared=shared)
     addresses = [text for text in _gathered(comm, "" if server is None else server.address) if text]
     if server is not None:

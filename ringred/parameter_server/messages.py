@@ -14,7 +14,10 @@ from ringred.parameter_server.partition import Piece
 from ringred.parameter_server.policies import Gradient
 
 __all__ = [
+    "CANCELLED",
     "COORDINATOR",
+    "OVER",
+    "PLAIN",
     "Applied",
     "Apply",
     "Await",
@@ -151,12 +154,17 @@ class Await(NamedTuple):
 
 
 class Released(NamedTuple):
-    """The worker's `number`-th release: it may take parameters of `version` or newer and start a mini-batch; if
-    `cancelled`, the one that it is computing at an older version is not wanted."""
+    """The worker's `number`-th release: it may take parameters of `version` or newer and start a mini-batch. `how` is
+    one of the constants below."""
 
     version: int
     number: int
-    cancelled: int
+    how: int
+
+
+PLAIN, CANCELLED, OVER = range(3)
+"""How a worker is released: because it waits; although it computes, at an older version, what is not wanted any more;
+for the last time, to take what the training came to."""
 
 
 class Beat(NamedTuple):
@@ -167,11 +175,13 @@ class Beat(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """The worker leaves. If `last`, it wants no answer before all workers have left."""
+    """The worker leaves, `because` of an exception unless that is empty. If `last`, it wants no answer before all
+    workers have left."""
 
     worker: int
     life: int
     last: int
+    because: str
 
 
 class Scale(NamedTuple):

@@ -71,7 +71,6 @@ class Server:
         self.shard = Shard(number, memory, self._in_window)
         self.coordinator = coordinator
         self.refused = 0
-        self.failure: BaseException | None = None
         self._windows: dict[bytes, Window] = {}
         self._known: dict[bytes, _Known] = {}
         self._heard: dict[bytes, float] = {}
@@ -97,6 +96,7 @@ class Server:
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._thread = threading.Thread(target=self._serve, name=f"ringred-server-{number}", daemon=True)
         self._stop = False
+        self._because = ""
 
     def _bind(self, listen: str) -> str:
         if self.keys is None and not _of_this_host(listen):
@@ -121,8 +121,9 @@ class Server:
                     self._poller.register(link, zmq.POLLIN)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread, and everything that this server holds."""
+    def close(self, because: str = "") -> None:
+        """Ends the thread, and everything that this server holds. If there is a reason, workers are told it."""
+        self._because = because
         self._stop = True
         self._wake.send(b".")
         if self._thread.is_alive():
@@ -145,9 +146,14 @@ class Server:
     def _serve(self) -> None:
         try:
             self._loop()
-        except BaseException as failure:  # told by `close`, and by the workers who hear no more of it
-            self.failure = failure
+        except BaseException as failure:
+            self._because = f"raised {type(failure).__name__}: {failure}"
             raise
+        finally:
+            if self._because:
+                text = m.Failed("PeerFailed", f"server {self.number} at {self.address} is gone: it {self._because}")
+                for peer in self._known:
+                    self._send(Answer(peer, 0, text))
 
     def _loop(self) -> None:
         ticked = time.monotonic()
@@ -196,8 +202,9 @@ class Server:
             self._send(Answer(peer, request, m.Failed("PolicyError", text)))
 
     def _deliver(self, results: Sequence[Answer | Order]) -> None:
-        """Sends answers to workers and orders to shards; an order to the own shard leads to more of both."""
-        queue = deque(results)
+        """Sends answers to workers and orders to shards. Workers hear first: they have some way to go until they need
+        what the shards then do."""
+        queue = deque(sorted(results, key=lambda result: isinstance(result, Order)))
         while queue:
             result = queue.popleft()
             if isinstance(result, Answer):

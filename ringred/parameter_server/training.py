@@ -19,6 +19,7 @@ from ringred.parameter_server.policies import Async, Policy
 from ringred.parameter_server.report import Report
 from ringred.parameter_server.rules import MakeOptimizer, MakeSchedule, rule_of
 from ringred.parameter_server.worker import Gradients, Worker
+from ringred.runtime import lifetime
 
 __all__ = ["ParameterServer"]
 
@@ -30,12 +31,14 @@ class ParameterServer:
 
         ps = ringred.ParameterServer(model, lambda params: torch.optim.SGD(params, lr=0.1), policy=KAsync(3))
         for images, labels in loader:
-            ps.pull()
+            if not ps.pull():
+                break
             loss(model(images), labels).backward()
             ps.push()
         ps.close()
 
-    `pull` waits until the policy releases this worker, and takes the newest parameters. Gradients go out while backward
+    `pull` waits until the policy releases this worker, and takes the newest parameters; it returns False once the
+    training is over, after `updates` updates or when too many workers have closed. Gradients go out while backward
     makes them; `push` ends the mini-batch and clears them. The servers step `optimizer`, one of torch.optim's, with
     `schedule`, one of its schedules, once for each update.
 
@@ -52,6 +55,7 @@ class ParameterServer:
         policy: Policy | None = None,
         *,
         shards: int | None = None,
+        updates: int | None = None,
         schedule: MakeSchedule | None = None,
         staleness_aware: StalenessAware | None = None,
         compression: str | None = None,
@@ -74,6 +78,7 @@ class ParameterServer:
                 self.comm,
                 policy or Async(),
                 self.comm.size if shards is None else shards,
+                updates=updates,
                 staleness_aware=staleness_aware,
                 encrypt=encrypt,
                 shared=shared,
@@ -92,6 +97,7 @@ class ParameterServer:
                 encoding=encoding_of(compression),
             )
             self._worker.declare(self.parameters, rule, groups)
+            self._targets = self._worker.targets(self.parameters)
         except BaseException:
             self.close()
             raise
@@ -107,16 +113,16 @@ class ParameterServer:
 
     # ------------------------------------------------------------------ the loop
 
-    def pull(self, timeout: float | None = None) -> int:
-        """Waits until this worker is released, takes the newest parameters, and returns the oldest version of a part of
-        them. Raises `CollectiveTimeout` after `timeout` seconds."""
+    def pull(self, timeout: float | None = None) -> bool:
+        """Waits until this worker is released, and takes the newest parameters. Returns False if they are the last.
+        Raises `CollectiveTimeout` after `timeout` seconds."""
         worker = self.worker
         self._abandon()
         version = worker.begin(timeout)
         if worker.version < version or worker.never_pulled:
             with torch.no_grad():
-                worker.take(self.parameters, version, timeout)
-        return worker.version
+                worker.take(self._targets, version, timeout)
+        return not worker.over
 
     def push(self) -> bool:
         """Ends the mini-batch: its gradients count once this returns. False if they were not wanted any more."""
@@ -138,6 +144,11 @@ class ParameterServer:
     def cancelled(self) -> bool:
         """Whether the mini-batch in progress is not wanted any more: its backward may be left out."""
         return self.worker.cancelled
+
+    def sleep(self, seconds: float) -> bool:
+        """Waits as long, or until the mini-batch in progress is cancelled; whether it was not. For experiments with
+        stragglers."""
+        return self.worker.sleep(seconds)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -198,14 +209,17 @@ class ParameterServer:
         self.worker.scale_rate(rate)
 
     def close(self) -> None:
-        """Leaves. A rank that hosts a shard waits here until all workers have left."""
+        """Leaves. A rank that hosts a shard waits here until all workers have left. In a `finally` that runs because of
+        an exception the others hear of it."""
+        failure = lifetime.ending_with()
+        because = "" if failure is None else f"{type(failure).__name__}: {failure}"
         for hook in getattr(self, "_hooks", ()):
             hook.remove()
         if self._worker is not None:
             worker, self._worker = self._worker, None
-            worker.close(last=self._hosted.server is not None)
+            worker.close(last=self._hosted.server is not None and not because, because=because)
         if self._hosted.server is not None:
-            self._hosted.server.close()
+            self._hosted.server.close(f"raised {because}" if because else "")
             self._hosted = self._hosted._replace(server=None)
 
     def __enter__(self) -> ParameterServer:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ringred.errors import CollectiveTimeout, PolicyError, RingredError, UnsupportedTensor
 from ringred.parameter_server import messages as m
-from ringred.parameter_server.connection import Connection, Request, exception_of
+from ringred.parameter_server.connection import Connection, Request
 from ringred.parameter_server.encoding import RAW, Encoding
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.rules import Rule
 from ringred.parameter_server.server import bytes_of
 from ringred.parameter_server.shard import as_tensor
 
-__all__ = ["Gradients", "Piece", "Worker"]
+__all__ = ["Gradients", "Piece", "Targets", "Worker"]
 
 
 class Piece(NamedTuple):
@@ -32,6 +32,22 @@ class Piece(NamedTuple):
     start: int
     stop: int
     shard: int
+
+
+class Target(NamedTuple):
+    """Where piece `number` is to go: `part`, 1-D; and where in its server's window it is, if that is shared."""
+
+    number: int
+    part: Tensor
+    offset: int | None
+
+
+class Targets(NamedTuple):
+    """Where values go, by shard. `copies` are the tensors that are not contiguous, with their contiguous copies."""
+
+    by_shard: dict[int, list[Target]]
+    copies: list[tuple[Tensor, Tensor]]
+    nbytes: int
 
 
 class _Slot:
@@ -71,7 +87,6 @@ class Worker:
         self.shards = len(addresses)
         self._releases = m.Released(0, 0, 0)
         self._used = 0  # the last release that `begin` has taken
-        self._failure: RingredError | None = None
         self.version = 0  # of the oldest piece of the last `take`
         self.never_pulled = True
         self._versions: dict[int, int] = {}
@@ -94,12 +109,8 @@ class Worker:
         self.sequence = told["sequence"]
 
     def _told(self, message: Any) -> None:
-        """A release, or that it is over."""
-        if isinstance(message, m.Released):
-            if message.number > self._releases.number:
-                self._releases = message
-        elif isinstance(message, m.Failed):
-            self._failure = exception_of(message, f"worker {self.number}")
+        if isinstance(message, m.Released) and message.number > self._releases.number:
+            self._releases = message
 
     # ------------------------------------------------------------------ tensors
 
@@ -161,11 +172,10 @@ class Worker:
         began = asked = time.monotonic()
         limit = self.connection.timeout if timeout is None else timeout
         while not self._has_release():
-            self._check()
             now = time.monotonic()
             if now - began > limit:
                 raise CollectiveTimeout(
-                    f"worker {self.number}: {self.policy} did not release it within {limit:.0f} s: the others are slow "
+                    f"worker {self.number}: {self.policy} did not release it within {limit:g} s: the others are slow "
                     "or gone"
                 )
             if now - asked > 1.0:  # it may have been lost
@@ -177,23 +187,36 @@ class Worker:
         return self._releases.version
 
     @property
+    def over(self) -> bool:
+        """Whether the last release was the last one."""
+        return self._releases.how == m.OVER and self._releases.number == self._used
+
+    @property
     def cancelled(self) -> bool:
         """Whether the gradient of the mini-batch in progress is not wanted any more."""
         self.connection.poll(0.0, 0)
-        self._check()
-        return self._has_release() and bool(self._releases.cancelled)
+        return self._has_release() and self._releases.how != m.PLAIN
+
+    def sleep(self, seconds: float) -> bool:
+        """Waits as long, or until the mini-batch in progress is cancelled; whether it was not."""
+        until = time.monotonic() + seconds
+        while not (self._has_release() and self._releases.how != m.PLAIN):
+            left = until - time.monotonic()
+            if left <= 0:
+                return True
+            if left < 0.001:  # less than a poll can wait
+                time.sleep(left)
+            else:
+                self.connection.poll(left)
+        return False
 
     def _has_release(self) -> bool:
         """Whether there is a release that was not used. One that cancels what is older than the version that this
         worker has pulled already tells it nothing new, and is used."""
         last = self._releases
-        if last.cancelled and not self.never_pulled and self.version >= last.version:
+        if last.how == m.CANCELLED and not self.never_pulled and self.version >= last.version:
             self._used = max(self._used, last.number)
         return last.number > self._used
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
 
     def gradients(self) -> Gradients:
         """Starts the next gradient, at the version of the last pull."""
@@ -207,15 +230,18 @@ class Worker:
             if name not in self.pieces:
                 raise PolicyError(f"worker {self.number}: there is no tensor {name!r}; there are {_some(self.pieces)}")
             flat = gradient.detach().reshape(-1)
-            pieces = self.pieces[name]
-            if pieces and flat.numel() != pieces[-1].stop:
-                raise UnsupportedTensor(
-                    f"worker {self.number}: {name!r}: expected {pieces[-1].stop} elements, got {flat.numel()}"
-                )
-            for piece in pieces:
+            self._check_size(name, flat)
+            for piece in self.pieces[name]:
                 by_shard.setdefault(piece.shard, []).append((piece, flat[piece.start : piece.stop]))
         for shard, parts in by_shard.items():
             into.parts.append(self._push_to(shard, into.sequence, parts))
+
+    def _check_size(self, name: str, tensor: Tensor) -> None:
+        pieces = self.pieces[name]
+        if pieces and tensor.numel() != pieces[-1].stop:
+            raise UnsupportedTensor(
+                f"worker {self.number}: {name!r}: expected {pieces[-1].stop} elements, got {tensor.numel()}"
+            )
 
     def _push_to(self, shard: int, sequence: int, parts: Sequence[tuple[Piece, Tensor]]) -> Request:
         numbers = tuple(piece.number for piece, _ in parts)
@@ -246,40 +272,42 @@ class Worker:
 
     def commit(self, gradients: Gradients, version: int | None = None) -> None:
         """Waits until all shards hold all parts; then the gradient counts, whatever happens to this worker."""
-        self.connection.wait(gradients.parts)
+        # What goes to the coordinator's own server is there before the commit is.
+        self.connection.wait(part for part in gradients.parts if part.server != 0)
         at = gradients.version if version is None else version
         commit = m.Commit(self.number, self.connection.life, gradients.sequence, at)
-        self.connection.wait([self.connection.ask(0, m.COORDINATOR, commit)])
+        self.connection.wait([*gradients.parts, self.connection.ask(0, m.COORDINATOR, commit)])
 
     # ------------------------------------------------------------------ values
 
-    def take(self, out: Mapping[str, Tensor], version: int, timeout: float | None = None) -> None:
-        """As `pull`; gradients are computed at these values from here on."""
-        self.version = self.pull(out, version, timeout)
-        self.never_pulled = False
-
-    def pull(self, out: Mapping[str, Tensor], version: int, timeout: float | None = None) -> int:
-        """Copies values of `version` or newer to the tensors of `out`, in its order, and returns the oldest version."""
-        limit = self.connection.timeout if timeout is None else timeout
-        deadline = time.monotonic() + limit
-        by_shard: dict[int, list[tuple[Piece, Tensor]]] = {}
-        whole: list[tuple[Tensor, Tensor]] = []
+    def targets(self, out: Mapping[str, Tensor]) -> Targets:
+        """Prepares to pull to the tensors of `out`, in its order."""
+        by_shard: dict[int, list[Target]] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
         for name, tensor in out.items():
             if name not in self.pieces:
                 raise PolicyError(f"worker {self.number}: there is no tensor {name!r}; there are {_some(self.pieces)}")
             flat = tensor.detach()
+            self._check_size(name, flat)
             if not flat.is_contiguous():
-                flat = torch.empty_like(flat, memory_format=torch.contiguous_format)
-                whole.append((tensor.detach(), flat))
+                copies.append((flat, torch.empty_like(flat, memory_format=torch.contiguous_format)))
+                flat = copies[-1][1]
             flat = flat.view(-1)
             for piece in self.pieces[name]:
-                by_shard.setdefault(piece.shard, []).append((piece, flat[piece.start : piece.stop]))
-        asked = []
+                part = flat[piece.start : piece.stop]
+                by_shard.setdefault(piece.shard, []).append(Target(piece.number, part, self._offsets.get(piece.number)))
+        return Targets(by_shard, copies, sum(part.nbytes for parts in by_shard.values() for _, part, _ in parts))
+
+    def pull(self, targets: Targets, version: int, timeout: float | None = None) -> int:
+        """Copies values of `version` or newer to the targets, and returns the oldest version among them."""
+        limit = self.connection.timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        asked: list[tuple[list[Target], Request]] = []
         versions: list[int] = []
-        for shard, parts in by_shard.items():
+        for shard, parts in targets.by_shard.items():
             if shard not in self.connection.values:
                 asked.append((parts, self._ask_for(shard, parts, version)))
-        for shard, parts in by_shard.items():
+        for shard, parts in targets.by_shard.items():
             if shard in self.connection.values:
                 late = self._read(shard, parts, version, deadline, versions)
                 if late:
@@ -287,25 +315,29 @@ class Worker:
         for parts, request in asked:
             (values,) = self.connection.wait([request], limit)
             versions.append(values.version)
-            for (_, part), frame in zip(parts, request.frames, strict=True):
-                part.copy_(as_tensor(frame, part.dtype))
-        for tensor, copy in whole:
+            for target, frame in zip(parts, request.frames, strict=True):
+                target.part.copy_(as_tensor(frame, target.part.dtype))
+        for tensor, copy in targets.copies:
             tensor.copy_(copy)
-        self.bytes_pulled += sum(part.nbytes for parts in by_shard.values() for _, part in parts)
+        self.bytes_pulled += targets.nbytes
         return min(versions, default=version)
 
-    def _ask_for(self, shard: int, parts: Sequence[tuple[Piece, Tensor]], version: int) -> Request:
-        return self.connection.ask(shard, 1 + shard, m.Pull(version, tuple(piece.number for piece, _ in parts)))
+    def take(self, targets: Targets, version: int, timeout: float | None = None) -> None:
+        """As `pull`; gradients are computed at these values from here on."""
+        self.version = self.pull(targets, version, timeout)
+        self.never_pulled = False
+
+    def _ask_for(self, shard: int, parts: list[Target], version: int) -> Request:
+        return self.connection.ask(shard, 1 + shard, m.Pull(version, tuple(target.number for target in parts)))
 
     def _read(
-        self, shard: int, parts: Sequence[tuple[Piece, Tensor]], version: int, deadline: float, versions: list[int]
-    ) -> list[tuple[Piece, Tensor]]:
+        self, shard: int, parts: list[Target], version: int, deadline: float, versions: list[int]
+    ) -> list[Target]:
         """Reads where the server keeps them; returns the pieces for which that did not succeed."""
         values = self.connection.values[shard]
 
         def interrupted() -> bool:
             self.connection.poll(0.0, shard)
-            self._check()
             return False
 
         if not values.wait(version, deadline, interrupted):
@@ -313,10 +345,11 @@ class Worker:
                 f"worker {self.number}: shard {shard} did not reach version {version}, it is at {values.version}"
             )
         late = []
-        for piece, part in parts:
-            found = values.read(version, self._offsets[piece.number], part)
+        for target in parts:
+            assert target.offset is not None
+            found = values.read(version, target.offset, target.part)
             if found is None:
-                late.append((piece, part))
+                late.append(target)
             else:
                 versions.append(found)
         return late
@@ -333,9 +366,10 @@ class Worker:
         """From the next update on, learning rates are those of the rule times `rate`."""
         self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Scale(float(rate)))])
 
-    def close(self, patience: float = 5.0, *, last: bool = False) -> None:
-        """Says goodbye; with `last`, waits until all workers have. What was committed counts."""
-        bye = m.Bye(self.number, self.connection.life, int(last))
+    def close(self, patience: float = 5.0, *, last: bool = False, because: str = "") -> None:
+        """Says goodbye, `because` of an exception or because it is done; with `last`, waits until all workers have said
+        it. What was committed counts."""
+        bye = m.Bye(self.number, self.connection.life, int(last), because)
         with contextlib.suppress(RingredError):
             self.connection.wait([self.connection.ask(0, m.COORDINATOR, bye)], math.inf if last else patience)
         self.connection.close()

@@ -15,8 +15,9 @@ PACKAGE = ROOT / "ringred"
 PUBLIC = {
     "ringred": (
         "CollectiveMismatch CollectiveTimeout Communicator DistributedDataParallel GridError ModelMismatch "
-        "NonFiniteGradient PeerFailed PolicyError ReduceOp ReplicasDiverged RingredError SyncBatchNorm TooFewWorkers "
-        "TransportUnavailable UnknownAlgorithm UnsupportedTensor Work algorithms hooks init optim reports torch_backend"
+        "NonFiniteGradient ParameterServer PeerFailed PolicyError ReduceOp ReplicasDiverged RingredError "
+        "SyncBatchNorm TooFewWorkers TransportUnavailable UnknownAlgorithm UnsupportedTensor Work algorithms hooks "
+        "init optim reports torch_backend"
     ),
     "ringred.buckets": "Bucket Entry SparseBucket assign",
     "ringred.collectives.registry": "algorithm algorithms lookup prove",

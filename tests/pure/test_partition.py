@@ -3,6 +3,7 @@ pieces."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -26,7 +27,7 @@ def check_covers(sizes: list[Size], pieces: list[Piece]) -> None:
         own = by_tensor[tensor]
         assert own[0][0] == 0
         assert own[-1][1] == size.elements
-        assert all(before[1] == after[0] for before, after in zip(own, own[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(own))
         assert all(start < stop or size.elements == 0 for start, stop in own)
         assert all(start % 64 == 0 for start, _ in own)
 
