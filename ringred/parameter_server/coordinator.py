@@ -44,6 +44,7 @@ class _Worker:
     sequence: int = -1
     released: m.Released = _UNRELEASED
     there: bool = True
+    done: bool = False
 
 
 @dataclass
@@ -154,7 +155,7 @@ class Coordinator:
         worker = self.workers.get(number)
         if worker is None or worker.life != life or not worker.there:
             return []
-        worker.there = False
+        worker.there, worker.done = False, done
         answers = [*self._hand_over(number), *self._farewell()]
         if not self.started:
             return answers
@@ -166,6 +167,16 @@ class Coordinator:
             self.failure = TooFewWorkers(f"{failure} (worker {number} {how})")
             text = m.Failed("TooFewWorkers", str(self.failure))
             return [*answers, *(Answer(other.peer, 0, text) for other in self.workers.values() if other.there)]
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether all workers have left."""
+        return self.started and not any(worker.there for worker in self.workers.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all workers have left because they were done."""
+        return self.abandoned and all(worker.done for worker in self.workers.values())
 
     def _end(self) -> list[Answer | Order]:
         """The training is over; all are told, once."""

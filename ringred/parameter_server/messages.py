@@ -30,6 +30,7 @@ __all__ = [
     "Declare",
     "Discard",
     "Done",
+    "End",
     "Failed",
     "Held",
     "Hello",
@@ -280,6 +281,10 @@ class State(NamedTuple):
     text: str
 
 
+class End(NamedTuple):
+    """To a server: nobody needs it any more."""
+
+
 class Done(NamedTuple):
     """What was asked has been done."""
 
@@ -296,7 +301,7 @@ class Failed(NamedTuple):
 _KINDS: tuple[type[Any], ...] = (
     *(Meet, Met, Hello, Welcome, Declare, Placed, Created, Commit, Committed),
     *(Await, Released, Beat, Bye, Scale, Report, Told),
-    *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard, State, Done, Failed),
+    *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard, State, End, Done, Failed),
 )
 _NUMBER_OF = {kind: number for number, kind in enumerate(_KINDS, 1)}
 

@@ -7,6 +7,7 @@ clocks and processes: who may talk, who has died, what has to be said again.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import select
@@ -97,6 +98,8 @@ class Server:
         self._thread = threading.Thread(target=self._serve, name=f"ringred-server-{number}", daemon=True)
         self._stop = False
         self._because = ""
+        self._ended = False
+        self._abandoned = math.inf
 
     def _bind(self, listen: str) -> str:
         if self.keys is None and not _of_this_host(listen):
@@ -120,6 +123,15 @@ class Server:
                     self._links[number] = link
                     self._poller.register(link, zmq.POLLIN)
         self._thread.start()
+
+    def done(self, patience: float) -> bool:
+        """Whether nobody needs this server any more: all workers have left, or died and did not come back within
+        `patience` seconds. A thread that died ends in its exception."""
+        if self.coordinator is None or self._because:
+            return self._ended or bool(self._because)
+        if not self.coordinator.abandoned:
+            self._abandoned = time.monotonic()
+        return self.coordinator.finished or time.monotonic() - self._abandoned > patience
 
     def close(self, because: str = "") -> None:
         """Ends the thread, and everything that this server holds. If there is a reason, workers are told it."""
@@ -150,6 +162,9 @@ class Server:
             self._because = f"raised {type(failure).__name__}: {failure}"
             raise
         finally:
+            for number, link in self._links.items():
+                with contextlib.suppress(zmq.Again):
+                    link.send(m.pack(1 + number, 0, m.End()), zmq.NOBLOCK)
             if self._because:
                 text = m.Failed("PeerFailed", f"server {self.number} at {self.address} is gone: it {self._because}")
                 for peer in self._known:
@@ -191,6 +206,8 @@ class Server:
         body: list[Frame] = [frame.buffer for frame in frames[1:]]
         if isinstance(message, m.Meet):
             self._meet(peer, request, message)
+        elif isinstance(message, m.End):
+            self._ended = True
         elif isinstance(message, m.Beat):
             self._send(Answer(peer, request, m.Done()))
         elif machine == m.COORDINATOR and self.coordinator is not None:
@@ -329,7 +346,7 @@ class _Door:
 
 def secured(link: zmq.Socket[bytes], keys: Keys | None) -> zmq.Socket[bytes]:
     """`link` as one end of a connection to a server of the job with `keys`."""
-    link.set(zmq.LINGER, 0)
+    link.set(zmq.LINGER, _LINGER)
     link.set(zmq.MAXMSGSIZE, _LARGEST)
     if keys is not None:
         link.set(zmq.CURVE_SERVERKEY, keys.server_public.encode())

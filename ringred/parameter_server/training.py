@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ringred.communicator import Communicator, default_communicator
-from ringred.errors import RingredError, UnsupportedTensor
+from ringred.errors import PolicyError, RingredError, UnsupportedTensor
 from ringred.parameter_server.coordinator import StalenessAware
 from ringred.parameter_server.encoding import encoding_of
 from ringred.parameter_server.hosting import Hosted, in_ranks
@@ -18,6 +19,7 @@ from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.policies import Async, Policy
 from ringred.parameter_server.report import Report
 from ringred.parameter_server.rules import MakeOptimizer, MakeSchedule, rule_of
+from ringred.parameter_server.serving import find_servers
 from ringred.parameter_server.worker import Gradients, Worker
 from ringred.runtime import lifetime
 
@@ -43,8 +45,8 @@ class ParameterServer:
     `schedule`, one of its schedules, once for each update.
 
     Every rank of `comm` (default: all ranks) is a worker, and the first `shards` of them (default: all) host a shard.
-    Or the servers are processes of their own: `servers` are the addresses that `ringred serve` printed, `keys` the keys
-    that it wrote, `worker` is this worker's number (default: its rank), and the servers have the policy.
+    Or the servers are processes of their own, which have the policy (`ringred serve`): `servers` is the folder where
+    they meet, or their addresses with the job's `keys`; `worker` is this worker's number (default: its rank).
     Raises `PolicyError` for a policy that the workers are too few for, and for an optimizer that no server can step.
     """
 
@@ -60,7 +62,7 @@ class ParameterServer:
         staleness_aware: StalenessAware | None = None,
         compression: str | None = None,
         comm: Communicator | Any = None,
-        servers: list[str] | None = None,
+        servers: str | Path | Sequence[str] | None = None,
         keys: Keys | None = None,
         worker: int | None = None,
         encrypt: bool = True,
@@ -69,7 +71,7 @@ class ParameterServer:
     ) -> None:
         self.parameters = _named(model)
         rule, groups = rule_of(optimizer, list(self.parameters.values()), schedule)
-        hosted = Hosted(servers or [], keys, None)
+        hosted = Hosted([], keys, None)
         if servers is None:
             self.comm = default_communicator(comm)
             worker = self.comm.rank
@@ -83,8 +85,13 @@ class ParameterServer:
                 encrypt=encrypt,
                 shared=shared,
             )
-        elif worker is None:
-            worker = default_communicator(comm).rank
+        else:
+            self._check_served(policy, shards, updates, staleness_aware)
+            if isinstance(servers, (str, Path)):
+                hosted = Hosted(*find_servers(servers, 60.0 if timeout is None else timeout), None)
+            else:
+                hosted = Hosted(list(servers), keys, None)
+            worker = default_communicator(comm).rank if worker is None else worker
         self._hosted = hosted
         self._worker: Worker | None = None
         try:
@@ -110,6 +117,12 @@ class ParameterServer:
             parameter.register_post_accumulate_grad_hook(self._hook(name))
             for name, parameter in self.parameters.items()
         ]
+
+    def _check_served(self, *given: Any) -> None:
+        if any(value is not None for value in given):
+            raise PolicyError(
+                "policy, shards, updates and staleness_aware are the servers' own: give them to ringred serve"
+            )
 
     # ------------------------------------------------------------------ the loop
 

@@ -1,4 +1,4 @@
-"""The `ringred` command: verify, explain, topology, doctor."""
+"""The `ringred` command: verify, explain, topology, serve, keys, doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
-    except (RingredError, ValueError) as failure:
+    except (RingredError, ValueError, OSError) as failure:
         print(f"ringred: {failure}", file=sys.stderr)
         return 2
 
@@ -64,6 +65,24 @@ def _parser() -> argparse.ArgumentParser:
 
     topology = commands.add_parser("topology", help="what this machine is")
     topology.set_defaults(command=_topology)
+
+    serve = commands.add_parser("serve", help="host a shard of a parameter server, in a process of its own")
+    serve.add_argument("--workers", type=_count, required=True, metavar="P", help="how many workers there will be")
+    serve.add_argument("--policy", default="async", help="sync, async, or with a number k_async:3, soft_sync:1, ...")
+    serve.add_argument("--elastic", action="store_true", help="go on with fewer workers than the policy asks for")
+    serve.add_argument("--updates", type=_count, metavar="N", help="the training is over after so many updates")
+    serve.add_argument("--staleness-aware", choices=("mean", "per_gradient"), help="smaller steps for old gradients")
+    serve.add_argument("--shards", type=_count, default=1, metavar="S", help="servers in all (default 1)")
+    serve.add_argument("--number", type=int, default=0, metavar="K", help="which of them this is, 0 to S - 1")
+    serve.add_argument("--folder", type=Path, help="where servers and workers meet, if all see one file system")
+    serve.add_argument("--addresses", default="", metavar="A,B", help="else all servers, such as tcp://10.0.0.1:7000")
+    serve.add_argument("--listen", metavar="A", help="the address to listen on, if it is not the one that others use")
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="the job's keys; without --folder")
+    serve.set_defaults(command=_serve)
+
+    keys = commands.add_parser("keys", help="make the keys of a job of a parameter server")
+    keys.add_argument("file", type=Path, help="a new file, which only its owner can read")
+    keys.set_defaults(command=_keys)
 
     doctor = commands.add_parser("doctor", help="check what ringred needs here, and say how to mend it")
     doctor.set_defaults(command=_doctor)
@@ -151,6 +170,36 @@ def _explain(options: argparse.Namespace) -> int:
         )
     )
     print(f"\n{draw(group.size, entry.steps(group))}")
+    return 0
+
+
+# ---------------------------------------------------------------------- parameter servers
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ringred.parameter_server.keys import load_keys
+    from ringred.parameter_server.policies import parse
+    from ringred.parameter_server.serving import serve
+
+    return serve(
+        parse(options.policy, elastic=options.elastic),
+        options.workers,
+        number=options.number,
+        shards=options.shards,
+        folder=options.folder,
+        addresses=[address for address in options.addresses.split(",") if address],
+        listen=options.listen,
+        keys=None if options.keys is None else load_keys(options.keys),
+        updates=options.updates,
+        staleness_aware=options.staleness_aware,
+        told=lambda text: print(text, flush=True),
+    )
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from ringred.parameter_server.keys import make_keys, save_keys
+
+    save_keys(make_keys(), options.file)
     return 0
 
 
