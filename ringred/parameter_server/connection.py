@@ -227,4 +227,5 @@ class Connection:
 def exception_of(failed: m.Failed, who: str) -> RingredError:
     """The exception that a server answered with."""
     kind = getattr(errors, failed.error, RingredError)
-    return kind(f"{who}: {failed.text}") if issubclass(kind, RingredError) else RingredError(f"{who}: {failed.text}")
+    text = failed.text if failed.text.startswith(who) else f"{who}: {failed.text}"
+    return kind(text) if issubclass(kind, RingredError) else RingredError(text)

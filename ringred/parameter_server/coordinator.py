@@ -111,7 +111,7 @@ class Coordinator:
             if self.failure is not None and isinstance(message, (m.Commit, m.Await)):
                 raise self.failure
             return self._HANDLERS[type(message)](self, peer, request, message)
-        except (RingredError, KeyError, ValueError, TypeError) as failure:
+        except Exception as failure:  # whatever a stranger may say, this one goes on
             kind = type(failure).__name__ if isinstance(failure, RingredError) else "PolicyError"
             return [Answer(peer, request, m.Failed(kind, str(failure)))]
 

@@ -23,6 +23,9 @@ class Keys(NamedTuple):
     worker_public: str
     worker_secret: str
 
+    def __repr__(self) -> str:
+        return f"Keys({self.server_public}, ..., {self.worker_public}, ...)"
+
     def as_text(self) -> str:
         return json.dumps(self)
 

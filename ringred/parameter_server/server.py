@@ -37,7 +37,7 @@ _AGAIN = 2.0  # seconds after which an order that was not answered is given agai
 SILENCE = 15.0  # seconds after which a worker of another place counts as gone
 _TICK = 0.5
 _LINGER = 1000  # ms for the last answers to leave
-_WORKER = b"RRw"
+_ORDERING = b"coordinator"  # the name under which the coordinator's server calls the others
 
 
 class _Known(NamedTuple):
@@ -102,15 +102,19 @@ class Server:
         self._abandoned = math.inf
 
     def _bind(self, listen: str) -> str:
+        reason = ""
         if self.keys is None and not _of_this_host(listen):
-            raise TransportUnavailable(
-                f"server {self.number}: {listen} is reached from other hosts, and there are no keys to tell who calls"
-            )
-        try:
-            self._router.bind(listen)
-        except zmq.ZMQError as failure:
+            reason = "other hosts reach it, and there are no keys to tell who calls"
+        else:
+            try:
+                self._router.bind(listen)
+            except zmq.ZMQError as failure:
+                reason = str(failure)
+        if reason:
             self._context.destroy(0)
-            raise TransportUnavailable(f"server {self.number} cannot listen on {listen}: {failure}") from failure
+            if self.area is not None:
+                self.area.close()
+            raise TransportUnavailable(f"server {self.number} cannot listen on {listen}: {reason}")
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def start(self, addresses: Sequence[str]) -> None:
@@ -119,6 +123,7 @@ class Server:
             for number, address in enumerate(addresses):
                 if number != self.number:
                     link = secured(self._context.socket(zmq.DEALER), self.keys)
+                    link.set(zmq.ROUTING_ID, _ORDERING)
                     link.connect(address)
                     self._links[number] = link
                     self._poller.register(link, zmq.POLLIN)
@@ -206,6 +211,8 @@ class Server:
         body: list[Frame] = [frame.buffer for frame in frames[1:]]
         if isinstance(message, m.Meet):
             self._meet(peer, request, message)
+        elif isinstance(message, (m.Apply, m.Discard, m.End)) and peer != _ORDERING:
+            self.refused += 1
         elif isinstance(message, m.End):
             self._ended = True
         elif isinstance(message, m.Beat):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ringred.errors import RingredError, UnsupportedTensor
+from ringred.errors import RingredError
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.encoding import decoded
 from ringred.parameter_server.policies import Gradient
@@ -96,7 +96,7 @@ class Shard:
         """What `message` leads to. A wrong message is answered by `Failed` and changes nothing."""
         try:
             answers: list[Answer] = self._HANDLERS[type(message)](self, peer, request, message, frames)
-        except (RingredError, KeyError, ValueError, TypeError, RuntimeError) as failure:
+        except Exception as failure:  # whatever a stranger may say, this one goes on
             kind = type(failure).__name__ if isinstance(failure, RingredError) else "PolicyError"
             text = f"shard {self.number}: {type(message).__name__}: {failure}"
             return [Answer(peer, request, m.Failed(kind, text))]
@@ -167,21 +167,32 @@ class Shard:
         """Holds the part. One that is repeated, or comes after its gradient was used, is only acknowledged."""
         self._check_known(message.pieces)
         if message.sequence > self._done.get(message.worker, -1):
+            parts = self._given(peer, message, frames)
             key = message.worker, message.sequence
             if key not in self._held or self._held[key].life != message.life:
                 self._held[key] = _Held(message.life, {})
-            held = self._held[key].parts
-            for at, piece in enumerate(message.pieces):
-                value = self.values[piece]
-                if message.offsets:
-                    if self.window is None:
-                        raise UnsupportedTensor("it has no window of this worker")
-                    given = self.window(peer, message.offsets[at], value.nbytes, value.dtype)
-                else:
-                    given = decoded(message.encoding, frames[at], value.numel(), value.dtype)
-                self.bytes_in += given.nbytes
-                held[piece] = given
+            self._held[key].parts.update(parts)
+            self.bytes_in += sum(part.nbytes for part in parts.values())
         return [Answer(peer, request, m.Held(message.sequence))]
+
+    def _given(self, peer: bytes, message: m.Part, frames: Sequence[Frame]) -> dict[int, Tensor]:
+        """The gradients of a part, by piece: where the worker put them, or decoded from its frames."""
+        values = [self.values[piece] for piece in message.pieces]
+        if message.offsets:
+            if self.window is None or len(message.offsets) != len(values):
+                raise ValueError(f"{len(message.offsets)} places for {len(values)} pieces, or no window of this worker")
+            given = [
+                self.window(peer, offset, value.nbytes, value.dtype)
+                for offset, value in zip(message.offsets, values, strict=True)
+            ]
+        else:
+            if len(frames) != len(values):
+                raise ValueError(f"{len(frames)} frames for {len(values)} pieces")
+            given = [
+                decoded(message.encoding, frame, value.numel(), value.dtype)
+                for frame, value in zip(frames, values, strict=True)
+            ]
+        return dict(zip(message.pieces, given, strict=True))
 
     def _apply(self, peer: bytes, request: int, message: m.Apply, frames: Sequence[Frame]) -> list[Answer]:
         if message.version > self.version:

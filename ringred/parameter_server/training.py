@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ringred.communicator import Communicator, default_communicator
-from ringred.errors import PolicyError, RingredError, UnsupportedTensor
-from ringred.parameter_server.coordinator import StalenessAware
-from ringred.parameter_server.encoding import encoding_of
-from ringred.parameter_server.hosting import Hosted, in_ranks
-from ringred.parameter_server.keys import Keys
-from ringred.parameter_server.policies import Async, Policy
+from ringred.errors import UnsupportedTensor
+from ringred.parameter_server.hosting import Membership, Placement
+from ringred.parameter_server.policies import Policy
 from ringred.parameter_server.report import Report
 from ringred.parameter_server.rules import MakeOptimizer, MakeSchedule, rule_of
-from ringred.parameter_server.serving import find_servers
 from ringred.parameter_server.worker import Gradients, Worker
-from ringred.runtime import lifetime
 
 __all__ = ["ParameterServer"]
 
@@ -44,9 +37,8 @@ class ParameterServer:
     makes them; `push` ends the mini-batch and clears them. The servers step `optimizer`, one of torch.optim's, with
     `schedule`, one of its schedules, once for each update.
 
-    Every rank of `comm` (default: all ranks) is a worker, and the first `shards` of them (default: all) host a shard.
-    Or the servers are processes of their own, which have the policy (`ringred serve`): `servers` is the folder where
-    they meet, or their addresses with the job's `keys`; `worker` is this worker's number (default: its rank).
+    The other arguments say where the servers are: see `Placement`. By default every rank is a worker and hosts a shard.
+    `compression` is "half", "bfloat16", "int8" or "top_k:0.01": how gradients are sent (`encoding`).
     Raises `PolicyError` for a policy that the workers are too few for, and for an optimizer that no server can step.
     """
 
@@ -56,57 +48,18 @@ class ParameterServer:
         optimizer: MakeOptimizer,
         policy: Policy | None = None,
         *,
-        shards: int | None = None,
-        updates: int | None = None,
         schedule: MakeSchedule | None = None,
-        staleness_aware: StalenessAware | None = None,
         compression: str | None = None,
-        comm: Communicator | Any = None,
-        servers: str | Path | Sequence[str] | None = None,
-        keys: Keys | None = None,
-        worker: int | None = None,
-        encrypt: bool = True,
-        shared: bool = True,
-        timeout: float | None = None,
+        **placement: Any,
     ) -> None:
         self.parameters = _named(model)
         rule, groups = rule_of(optimizer, list(self.parameters.values()), schedule)
-        hosted = Hosted([], keys, None)
-        if servers is None:
-            self.comm = default_communicator(comm)
-            worker = self.comm.rank
-            timeout = self.comm.config.timeout if timeout is None else timeout
-            hosted = in_ranks(
-                self.comm,
-                policy or Async(),
-                self.comm.size if shards is None else shards,
-                updates=updates,
-                staleness_aware=staleness_aware,
-                encrypt=encrypt,
-                shared=shared,
-            )
-        else:
-            self._check_served(policy, shards, updates, staleness_aware)
-            if isinstance(servers, (str, Path)):
-                hosted = Hosted(*find_servers(servers, 60.0 if timeout is None else timeout), None)
-            else:
-                hosted = Hosted(list(servers), keys, None)
-            worker = default_communicator(comm).rank if worker is None else worker
-        self._hosted = hosted
-        self._worker: Worker | None = None
+        self._member = Membership(Placement(policy, **placement), compression)
         try:
-            self._worker = Worker(
-                worker,
-                hosted.addresses,
-                keys=hosted.keys,
-                timeout=60.0 if timeout is None else timeout,
-                shared=shared,
-                encoding=encoding_of(compression),
-            )
-            self._worker.declare(self.parameters, rule, groups)
-            self._targets = self._worker.targets(self.parameters)
+            self.worker.declare(self.parameters, rule, groups)
+            self._targets = self.worker.targets(self.parameters)
         except BaseException:
-            self.close()
+            self._member.close()
             raise
         self._gradients: Gradients | None = None
         self._ready: dict[str, Tensor] = {}
@@ -117,12 +70,6 @@ class ParameterServer:
             parameter.register_post_accumulate_grad_hook(self._hook(name))
             for name, parameter in self.parameters.items()
         ]
-
-    def _check_served(self, *given: Any) -> None:
-        if any(value is not None for value in given):
-            raise PolicyError(
-                "policy, shards, updates and staleness_aware are the servers' own: give them to ringred serve"
-            )
 
     # ------------------------------------------------------------------ the loop
 
@@ -204,9 +151,8 @@ class ParameterServer:
 
     @property
     def worker(self) -> Worker:
-        if self._worker is None:
-            raise RingredError("this parameter server is closed")
-        return self._worker
+        """This worker's side of the protocol. Raises `RingredError` once this is closed."""
+        return self._member.worker
 
     @property
     def version(self) -> int:
@@ -224,16 +170,9 @@ class ParameterServer:
     def close(self) -> None:
         """Leaves. A rank that hosts a shard waits here until all workers have left. In a `finally` that runs because of
         an exception the others hear of it."""
-        failure = lifetime.ending_with()
-        because = "" if failure is None else f"{type(failure).__name__}: {failure}"
-        for hook in getattr(self, "_hooks", ()):
+        for hook in self._hooks:
             hook.remove()
-        if self._worker is not None:
-            worker, self._worker = self._worker, None
-            worker.close(last=self._hosted.server is not None and not because, because=because)
-        if self._hosted.server is not None:
-            self._hosted.server.close(f"raised {because}" if because else "")
-            self._hosted = self._hosted._replace(server=None)
+        self._member.close()
 
     def __enter__(self) -> ParameterServer:
         return self

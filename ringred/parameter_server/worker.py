@@ -187,6 +187,11 @@ class Worker:
         return self._releases.version
 
     @property
+    def never_released(self) -> bool:
+        """Whether `begin` was not called yet."""
+        return self._used == 0
+
+    @property
     def over(self) -> bool:
         """Whether the last release was the last one."""
         return self._releases.how == m.OVER and self._releases.number == self._used
