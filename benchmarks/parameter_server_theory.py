@@ -4,9 +4,9 @@
     launch/torchrun.sh 8 benchmarks/parameter_server_theory.py     # live workers that are processes
 
 Theory: Dutta et al., Slow and Stale Gradients Can Win the Race (AISTATS 2018), for mini-batch times that are
-exponential with mean 1. Live: workers that sleep as long as a mini-batch would take, mean 20 ms, and push; a push and a pull take
-time as well, which is measured with `async` alone and given to the simulation of all others as a constant part of a
-mini-batch's time.
+exponential with mean 1. Live: workers that sleep as long as a mini-batch would take, mean 20 ms, and push. A push and a
+pull take time as well: it is measured with `async` alone, and is a constant part of each mini-batch's time in the
+simulation of all others.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,7 @@ class Communicator(Operations):
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
         if self.config.trace and name == "world":
             self.start_trace(self.config.trace)
+        self._born_under = id(sys.exc_info()[1])  # an exception that was there before has nothing to do with it
         lifetime.live.add(self)
 
     # ------------------------------------------------------------------ making communicators
@@ -135,8 +137,8 @@ class Communicator(Operations):
         return child
 
     def duplicate(self) -> Communicator:
-        """A communicator of the same ranks, with its own counters, as `MPI_Comm_dup`. Its collectives stand in no order
-        with those of this one. Collective."""
+        """A communicator of the same ranks, with its own counters, as `MPI_Comm_dup`. Its collectives may run at the
+        same time as those of this one, in any order. Collective."""
         self._splits += 1
         return self.subset(range(self.size), f"{self.name}/{self._splits}")
 
@@ -239,11 +241,12 @@ class Communicator(Operations):
     def close(self) -> None:
         """Finishes what is in flight and gives everything back. A second call does nothing.
 
-        In a `finally` that runs because of an exception it is `abort` as well, so that the other ranks hear of the
-        exception. Raises `CollectiveMismatch` where only now it shows that the ranks did not make the same calls.
+        In a `finally` or `except` of the function that an exception came through it is `abort` as well, so that the
+        other ranks hear of the exception. Raises `CollectiveMismatch` where only now it shows that the ranks did not
+        make the same calls.
         """
         failure = None if self.closed else lifetime.ending_with()
-        if failure is not None:
+        if failure is not None and id(failure) != self._born_under:
             self.abort(failure)
         self._runner.close()
 
@@ -267,28 +270,42 @@ class Communicator(Operations):
 
 _lock = threading.Lock()
 _default: Communicator | None = None
+_default_group: weakref.ref[Any] | None = None  # torch's default group, if the ranks of `_default` are its
 _of_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
 
 
 def init(*, trace: str | None = None) -> Communicator:
     """The communicator of all ranks that the launcher started; the second call returns the same one.
 
-    The ranks of `torch.distributed`, where the program has initialised that. Else MPI under mpirun and srun; torch's
-    store, and Gloo, under torchrun or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; one rank
-    otherwise. `RINGRED_TRANSPORT` overrules. `trace` names a Chrome trace to write. Collective.
+    If the program has initialised `torch.distributed`, these are the ranks of its default group; if that is another one
+    by now, a new communicator is made. Otherwise mpirun and srun connect them by MPI. torchrun, and anything else that
+    sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, connects them by torch's store and Gloo. Without a launcher
+    there is one rank. The variable RINGRED_TRANSPORT takes precedence. `trace` names a Chrome trace to write.
+    Collective.
 
     From here on an exception that ends this process is reported to all other ranks, which raise as well.
     """
-    global _default
+    global _default, _default_group
     with _lock:
-        if _default is not None and not _default.closed:
+        group = connect.torch_group()
+        if _default is not None and not _default.closed and _fits(_default, group):
             return _default
+        _default_group = None if group is None else weakref.ref(group)
         config = Config.from_environment()
         comm = _default = Communicator._tuned(connect.by_launcher(config), config)
         if trace is not None:
             comm.start_trace(trace)
         lifetime.report_uncaught(lambda: None if _default is None else connect.end_job(_default.transport))
         return comm
+
+
+def _fits(comm: Communicator, group: Any) -> bool:
+    """Whether `comm`, made by an earlier `init`, connects the ranks of torch's default group of now."""
+    if group is None:
+        return True
+    if _default_group is not None:
+        return _default_group() is group
+    return comm.size == int(group.size())  # the launcher's ranks are torch's, by whatever way they were connected
 
 
 def default_communicator(group: Any = None) -> Communicator:

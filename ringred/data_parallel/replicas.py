@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ringred.communicator import Communicator
 from ringred.errors import ModelMismatch, ReplicasDiverged
-from ringred.runtime.folds import ReduceOp
+from ringred.runtime.folds import SUPPORTED, ReduceOp
+from ringred.runtime.tensors import carried
 
 __all__ = ["average_tensors", "broadcast_tensors", "check_same_model", "check_same_values"]
 
@@ -123,7 +124,12 @@ def _coalesced(comm: Communicator, tensors: Sequence[Tensor]) -> Iterator[tuple[
 
 def _write_back(part: list[Tensor], flat: Tensor) -> None:
     pieces = flat.split([tensor.numel() for tensor in part])
-    torch._foreach_copy_(part, [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)])
+    views = [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)]
+    if flat.dtype in SUPPORTED:
+        torch._foreach_copy_(part, views)
+    else:  # kernels are missing for many of the dtypes that are only moved
+        for tensor, view in zip(part, views, strict=True):
+            carried(tensor).copy_(carried(view))
 
 
 def _parts(tensors: Sequence[Tensor], cap_bytes: int) -> Iterator[list[Tensor]]:

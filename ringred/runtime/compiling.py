@@ -12,12 +12,17 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.algorithms.join import Joinable
 from torch.nn.parallel import distributed as _torch_ddp
 
 __all__ = ["active_ddp_module", "compiled_in_buckets", "never_compiled", "not_compiled"]
 
-# Taken now: programs put ringred's class in the place of torch's name later on.
-_TorchDDP: Any = _torch_ddp.DistributedDataParallel
+# Not by its name: programs put ringred's class, or a function, in the place of it.
+_TorchDDP: Any = next(
+    kind
+    for kind in Joinable.__subclasses__()
+    if (kind.__module__, kind.__qualname__) == (_torch_ddp.__name__, "DistributedDataParallel")
+)
 
 _C = TypeVar("_C", bound=type)
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -14,7 +14,7 @@ from ringred.transports import routed
 from ringred.transports.base import Gather, Transport
 from ringred.transports.local import Hub
 
-__all__ = ["Connected", "by_launcher", "by_mpi", "by_process_group", "by_store", "end_job"]
+__all__ = ["Connected", "by_launcher", "by_mpi", "by_process_group", "by_store", "end_job", "torch_group"]
 
 
 _GRACE_SECONDS = 1.0  # in which peers can say what they saw, before MPI ends them
@@ -75,7 +75,7 @@ def by_launcher(config: Config) -> Connected:
     Raises `TransportUnavailable`, and `ValueError` where the launcher started several ranks and left no way for them to
     find each other.
     """
-    if config.transport is None and _torch_group_exists():
+    if config.transport != "mpi" and torch_group() is not None:
         return by_process_group(None, config)  # whatever a launcher left in the environment: the ranks are connected
     launch = detect_launch()
     kind = {"mpi": "mpi", "torch_p2p": "store"}.get(config.transport or "", launch.kind)
@@ -88,7 +88,7 @@ def by_launcher(config: Config) -> Connected:
     else:
         connected = Connected(Hub(1).transport(0), (0,), lambda text: [text], _nothing)
     transport = connected.transport
-    if transport.size != launch.size and not _torch_group_exists():
+    if transport.size != launch.size and torch_group() is None:
         transport.close()
         raise TransportUnavailable(
             f"the launcher started {launch.size} ranks, but {transport.name} connects {transport.size}: is this "
@@ -122,9 +122,12 @@ def _nearest(
     )
 
 
-def _torch_group_exists() -> bool:
+def torch_group() -> Any:
+    """The default process group of torch.distributed, or None where the program has made none."""
     distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.group.WORLD
 
 
 def _nothing() -> None:

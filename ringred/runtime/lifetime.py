@@ -6,7 +6,7 @@ import atexit
 import sys
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Protocol
 
 __all__ = ["Closable", "ending_with", "live", "report_uncaught"]
@@ -25,6 +25,7 @@ class Closable(Protocol):
 live: weakref.WeakSet[Closable] = weakref.WeakSet()
 """The communicators of this process that may still be open."""
 
+_BETWEEN = ("ringred.", "torch.", "contextlib")  # modules between the user's function and `close`
 _reports_uncaught = False
 _end_jobs: list[Callable[[], None]] = []
 
@@ -39,11 +40,20 @@ def _close_all() -> None:
 
 
 def ending_with() -> BaseException | None:
-    """The exception that is ending the caller's program or a part of it: the one that a `finally` runs under."""
+    """The exception that the caller's function is left by, or was left by: the one that its `finally` or `except` runs
+    under. None if that is only dealt with further out, as where `except` tries again with other arguments."""
     failure = sys.exc_info()[1]
     if isinstance(failure, SystemExit) and failure.code in (None, 0):
         return None
-    return None if isinstance(failure, (GeneratorExit, StopIteration)) else failure
+    if failure is None or isinstance(failure, (GeneratorExit, StopIteration)):
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        frame = frame.f_back
+    step = failure.__traceback__
+    while step is not None and step.tb_frame is not frame:
+        step = step.tb_next
+    return None if step is None else failure
 
 
 def report_uncaught(end_job: Callable[[], None] | None = None) -> None:

@@ -21,7 +21,7 @@ from ringred.runtime.executor import Plan, run
 from ringred.runtime.failures import RAISED, Report, diagnose
 from ringred.runtime.trace import Tracer
 from ringred.runtime.work import Progress, Work
-from ringred.transports.base import Fault, Request, Transport
+from ringred.transports.base import Fault, FaultKind, Request, Transport
 
 __all__ = ["Runner", "contract"]
 
@@ -147,6 +147,8 @@ class Runner:
         try:
             self.transport.settle(began + self.timeout)
         except Fault as fault:
+            if fault.kind == FaultKind.TIMEOUT:  # the peer may still come, and finds what was sent to it
+                return None
             error = self._diagnosed(fault, time.monotonic() - began)
             if isinstance(error, CollectiveMismatch):
                 return error

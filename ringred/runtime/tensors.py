@@ -17,9 +17,21 @@ from ringred.runtime.calls import Copies
 from ringred.runtime.folds import SUPPORTED, ReduceOp, check_dtype
 from ringred.runtime.select import share_bounds
 
-__all__ = ["Flat", "Shares", "copies", "expect", "flat", "is_apart", "is_plain", "outputs", "shares", "unowned"]
+__all__ = [
+    "Flat",
+    "Shares",
+    "carried",
+    "copies",
+    "expect",
+    "flat",
+    "is_apart",
+    "is_plain",
+    "outputs",
+    "shares",
+    "unowned",
+]
 
-# What is only moved travels as integers of the same width where no kernel takes its own dtype.
+# A tensor that is only moved, and whose dtype has no kernels, is moved as integers of the same width.
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,6 +50,11 @@ class Shares(NamedTuple):
     parts: list[Tensor]
     back: Copies
     dtype: torch.dtype
+
+
+def carried(tensor: Tensor) -> Tensor:
+    """A view of the memory of `tensor` as integers of the same width."""
+    return tensor.view(_CARRIERS[tensor.element_size()])
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -72,7 +89,7 @@ def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, 
         raise UnsupportedTensor(f"{where}: expected memory of its own for each element, got an expanded tensor")
     detached = tensor.detach()
     if tensor.dtype not in SUPPORTED and not detached.is_conj():
-        detached = detached.view(_CARRIERS[tensor.element_size()])
+        detached = carried(detached)
     if detached.is_contiguous() and not detached.is_conj() and not detached.is_neg():
         # Not view(-1), because that keeps an unusual stride if there is at most one element.
         return Flat(detached.as_strided((detached.numel(),), (1,)), (), tensor.dtype)
@@ -81,7 +98,7 @@ def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, 
         copy.copy_(detached)
     memory = copy.view(-1)
     if memory.dtype not in SUPPORTED:
-        memory = memory.view(_CARRIERS[tensor.element_size()])
+        memory = carried(memory)
     return Flat(memory, ((detached, copy),), tensor.dtype)
 
 

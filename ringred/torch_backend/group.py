@@ -277,8 +277,10 @@ class _Collectives:
     def shutdown(self) -> None:
         """Finishes what is in flight and gives everything back."""
         _open.discard(self)
-        self.comm.close()
-        self._mail.shutdown()
+        try:
+            self.comm.close()
+        finally:
+            self._mail.shutdown()
 
     # ------------------------------------------------------------------ helpers
 

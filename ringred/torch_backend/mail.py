@@ -1,6 +1,6 @@
 """Messages between two ranks of a torch process group, with tags and from any source: by a Gloo group of their own.
 
-So neither they nor the group's collectives wait for each other.
+Because that group is separate, a message never waits for a collective, nor a collective for a message.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "SETTLING_SECONDS",
     "UNSETTLED_SECONDS",
     "Counters",
     "Fault",
@@ -35,6 +36,7 @@ Request: TypeAlias = Any
 """A pending send or receive; only the transport that gave it out looks inside."""
 
 
+SETTLING_SECONDS = 0.05  # after which a rank that closes looks whether its peers are closing too
 UNSETTLED_SECONDS = 2.0
 """How long a rank that closes waits for word from its peers, where messages are not acknowledged."""
 
@@ -71,6 +73,7 @@ class FaultKind:
     TIMEOUT = "timeout"  # the deadline passed
     PEER = "peer"  # the peer's end is gone
     ABORTED = "aborted"  # some rank called `abort`
+    UNRECEIVED = "unreceived"  # the peer is closing, and has not received what this rank sent
 
 
 class Fault(Exception):
@@ -130,8 +133,8 @@ class Transport(Protocol):
     def settle(self, deadline: float) -> None:
         """Called once, before `close`: returns when the peers have received all that this rank has sent to them.
 
-        Raises `Fault` as `wait` does. Where nothing tells a sender that its message was received, it returns when the
-        peers are closing too, or after `UNSETTLED_SECONDS`.
+        Raises `Fault` as `wait` does, and `UNRECEIVED` where a peer closes without receiving. Where nothing tells a
+        sender that its message was received, it returns when the peers are closing too, or after `UNSETTLED_SECONDS`.
         """
 
     def abort(self, report: str) -> None:

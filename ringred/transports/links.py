@@ -28,7 +28,7 @@ ENTRIES = 256
 REPORT_BYTES = 16 << 10
 
 # Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
-SLEEPING, ALARM, ABORTED, CLOSED, REPORT_LENGTH = 0, 8, 16, 17, 18
+SLEEPING, ALARM, ABORTED, CLOSED, REPORT_LENGTH, SETTLES = 0, 8, 16, 17, 18, 19
 EXPOSED_CONTRACT, EXPOSED_AT = 24, 25
 NOWHERE = 1 << 62  # EXPOSED_AT of a rank whose memory does not lie in its window
 CONSUMED = 32  # a cache line per peer: the last message consumed, and LEFT, which the peer sets when it stops reading

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ringred.errors import TransportUnavailable
 from ringred.transports import futex
-from ringred.transports.base import Counters, Fault, FaultKind
+from ringred.transports.base import SETTLING_SECONDS, Counters, Fault, FaultKind
 from ringred.transports.futex import fence
 from ringred.transports.links import (
     ABORTED,
@@ -37,6 +37,7 @@ from ringred.transports.links import (
     PUT,
     REPORT_BYTES,
     REPORT_LENGTH,
+    SETTLES,
     SLEEPING,
     SLOT_BYTES,
     Layout,
@@ -276,10 +277,19 @@ class ShmTransport:
         futex.wake(self._base + self._block + 8 * SLEEPING)
 
     def settle(self, deadline: float) -> None:
+        self._words[self._at + SETTLES] = 1
         for link in self._links.values():
             while link.queue or link.acked_words[link.acked_at] < link.sent:
                 self.drain()
-                self._until(link, link.acked_words, link.acked_at, link.sent, deadline)
+                settles = link.words[link.words_at + SETTLES]  # then it receives nothing more
+                try:
+                    soon = min(deadline, time.monotonic() + SETTLING_SECONDS)
+                    self._until(link, link.acked_words, link.acked_at, link.sent, soon)
+                except Fault as fault:
+                    if fault.kind == FaultKind.TIMEOUT and settles:
+                        raise Fault(FaultKind.UNRECEIVED, link.rank) from None
+                    if fault.kind != FaultKind.TIMEOUT or time.monotonic() >= deadline:
+                        raise
 
     # ------------------------------------------------------------------ failing
 

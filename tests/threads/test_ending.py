@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -109,3 +110,55 @@ def test_close_after_an_exception_that_was_dealt_with_tells_nothing() -> None:
     assert isinstance(first, PeerFailed)
     assert "rank 1" in str(first)
     assert "handled" not in str(first)
+
+
+def test_work_that_is_tried_again_in_an_except_is_no_failure() -> None:
+    """The exception is over when the second try closes its communicator."""
+
+    def attempt(comm: Communicator, batch: int) -> float:
+        if batch > 32:
+            raise MemoryError("too large")
+        part = comm.duplicate()
+        tensor = torch.full((3,), float(comm.rank))
+        if comm.rank == 1:
+            time.sleep(0.2)
+        part.broadcast(tensor, 0)
+        part.close()
+        return tensor[0].item()
+
+    def body(comm: Communicator) -> float:
+        try:
+            return attempt(comm, 64)
+        except MemoryError:
+            result = attempt(comm, 32)
+            part = comm.duplicate()
+            part.broadcast(torch.ones(3), 0)
+            part.close()  # made under the exception: it has nothing to do with it
+            return result
+
+    assert run_ranks(body, 2, "shm", timeout=10) == [0.0, 0.0]
+
+
+def test_ranks_that_all_believe_to_be_the_root_are_told_at_close() -> None:
+    """Over shared memory, where a sender sees what was received."""
+
+    def body(comm: Communicator) -> None:
+        comm.broadcast(torch.ones(3), comm.rank)
+
+    began = time.monotonic()
+    for failure in run_ranks(body, 2, "shm", timeout=20, return_exceptions=True):
+        assert isinstance(failure, CollectiveMismatch), failure
+        assert "broadcast #1" in str(failure)
+    assert time.monotonic() - began < 10
+
+
+def test_a_root_that_leaves_before_a_slow_peer_receives_does_not_fail_it() -> None:
+    def body(comm: Communicator) -> float:
+        tensor = torch.full((3,), float(comm.rank))
+        if comm.rank == 1:
+            time.sleep(1.2)
+            comm.set_timeout(10)
+        comm.broadcast(tensor, 0)
+        return tensor[0].item()
+
+    assert run_ranks(body, 2, "shm", timeout=0.5) == [0.0, 0.0]

@@ -22,6 +22,8 @@ STRAYS = (
     {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"},
     {"PMI_RANK": "0", "PMI_SIZE": "2"},
     {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+    {"RINGRED_TRANSPORT": "shm", "WORLD_SIZE": "9"},
+    {"RINGRED_TRANSPORT": "torch_p2p"},
 )
 
 
@@ -70,12 +72,13 @@ def rank_main(folder, rank):
     warnings.simplefilter("ignore")
     clean = dict(os.environ)
     for case, (how, backend, stray) in enumerate(CASES):
+        number = RANKS - 1 - rank if case % 2 else rank  # each group has its own order
         os.environ.update(stray)
-        dist.init_process_group(backend, **how(folder, case, rank))
-        train(rank, range(RANKS))
+        dist.init_process_group(backend, **how(folder, case, number))
+        train(number, range(RANKS))
         part = dist.new_group([0, 2])
-        if rank != 1:
-            train(rank, (0, 2), process_group=part)
+        if number != 1:
+            train(number, (0, 2), process_group=part)
         dist.barrier()
         dist.destroy_process_group()
         for name in os.environ.keys() - clean.keys():
