@@ -39,6 +39,15 @@ def push(policy: Policy, worker: int, version: int | None = None, sequence: int 
     return policy.pushed(Gradient(worker, sequence, policy.version if version is None else version))
 
 
+@pytest.mark.parametrize(
+    ("policy", "gradients"),
+    [("sync", 8), ("k_sync:3", 3), ("k_batch_sync:2", 2), ("k_async:3", 3), ("async", 1), ("soft_sync:3", 2)],
+)
+def test_gradients_per_update(policy: str, gradients: int) -> None:
+    assert parse(policy).gradients_per_update(8) == gradients
+    assert parse("bounded_staleness:2").gradients_per_update(8) == 1
+
+
 def test_k_sync_waits_for_k_workers_and_cancels_the_others() -> None:
     policy = started(KSync(2), 4)
     assert push(policy, 3) == Decision()

@@ -73,6 +73,10 @@ class Policy:
         """How many workers must be there for the policy to go on."""
         return 1
 
+    def gradients_per_update(self, workers: int) -> int:
+        """How many gradients make one update where there are `workers` workers."""
+        return 1
+
     def _check_workers(self, how: str) -> None:
         if len(self.workers) < self.fewest:
             raise TooFewWorkers(f"{self} needs {self.fewest} workers; {how}")
@@ -112,6 +116,9 @@ class FirstK(Policy):
     def fewest(self) -> int:
         return self.k if self.finisher_waits and not self.elastic else 1
 
+    def gradients_per_update(self, workers: int) -> int:
+        return self.k
+
     @property
     def needed(self) -> int:
         """How many gradients make the next update: K, or less where workers are missing and `elastic` is set."""
@@ -122,9 +129,7 @@ class FirstK(Policy):
     def joined(self, worker: int) -> Decision:
         self.workers.add(worker)
         if self.finisher_waits and worker in {gradient.worker for gradient in self.pending}:
-            return (
-                Decision()
-            )  # it died after it had pushed: it is released with the update that its gradient is part of
+            return Decision()  # it died after it had pushed, and is released with the update that this is part of
         return Decision(release=(worker,))
 
     def left(self, worker: int) -> Decision:

@@ -33,5 +33,8 @@ class SoftSync(KBatchAsync):
         self.k = len(workers) // self.n
         return super().start(workers)
 
+    def gradients_per_update(self, workers: int) -> int:
+        return workers // self.n
+
     def __repr__(self) -> str:
         return f"SoftSync({self.n}{', elastic=True' if self.elastic else ''})"

@@ -26,6 +26,9 @@ class Sync(KSync):
         self.k = max(1, len(self.workers))
         return super().start(self.workers)
 
+    def gradients_per_update(self, workers: int) -> int:
+        return workers
+
     def joined(self, worker: int) -> Decision:
         decision = super().joined(worker)
         self.k = max(self.k, len(self.workers))
