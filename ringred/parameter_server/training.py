@@ -16,7 +16,7 @@ from ringred.parameter_server.report import Report
 from ringred.parameter_server.rules import MakeOptimizer, MakeSchedule, rule_of
 from ringred.parameter_server.worker import Gradients, Worker
 
-__all__ = ["ParameterServer"]
+__all__ = ["ParameterServer", "named_parameters"]
 
 _PART_BYTES = 1 << 20  # gradients are sent when as many bytes are there
 
@@ -52,7 +52,7 @@ class ParameterServer:
         compression: str | None = None,
         **placement: Any,
     ) -> None:
-        self.parameters = _named(model)
+        self.parameters = named_parameters(model)
         rule, groups = rule_of(optimizer, list(self.parameters.values()), schedule)
         self._member = Membership(Placement(policy, **placement), compression)
         try:
@@ -181,7 +181,7 @@ class ParameterServer:
         self.close()
 
 
-def _named(model: nn.Module | Iterable[Any]) -> dict[str, nn.Parameter]:
+def named_parameters(model: nn.Module | Iterable[Any]) -> dict[str, nn.Parameter]:
     """The parameters that take gradients, by name; shared ones once."""
     given = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     named = [entry if isinstance(entry, tuple) else (f"parameter {at}", entry) for at, entry in enumerate(given)]

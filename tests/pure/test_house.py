@@ -26,6 +26,7 @@ PUBLIC = {
     "ringred.errors": "DeadlockError OverwriteError RingredError ScheduleError",
     "ringred.hooks": "FusedOptimizer Half Int8 LocalSGD Policy PowerSGD TopK all_reduce_hook comm_hook",
     "ringred.optim": "LinearScaling ShardedOptimizer",
+    "ringred.parameter_server": "Hogwild Keys ParameterServer Placement Report Store load_keys make_keys save_keys",
     "ringred.parameter_server.policies": (
         "Async BoundedStaleness Decision Gradient KAsync KBatchAsync KBatchSync KSync POLICIES Policy SoftSync Sync "
         "parse"
