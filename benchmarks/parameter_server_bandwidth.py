@@ -53,7 +53,7 @@ class Exchange:
         worker.connection.wait(gradients.parts)
         pushed = time.perf_counter() - began
         worker.commit(gradients, least)
-        there = [worker.connection.ask(shard, 1 + shard, m.Pull(least + 1, ())) for shard in range(worker.shards)]
+        there = [worker.connection.ask(1 + shard, m.Pull(least + 1, ())) for shard in range(worker.shards)]
         worker.connection.wait(there)
         began = time.perf_counter()
         worker.version = worker.pull(self.targets, least + 1)

@@ -1,7 +1,7 @@
 """Parameters on servers: synchronous, asynchronous and everything between.
 
-`ringred.ParameterServer` trains a model; `Store` holds keys and values; `policies` say who is waited for, and `simulate`
-runs them in simulated time. `Hogwild` shares parameters between processes of one host without a server.
+`ringred.ParameterServer` trains a model; `Store` holds keys and values; `policies` say who is waited for, and
+`simulate` runs them in simulated time. `Hogwild` shares parameters between processes of one host without a server.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ import zmq
 from ringred import errors
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.parameter_server import messages as m
+from ringred.parameter_server.door import secured
 from ringred.parameter_server.keys import Keys
-from ringred.parameter_server.server import SILENCE, bytes_of, secured
-from ringred.parameter_server.shard import Frame
+from ringred.parameter_server.others import SILENCE
+from ringred.parameter_server.shard import Frame, bytes_of
 from ringred.parameter_server.shared import Area, SharedValues, map_window, place
 
 __all__ = ["Connection", "Request"]
@@ -28,10 +29,12 @@ _BEAT = 3.0
 
 
 class Request:
-    """A message to `machine`, at a server, that has not been answered yet, or its answer."""
+    """A message to `machine`, or with `server` to that server itself; `answer` is None until it is answered."""
 
-    def __init__(self, server: int, machine: int, number: int, message: Any, frames: Sequence[Any]) -> None:
-        self.server, self.machine, self.number, self.message = server, machine, number, message
+    def __init__(
+        self, machine: int, number: int, message: Any, frames: Sequence[Any], server: int | None = None
+    ) -> None:
+        self.machine, self.number, self.message, self.server = machine, number, message, server
         self.frames: Sequence[Any] = frames
         self.began = self.sent = time.monotonic()
         self.patience = _AGAIN
@@ -67,6 +70,7 @@ class Connection:
         self._links: list[zmq.Socket[bytes]] = []
         self._processes: dict[int, int] = {}
         self._ended: set[int] = set()
+        self._backups: dict[int, int] = {}
         self._heard: dict[int, float] = {}  # when the servers of other places were heard of
         self.area = Area() if shared and place() else None
         self.values: dict[int, SharedValues] = {}
@@ -88,7 +92,7 @@ class Connection:
         descriptor = -1 if self.area is None else self.area.descriptor
         here = "" if self.area is None else place()
         meet = m.Meet(self.worker, self.life, os.getpid(), descriptor, here)
-        asked = [self.ask(server, 0, meet) for server in range(len(self._links))]
+        asked = [self.ask(m.COORDINATOR, meet, server=server) for server in range(len(self._links))]
         self.wait(asked)
         for server, request in enumerate(asked):
             met: m.Met = request.answer
@@ -97,6 +101,7 @@ class Connection:
                     f"worker {self.worker}: {self._called(server)} is one of {met.shards} servers, and this worker was "
                     f"given the addresses of {len(self._links)}"
                 )
+            self._backups[server] = met.backup
             if not met.pid:
                 self._heard[server] = time.monotonic()
                 continue
@@ -112,25 +117,32 @@ class Connection:
 
     # ------------------------------------------------------------------ requests
 
-    def ask(self, server: int, machine: int, message: Any, frames: Sequence[Frame] = ()) -> Request:
+    def ask(self, machine: int, message: Any, frames: Sequence[Frame] = (), *, server: int | None = None) -> Request:
         """Sends `message`; `wait` has its answer. The frames must not change until then."""
         with self._lock:
             number = next(self._numbers)
-            request = Request(server, machine, number, message, [bytes_of(frame) for frame in frames])
+            request = Request(machine, number, message, [bytes_of(frame) for frame in frames], server)
             self._open[number] = request
             self._send(request)
         return request
 
-    def send(self, server: int, machine: int, message: Any) -> None:
+    def send(self, machine: int, message: Any, *, server: int | None = None) -> None:
         """Sends what is not answered as a request is."""
         with self._lock:
             if not self._closed.is_set():
-                self._send(Request(server, machine, 0, message, ()))
+                self._send(Request(machine, 0, message, (), server))
+
+    def server_of(self, machine: int) -> int:
+        """The server that has the machine: its own, or the one with the copy if that is dead."""
+        home = max(0, machine - 1)
+        backup = self._backups.get(home, -1)
+        return backup if home in self._ended and backup >= 0 else home
 
     def _send(self, request: Request) -> None:
         parts = [m.pack(request.machine, request.number, request.message), *request.frames]
+        server = self.server_of(request.machine) if request.server is None else request.server
         with contextlib.suppress(zmq.Again):
-            self._links[request.server].send_multipart(parts, zmq.NOBLOCK, copy=not request.frames)
+            self._links[server].send_multipart(parts, zmq.NOBLOCK, copy=not request.frames)
 
     def wait(self, requests: Iterable[Request], timeout: float | None = None) -> list[Any]:
         """The answers. Raises the exception that one of them is, and `CollectiveTimeout` or `PeerFailed`."""
@@ -142,13 +154,16 @@ class Connection:
                 if waited > limit:
                     self._open.pop(request.number, None)
                     raise CollectiveTimeout(
-                        f"worker {self.worker}: {self._called(request.server)} did not answer "
+                        f"worker {self.worker}: {self._called(self._asked(request))} did not answer "
                         f"{type(request.message).__name__} within {waited:.0f} s"
                     )
-                self.poll(_SLICE, request.server)
+                self.poll(_SLICE, self._asked(request))
             if isinstance(request.answer, m.Failed):
                 raise exception_of(request.answer, f"worker {self.worker}")
         return [request.answer for request in asked]
+
+    def _asked(self, request: Request) -> int:
+        return self.server_of(request.machine) if request.server is None else request.server
 
     def poll(self, seconds: float, server: int | None = None) -> None:
         """Takes what has come, or comes within `seconds`. Raises `PeerFailed` if `server` has ended, and what a server
@@ -158,13 +173,16 @@ class Connection:
                 raise RingredError(f"worker {self.worker}: this connection is closed")
             for link, _ in self._poller.poll(int(seconds * 1000)):
                 if isinstance(link, int):
-                    self._server_ended(link)
+                    self._poller.unregister(link)
+                    self._server_ended(next(server for server, opened in self._processes.items() if opened == link))
                 else:
                     self._take_all(link)
                     server_of_link = self._links.index(link)
                     if server_of_link in self._heard:
                         self._heard[server_of_link] = time.monotonic()
             now = time.monotonic()
+            for silent in [server for server, heard in self._heard.items() if now - heard > SILENCE]:
+                self._server_ended(silent)
             for request in self._open.values():
                 if now - request.sent > request.patience:
                     request.sent, request.patience = now, 2 * request.patience
@@ -172,9 +190,7 @@ class Connection:
         if self._failure is not None:
             raise self._failure
         if server in self._ended:
-            raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: its process ended")
-        if server in self._heard and now - self._heard[server] > SILENCE:
-            raise PeerFailed(f"worker {self.worker}: {self._called(server)} was not heard of for {SILENCE:.0f} s")
+            raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: {self._why(server)}")
 
     def _take_all(self, link: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
@@ -185,19 +201,31 @@ class Connection:
                 if request is not None:
                     request.answer, request.frames = message, [frame.buffer for frame in frames]
                 elif number == 0 and isinstance(message, m.Failed):
-                    self._failure = exception_of(message, f"worker {self.worker}")
+                    self._fail(self._links.index(link), message)
                 elif number == 0:
                     self._told(message)
 
-    def _server_ended(self, process: int) -> None:
-        self._poller.unregister(process)
-        server = next(number for number, opened in self._processes.items() if opened == process)
-        os.close(self._processes.pop(server))
-        self._ended.add(server)
+    def _fail(self, server: int, failed: m.Failed) -> None:
+        """A server says that all is over, or that it itself is: then its copy goes on."""
+        if failed.error == "PeerFailed" and self._backups.get(server, -1) >= 0:
+            self._server_ended(server)
+        else:
+            self._failure = exception_of(failed, f"worker {self.worker}")
 
-    def ended(self, server: int) -> bool:
-        """Whether the process of that server is seen to have ended."""
-        return server in self._ended
+    def _server_ended(self, server: int) -> None:
+        """What it was asked goes to the server that has its copy, in the same order."""
+        if server in self._processes:
+            os.close(self._processes.pop(server))
+        self._heard.pop(server, None)
+        self._ended.add(server)
+        self.values.pop(server, None)
+        if self._backups.get(server, -1) >= 0:
+            for request in self._open.values():
+                if request.server is None and max(0, request.machine - 1) == server:
+                    self._send(request)
+
+    def _why(self, server: int) -> str:
+        return "its process ended, or it was not heard of"
 
     def _called(self, server: int | None) -> str:
         return f"server {server} at {self.addresses[server or 0]}"
@@ -205,9 +233,9 @@ class Connection:
     def _beat(self) -> None:
         while not self._closed.wait(_BEAT if self._heard else 1.0):
             if not self._owner.is_alive():
-                self.send(0, m.COORDINATOR, m.Bye(self.worker, self.life, 0, "its thread ended"))
-            for server in self._heard:
-                self.send(server, m.COORDINATOR, m.Beat(self.worker, self.life))
+                self.send(m.COORDINATOR, m.Bye(self.worker, self.life, 0, "its thread ended"))
+            for server in list(self._heard):
+                self.send(m.COORDINATOR, m.Beat(self.worker, self.life), server=server)
 
     def close(self) -> None:
         """Ends the connections; what was not answered is not waited for."""

@@ -168,6 +168,10 @@ class Coordinator:
             text = m.Failed("TooFewWorkers", str(self.failure))
             return [*answers, *(Answer(other.peer, 0, text) for other in self.workers.values() if other.there)]
 
+    def lives(self) -> list[tuple[int, int]]:
+        """The workers that are there, and their lives."""
+        return [(number, worker.life) for number, worker in self.workers.items() if worker.there]
+
     @property
     def abandoned(self) -> bool:
         """Whether all workers have left."""
@@ -193,6 +197,9 @@ class Coordinator:
     def _revive(self) -> None:
         if len(self.policy.workers) >= self.policy.fewest:
             self.failure = None
+
+    def _left(self, peer: bytes, request: int, message: m.Left) -> list[Answer | Order]:
+        return self.left(message.worker, message.life, message.how)
 
     def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Answer | Order]:
         if (peer, request) not in self._farewells and message.last:
@@ -282,6 +289,23 @@ class Coordinator:
     def answered(self, shard: int, number: int) -> None:
         """Shard `shard` has done what its `number`-th order says."""
         self.orders[shard].pop(number, None)
+
+    @property
+    def first_open(self) -> tuple[int, ...]:
+        """For each shard the number of the first order that is not answered."""
+        return tuple(min(orders, default=last + 1) for orders, last in zip(self.orders, self._numbers, strict=True))
+
+    def forget_before(self, numbers: Sequence[int]) -> None:
+        """For each shard, the orders before that number are answered."""
+        for orders, first in zip(self.orders, numbers, strict=True):
+            for number in [number for number in orders if number < first]:
+                del orders[number]
+
+    def taken_over(self) -> list[Answer | Order]:
+        """What has to be said again by the server that takes the place of one that may not have said it: the workers'
+        last releases, and the open orders."""
+        releases = [self._release_of(number) for number, worker in self.workers.items() if worker.released.number]
+        return [*releases, *(order for orders in self.orders for order in orders.values())]
 
     # ------------------------------------------------------------------ tensors
 
@@ -381,6 +405,7 @@ class Coordinator:
 
     _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Answer | Order]]]] = {
         m.Hello: _hello,
+        m.Left: _left,
         m.Bye: _bye,
         m.Commit: _commit,
         m.Await: _await,

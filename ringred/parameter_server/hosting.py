@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ class Placement(NamedTuple):
 
     In the first `shards` ranks of `comm` (None: all ranks of `ringred.init()`), under `policy`. Or, if `servers` is
     given, in processes of their own, which have the policy: the folder where they meet, or their addresses and the
-    job's `keys`; `worker` is this worker's number (default: its rank). Tensors go through shared memory where workers
+    job's `keys`; `worker` is this worker's number (default: its rank). With `replicate` each server has a copy on the
+    next one, and the death of one loses nothing that was acknowledged. Tensors go through shared memory where workers
     and servers are on one host, unless `shared` is False; messages are encrypted, unless `encrypt` is False and all
     ranks are on one host. `timeout` is in seconds.
     """
@@ -43,6 +45,7 @@ class Placement(NamedTuple):
     servers: str | Path | Sequence[str] | None = None
     keys: Keys | None = None
     worker: int | None = None
+    replicate: bool = False
     encrypt: bool = True
     shared: bool = True
     timeout: float | None = None
@@ -124,14 +127,13 @@ def _in_ranks(comm: Communicator, placement: Placement) -> Hosted:
     keys = _same_keys(comm) if placement.encrypt or len(set(comm.hosts)) > 1 else None
     server = None
     if comm.rank < shards:
-        coordinator = None
-        if comm.rank == 0:
-            coordinator = Coordinator(
-                policy, comm.size, shards, updates=placement.updates, staleness_aware=placement.staleness_aware
-            )
-        server = Server(
-            comm.rank, shards, coordinator=coordinator, listen=_listen(comm), keys=keys, shared=placement.shared
-        )
+
+        def coordinator() -> Coordinator:
+            options: Any = {"updates": placement.updates, "staleness_aware": placement.staleness_aware}
+            return Coordinator(copy.deepcopy(policy), comm.size, shards, **options)
+
+        options: Any = {"replicate": placement.replicate, "shared": placement.shared}
+        server = Server(comm.rank, shards, coordinator, listen=_listen(comm), keys=keys, **options)
     addresses = [text for text in _gathered(comm, "" if server is None else server.address) if text]
     if server is not None:
         server.start(addresses)

@@ -34,6 +34,9 @@ __all__ = [
     "Failed",
     "Held",
     "Hello",
+    "Left",
+    "Log",
+    "Logged",
     "Malformed",
     "Meet",
     "Met",
@@ -83,16 +86,44 @@ class Meet(NamedTuple):
 
 
 class Met(NamedTuple):
-    """The server's process (0: of another place) and window, where in it the shard's head lies, and how many shards
-    there are. -1: no memory is shared."""
+    """The server's process (0: of another place) and window, where in it the shard's head lies, how many shards there
+    are, and which server has a copy of all that this one has. -1: no memory is shared, or nobody has a copy."""
 
     pid: int
     descriptor: int
     head: int
     shards: int
+    backup: int
+
+
+class Log(NamedTuple):
+    """To the server that has a copy of `machine`: its `number`-th change, in frames (peer, message, the message's own).
+    `answered` has for each shard the first of the coordinator's orders that is not answered yet."""
+
+    machine: int
+    number: int
+    answered: tuple[int, ...]
+
+
+class Logged(NamedTuple):
+    """The copy has made the changes up to the `number`-th."""
+
+    number: int
+
+
+class End(NamedTuple):
+    """To a server: nobody needs it any more."""
 
 
 # ---------------------------------------------------------------- to the coordinator, and its answers
+
+
+class Left(NamedTuple):
+    """From the coordinator's own server: a life of a worker ended, `how`."""
+
+    worker: int
+    life: int
+    how: str
 
 
 class Hello(NamedTuple):
@@ -281,10 +312,6 @@ class State(NamedTuple):
     text: str
 
 
-class End(NamedTuple):
-    """To a server: nobody needs it any more."""
-
-
 class Done(NamedTuple):
     """What was asked has been done."""
 
@@ -299,7 +326,7 @@ class Failed(NamedTuple):
 # ---------------------------------------------------------------- how they lie in a frame
 
 _KINDS: tuple[type[Any], ...] = (
-    *(Meet, Met, Hello, Welcome, Declare, Placed, Created, Commit, Committed),
+    *(Meet, Met, Log, Logged, Left, Hello, Welcome, Declare, Placed, Created, Commit, Committed),
     *(Await, Released, Beat, Bye, Scale, Report, Told),
     *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard, State, End, Done, Failed),
 )

@@ -1,7 +1,7 @@
-"""A server: one thread that listens on one address, hosts a shard (and the coordinator), and hands messages to them.
+"""A server: one thread that listens on one address, and hands messages to the machines that it hosts.
 
 ZeroMQ's own threads move the bytes. What the machines decide is in `coordinator.py` and `shard.py`; here are sockets,
-clocks and processes: who may talk, who has died, what has to be said again.
+clocks and processes: who may talk, who has died, what has to be said again, and what has to be copied first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,19 +25,21 @@ from torch import Tensor
 from ringred.errors import TransportUnavailable
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.coordinator import Coordinator, Order
+from ringred.parameter_server.door import Door, bounded, of_this_host
 from ringred.parameter_server.keys import Keys
-from ringred.parameter_server.shard import Answer, Frame, Memory, Shard
+from ringred.parameter_server.others import SILENCE, Others
+from ringred.parameter_server.shard import Answer, Frame, Memory, Shard, bytes_of
 from ringred.parameter_server.shared import Area, SharedMemory, map_window, place
 from ringred.transports.windows import Window
 
-__all__ = ["SILENCE", "Server", "bytes_of", "secured"]
+__all__ = ["Server"]
 
-_LARGEST = 1 << 34  # bytes of one frame; a longer one closes its connection
-_AGAIN = 2.0  # seconds after which an order that was not answered is given again
-SILENCE = 15.0  # seconds after which a worker of another place counts as gone
 _TICK = 0.5
-_LINGER = 1000  # ms for the last answers to leave
-_ORDERING = b"coordinator"  # the name under which the coordinator's server calls the others
+_SERVER = b"server"  # the names under which servers call each other begin so
+# What changes a machine, so that its copy has to be changed too. Only servers may send the last four.
+_CHANGES = (m.Hello, m.Declare, m.Created, m.Commit, m.Bye, m.Scale, m.Create, m.Part, m.State)
+_ORDERS = (m.Apply, m.Discard, m.Left, m.Log)
+_Results = Sequence[Answer | Order]
 
 
 class _Known(NamedTuple):
@@ -49,18 +51,23 @@ class _Known(NamedTuple):
 
 
 class Server:
-    """Hosts shard `number` of `shards`, and server 0 the `coordinator` too; serves on a thread from `start` on.
+    """Hosts shard `number` of `shards`, and server 0 the coordinator too; serves on a thread from `start` on.
 
     `listen` is a ZeroMQ address, `tcp://HOST:*` for any free port, or None for one that this host's processes reach.
     Without `keys` anybody who reaches the address may talk to it: only for addresses of this host.
+
+    With `replicate`, the next server has a copy of each machine of this one. What changes a machine is given to the
+    copy, and answered once the copy has it. When this server dies, the copy takes its place (state machine
+    replication: Schneider, ACM Computing Surveys 1990, with one backup).
     """
 
     def __init__(
         self,
         number: int,
         shards: int,
+        make_coordinator: Callable[[], Coordinator],
         *,
-        coordinator: Coordinator | None = None,
+        replicate: bool = False,
         listen: str | None = None,
         keys: Keys | None = None,
         shared: bool = True,
@@ -69,20 +76,28 @@ class Server:
         self.place = place() if shared else ""
         self.area = Area() if self.place else None
         memory = SharedMemory(self.area) if self.area is not None else Memory()
-        self.shard = Shard(number, memory, self._in_window)
-        self.coordinator = coordinator
+        self.machines: dict[int, Coordinator | Shard] = {1 + number: Shard(number, memory, self._in_window)}
+        self._head = memory.head if isinstance(memory, SharedMemory) else -1
+        if number == 0:
+            self.machines[m.COORDINATOR] = make_coordinator()
+        self._copies: dict[int, Coordinator | Shard] = {}
+        self._backup = self._copied = -1
+        if replicate and shards > 1:
+            self._backup, self._copied = (number + 1) % shards, (number - 1) % shards
+            self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._in_window)
+            if self._copied == 0:
+                self._copies[m.COORDINATOR] = make_coordinator()
+        self._logged = 0
+        self._held_back: deque[tuple[int, _Results]] = deque()
         self.refused = 0
         self._windows: dict[bytes, Window] = {}
         self._known: dict[bytes, _Known] = {}
         self._heard: dict[bytes, float] = {}
-        self._links: dict[int, zmq.Socket[bytes]] = {}
-        self._given: dict[tuple[int, int], float] = {}
+        self._left: deque[tuple[float, bytes]] = deque()  # windows of workers that are gone
         self._context = zmq.Context(1)
         self._context.set(zmq.MAX_SOCKETS, 4096)
-        self._door = _Door(self._context, keys) if keys is not None else None
-        self._router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self._router.set(zmq.MAXMSGSIZE, _LARGEST)
-        self._router.set(zmq.LINGER, _LINGER)
+        self._door = Door(self._context, keys) if keys is not None else None
+        self._router: zmq.Socket[bytes] = bounded(self._context.socket(zmq.ROUTER))
         self._router.set(zmq.ROUTER_HANDOVER, 1)  # a worker that comes back takes its place
         if keys is not None:
             self._router.set(zmq.CURVE_SERVER, 1)
@@ -93,6 +108,7 @@ class Server:
         self._poller.register(self._router, zmq.POLLIN)
         if self._door is not None:
             self._poller.register(self._door.socket, zmq.POLLIN)
+        self._others = Others(self._context, self._poller, number, shards, keys, self.place)
         self._wake, self._woken = socket.socketpair()
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._thread = threading.Thread(target=self._serve, name=f"ringred-server-{number}", daemon=True)
@@ -103,7 +119,7 @@ class Server:
 
     def _bind(self, listen: str) -> str:
         reason = ""
-        if self.keys is None and not _of_this_host(listen):
+        if self.keys is None and not of_this_host(listen):
             reason = "other hosts reach it, and there are no keys to tell who calls"
         else:
             try:
@@ -118,21 +134,21 @@ class Server:
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def start(self, addresses: Sequence[str]) -> None:
-        """Serves, and gives orders to the other servers at `addresses`, by number."""
-        if self.coordinator is not None:
-            for number, address in enumerate(addresses):
-                if number != self.number:
-                    link = secured(self._context.socket(zmq.DEALER), self.keys)
-                    link.set(zmq.ROUTING_ID, _ORDERING)
-                    link.connect(address)
-                    self._links[number] = link
-                    self._poller.register(link, zmq.POLLIN)
+        """Serves, together with the other servers at `addresses`, by number."""
+        if self.coordinator is not None or self._backup >= 0:
+            self._others.call(addresses)
         self._thread.start()
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """The coordinator, if this server hosts it."""
+        found = self.machines.get(m.COORDINATOR)
+        return found if isinstance(found, Coordinator) else None
 
     def done(self, patience: float) -> bool:
         """Whether nobody needs this server any more: all workers have left, or died and did not come back within
-        `patience` seconds. A thread that died ends in its exception."""
-        if self.coordinator is None or self._because:
+        `patience` seconds; or its thread has ended in an exception."""
+        if self._ended or self._because or self.coordinator is None:
             return self._ended or bool(self._because)
         if not self.coordinator.abandoned:
             self._abandoned = time.monotonic()
@@ -150,8 +166,10 @@ class Server:
                 os.close(known.process)
         self._known.clear()
         self._windows.clear()
-        for link in (self._router, *self._links.values(), *(() if self._door is None else (self._door.socket,))):
-            link.close()
+        self._others.close()
+        self._router.close()
+        if self._door is not None:
+            self._door.socket.close()
         self._context.term()
         self._wake.close()
         self._woken.close()
@@ -167,9 +185,8 @@ class Server:
             self._because = f"raised {type(failure).__name__}: {failure}"
             raise
         finally:
-            for number, link in self._links.items():
-                with contextlib.suppress(zmq.Again):
-                    link.send(m.pack(1 + number, 0, m.End()), zmq.NOBLOCK)
+            if self.coordinator is not None and not self._because:
+                self._others.tell_all(m.End())
             if self._because:
                 text = m.Failed("PeerFailed", f"server {self.number} at {self.address} is gone: it {self._because}")
                 for peer in self._known:
@@ -183,9 +200,8 @@ class Server:
                 self._door.answer()
             if self._router in ready:
                 self._take_all()
-            for number, link in self._links.items():
-                if link in ready:
-                    self._take_answers(number, link)
+            for server, request, message in self._others.take(ready):
+                self._take_answer(server, request, message)
             for peer in [peer for peer, known in self._known.items() if known.process in ready]:
                 self._gone(peer, "its process ended")
             if time.monotonic() - ticked > _TICK:
@@ -209,44 +225,43 @@ class Server:
         if peer in self._heard:
             self._heard[peer] = time.monotonic()
         body: list[Frame] = [frame.buffer for frame in frames[1:]]
-        if isinstance(message, m.Meet):
-            self._meet(peer, request, message)
-        elif isinstance(message, (m.Apply, m.Discard, m.End)) and peer != _ORDERING:
+        if isinstance(message, (*_ORDERS, m.End)) and not peer.startswith(_SERVER):
             self.refused += 1
+        elif isinstance(message, m.Meet):
+            self._meet(peer, request, message)
         elif isinstance(message, m.End):
             self._ended = True
         elif isinstance(message, m.Beat):
             self._send(Answer(peer, request, m.Done()))
-        elif machine == m.COORDINATOR and self.coordinator is not None:
-            self._deliver(self.coordinator.handle(peer, request, message, body))
-        elif machine == 1 + self.number:
-            self._deliver(self.shard.handle(peer, request, message, body))
-        else:
+        elif isinstance(message, m.Log):
+            self._copy(peer, message, body)
+        elif machine in self.machines:
+            self._change(machine, peer, request, message, body)
+        elif machine not in self._copies:  # else its server is not known to have died: the worker asks again
             text = f"server {self.number} has no machine {machine} of {1 + self.shards}"
             self._send(Answer(peer, request, m.Failed("PolicyError", text)))
 
-    def _deliver(self, results: Sequence[Answer | Order]) -> None:
+    def _change(self, machine: int, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> None:
+        """Gives `message` to the machine. What it leads to waits until the copy has it too."""
+        results = self.machines[machine].handle(peer, request, message, frames)
+        if self._backup < 0 or not isinstance(message, (*_CHANGES, *_ORDERS)):
+            self._deliver(results)
+            return
+        self._logged += 1
+        self._held_back.append((self._logged, results))
+        first_open = self.coordinator.first_open if machine == m.COORDINATOR and self.coordinator else ()
+        log = [m.pack(m.COORDINATOR, self._logged, m.Log(machine, self._logged, first_open)), peer]
+        log += [m.pack(machine, request, message), *map(bytes_of, frames)]
+        self._others.send(self._backup, log)
+
+    def _deliver(self, results: _Results) -> None:
         """Sends answers to workers and orders to shards. Workers hear first: they have some way to go until they need
         what the shards then do."""
-        queue = deque(sorted(results, key=lambda result: isinstance(result, Order)))
-        while queue:
-            result = queue.popleft()
-            if isinstance(result, Answer):
-                self._send(result)
-            elif result.shard == self.number:
-                assert self.coordinator is not None
-                for answer in self.shard.handle(b"", 0, result.message, ()):
-                    if answer.peer:
-                        queue.append(answer)
-                    else:
-                        self._check_obeyed(result, answer.message)
-                self.coordinator.answered(result.shard, result.number)
-            else:
+        for result in sorted(results, key=lambda result: isinstance(result, Order)):
+            if isinstance(result, Order):
                 self._give(result)
-
-    def _check_obeyed(self, order: Order, answer: Any) -> None:
-        if isinstance(answer, m.Failed):
-            raise RuntimeError(f"shard {order.shard} cannot do {type(order.message).__name__}: {answer.text}")
+            elif result.peer:
+                self._send(result)
 
     def _send(self, answer: Answer) -> None:
         frames: list[Any] = [answer.peer, m.pack(0, answer.request, answer.message)]
@@ -254,23 +269,64 @@ class Server:
         with contextlib.suppress(zmq.Again, zmq.ZMQError):  # the worker is gone, or asks again
             self._router.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) <= 2)
 
-    # ------------------------------------------------------------------ orders to other servers' shards
+    # ------------------------------------------------------------------ orders to shards, and copies
 
     def _give(self, order: Order) -> None:
-        self._given[order.shard, order.number] = time.monotonic()
-        with contextlib.suppress(zmq.Again):
-            self._links[order.shard].send(m.pack(1 + order.shard, order.number, order.message), zmq.NOBLOCK)
+        if 1 + order.shard in self.machines:
+            self._change(1 + order.shard, b"", order.number, order.message, ())
+            if self.coordinator is not None:
+                self.coordinator.answered(order.shard, order.number)
+        else:
+            self._others.order(order)
 
-    def _take_answers(self, number: int, link: zmq.Socket[bytes]) -> None:
-        assert self.coordinator is not None
-        with contextlib.suppress(zmq.Again):
-            while True:
-                _, request, message = m.unpack(link.recv(zmq.NOBLOCK))
-                order = self.coordinator.orders[number].get(request)
-                if order is not None:
-                    self._check_obeyed(order, message)
-                self.coordinator.answered(number, request)
-                self._given.pop((number, request), None)
+    def _take_answer(self, server: int, request: int, message: Any) -> None:
+        """What another server answered, or that it is gone."""
+        if message is None:
+            self._server_gone(server)
+        elif isinstance(message, m.Logged):
+            while self._held_back and self._held_back[0][0] <= message.number:
+                self._deliver(self._held_back.popleft()[1])
+        elif isinstance(message, m.Failed):
+            raise RuntimeError(f"server {server} cannot do what it was told: {message.text}")
+        elif isinstance(message, (m.Applied, m.Done)) and self.coordinator is not None:
+            self.coordinator.answered(*self._others.answered(request))
+
+    def _copy(self, peer: bytes, log: m.Log, frames: Sequence[Frame]) -> None:
+        copy = self._copies.get(log.machine)
+        if (
+            copy is None or len(frames) < 2
+        ):  # this server has taken the other's place: who still speaks as it is refused
+            self.refused += 1
+            return
+        worker, head, *body = frames
+        _, request, message = m.unpack(bytes_of(head))
+        copy.handle(bytes(bytes_of(worker)), request, message, body)
+        if isinstance(copy, Coordinator) and log.answered:
+            copy.forget_before(log.answered)
+        self._send(Answer(peer, log.number, m.Logged(log.number)))
+
+    def _server_gone(self, server: int) -> None:
+        """The next server takes the place of one that died; the one before it goes on without a copy."""
+        if server == self._backup:
+            self._backup = -1
+            while self._held_back:
+                self._deliver(self._held_back.popleft()[1])
+        takes_over = server == self._copied and m.COORDINATOR in self._copies
+        if server == self._copied:
+            self.machines |= self._copies
+            self._copies.clear()
+        coordinator = self.coordinator
+        if coordinator is None:
+            return
+        if takes_over:
+            self._deliver(coordinator.taken_over())
+            alive = {(known.worker, known.life) for known in self._known.values()}
+            for worker, life in coordinator.lives():
+                if (worker, life) not in alive:
+                    self._change(m.COORDINATOR, b"", 0, m.Left(worker, life, "its process ended"), ())
+        else:
+            for order in list(coordinator.orders[server].values()):
+                self._give(order)
 
     # ------------------------------------------------------------------ workers that come and go
 
@@ -282,11 +338,10 @@ class Server:
             with contextlib.suppress(OSError):
                 process = os.pidfd_open(message.pid)
             with contextlib.suppress(OSError):
-                self._windows[peer] = map_window(message.pid, message.descriptor)
-                assert self.area is not None
-                descriptor = self.area.descriptor
-                memory = self.shard.memory
-                head = memory.head if isinstance(memory, SharedMemory) else -1
+                if message.descriptor >= 0:
+                    self._windows[peer] = map_window(message.pid, message.descriptor)
+                    assert self.area is not None
+                    descriptor, head = self.area.descriptor, self._head
         self._forget(peer)
         if message.pid == os.getpid() and process >= 0:  # a thread of this process ends by itself
             os.close(process)
@@ -296,7 +351,8 @@ class Server:
             self._poller.register(process, select.POLLIN)
         elif not near:
             self._heard[peer] = time.monotonic()
-        self._send(Answer(peer, request, m.Met(os.getpid() if near else 0, descriptor, head, self.shards)))
+        met = m.Met(os.getpid() if near else 0, descriptor, head, self.shards, self._backup)
+        self._send(Answer(peer, request, met))
 
     def _forget(self, peer: bytes) -> None:
         known = self._known.pop(peer, None)
@@ -308,70 +364,20 @@ class Server:
     def _gone(self, peer: bytes, how: str) -> None:
         known = self._known[peer]
         self._forget(peer)
-        self._windows.pop(peer, None)
-        if self.coordinator is not None:
-            self._deliver(self.coordinator.left(known.worker, known.life, how))
+        self._left.append((time.monotonic(), peer))
+        if self.coordinator is not None and known.worker >= 0:
+            self._change(m.COORDINATOR, b"", 0, m.Left(known.worker, known.life, how), ())
 
     def _tick(self, now: float) -> None:
         for peer, heard in list(self._heard.items()):
             if now - heard > SILENCE:
                 self._gone(peer, f"was not heard of for {SILENCE:.0f} s")
-        if self.coordinator is None:
-            return
-        for (shard, number), given in list(self._given.items()):
-            order = self.coordinator.orders[shard].get(number)
-            if order is None:
-                del self._given[shard, number]
-            elif now - given > _AGAIN:
-                self._give(order)
+        while self._left and now - self._left[0][0] > SILENCE:  # until then a copy may be given what lies there
+            self._windows.pop(self._left.popleft()[1], None)
+        self._others.tick(now)
 
     def _in_window(self, peer: bytes, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
         window = self._windows.get(peer)
         if window is None or not 0 <= offset <= window.nbytes - nbytes or offset % dtype.itemsize:
             raise ValueError(f"{nbytes} bytes at {offset} are not in a window of this worker")
         return window.view(offset, nbytes, dtype) if nbytes else torch.empty(0, dtype=dtype)
-
-
-class _Door:
-    """Answers ZeroMQ's question (ZAP, RFC 27) who may connect: those with the workers' key."""
-
-    def __init__(self, context: zmq.Context[Any], keys: Keys) -> None:
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
-        self.socket.set(zmq.LINGER, 0)
-        self.socket.bind("inproc://zeromq.zap.01")
-        self._expected = keys.worker_public_bytes
-
-    def answer(self) -> None:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                version, request, *rest = self.socket.recv_multipart(zmq.NOBLOCK)
-                mechanism, credentials = rest[3], rest[4:]
-                right = mechanism == b"CURVE" and credentials == [self._expected]
-                code, text = (b"200", b"OK") if right else (b"400", b"not a key of this job")
-                self.socket.send_multipart([version, request, code, text, b"worker" if right else b"", b""])
-
-
-def secured(link: zmq.Socket[bytes], keys: Keys | None) -> zmq.Socket[bytes]:
-    """`link` as one end of a connection to a server of the job with `keys`."""
-    link.set(zmq.LINGER, _LINGER)
-    link.set(zmq.MAXMSGSIZE, _LARGEST)
-    if keys is not None:
-        link.set(zmq.CURVE_SERVERKEY, keys.server_public.encode())
-        link.set(zmq.CURVE_PUBLICKEY, keys.worker_public.encode())
-        link.set(zmq.CURVE_SECRETKEY, keys.worker_secret.encode())
-    return link
-
-
-def bytes_of(frame: Frame) -> Any:
-    """The memory of a tensor as bytes, without a copy."""
-    if isinstance(frame, Tensor):
-        flat: Any = frame.detach().reshape(-1).view(torch.uint8).numpy()
-        return memoryview(flat) if frame.numel() else b""
-    return frame
-
-
-def _of_this_host(address: str) -> bool:
-    if address.startswith(("ipc://", "inproc://")):
-        return True
-    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")

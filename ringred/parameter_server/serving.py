@@ -6,6 +6,7 @@ addresses that everybody is told.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -57,6 +58,7 @@ def serve(
     keys: Keys | None = None,
     updates: int | None = None,
     staleness_aware: StalenessAware | None = None,
+    replicate: bool = False,
     told: Callable[[str], None] = print,
 ) -> int:
     """Hosts shard `number` until all workers have left, or a signal ends it; server 0 has the policy. Returns 0."""
@@ -72,10 +74,12 @@ def serve(
         keys = _keys_in(folder, number) if keys is None else keys
     elif keys is None:
         raise PolicyError("serve: at given addresses, --keys has to name a file of keys; ringred keys makes one")
-    coordinator = None
-    if number == 0:
-        coordinator = Coordinator(policy, workers, shards, updates=updates, staleness_aware=staleness_aware)
-    server = Server(number, shards, coordinator=coordinator, listen=listen or _own(addresses, number), keys=keys)
+
+    def coordinator() -> Coordinator:
+        return Coordinator(copy.deepcopy(policy), workers, shards, updates=updates, staleness_aware=staleness_aware)
+
+    own = listen or _own(addresses, number)
+    server = Server(number, shards, coordinator, replicate=replicate, listen=own, keys=keys)
     ended = threading.Event()
     try:
         for which in (signal.SIGTERM, signal.SIGINT):
@@ -87,8 +91,8 @@ def serve(
         told(f"ringred: server {number} of {shards} listens on {server.address}")
         while not ended.wait(0.1) and not server.done(_RETURN):
             pass
-        if coordinator is not None:
-            told(f"ringred: {json.dumps(coordinator.report())}")
+        if server.coordinator is not None:
+            told(f"ringred: {json.dumps(server.coordinator.report())}")
     finally:
         server.close("was ended" if ended.is_set() else "")
         if folder is not None:

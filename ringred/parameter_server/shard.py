@@ -20,7 +20,7 @@ from ringred.parameter_server.policies import Gradient
 from ringred.parameter_server.rules import Rule, Stepper
 from ringred.runtime.folds import Folder, ReduceOp
 
-__all__ = ["Answer", "Memory", "Shard"]
+__all__ = ["Answer", "Frame", "Memory", "Shard", "as_tensor", "bytes_of", "dtype_of"]
 
 Frame = Tensor | memoryview | bytes
 
@@ -329,6 +329,14 @@ def as_tensor(frame: Frame, dtype: torch.dtype) -> Tensor:
     if not len(frame):
         return torch.empty(0, dtype=dtype)
     return torch.frombuffer(frame, dtype=dtype)
+
+
+def bytes_of(frame: Frame) -> Any:
+    """The memory of a tensor as bytes, without a copy."""
+    if isinstance(frame, Tensor):
+        flat: Any = frame.detach().reshape(-1).view(torch.uint8).numpy()
+        return memoryview(flat) if frame.numel() else b""
+    return frame
 
 
 def dtype_of(name: Any) -> torch.dtype:

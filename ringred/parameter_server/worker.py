@@ -19,8 +19,7 @@ from ringred.parameter_server.connection import Connection, Request
 from ringred.parameter_server.encoding import RAW, Encoding
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.rules import Rule
-from ringred.parameter_server.server import bytes_of
-from ringred.parameter_server.shard import as_tensor
+from ringred.parameter_server.shard import as_tensor, bytes_of
 
 __all__ = ["Gradients", "Piece", "Targets", "Worker"]
 
@@ -96,7 +95,7 @@ class Worker:
         self.bytes_pushed = self.bytes_pulled = 0
         self.connection = Connection(addresses, number, self._told, keys=keys, timeout=timeout, shared=shared)
         try:
-            hello = self.connection.ask(0, m.COORDINATOR, m.Hello(number, self.connection.life))
+            hello = self.connection.ask(m.COORDINATOR, m.Hello(number, self.connection.life))
             (welcome,) = self.connection.wait([hello])
         except CollectiveTimeout as failure:
             self.connection.close()
@@ -124,7 +123,7 @@ class Worker:
             for (name, tensor), group in zip(tensors.items(), groups, strict=True)
         ]
         text = json.dumps({"rule": rule.as_json(), "tensors": entries})
-        asked = self.connection.ask(0, m.COORDINATOR, m.Declare(self.number, text))
+        asked = self.connection.ask(m.COORDINATOR, m.Declare(self.number, text))
         (placed,) = self.connection.wait([asked])
         names = list(tensors)
         order = {tensor: at for at, tensor in enumerate(dict.fromkeys(piece.tensor for piece in placed.pieces))}
@@ -151,16 +150,16 @@ class Worker:
                         frames.append(part)
             if entries:
                 text = json.dumps({"rule": rule.as_json(), "pieces": entries})
-                asked.append(self.connection.ask(shard, 1 + shard, m.Create(text), frames))
+                asked.append(self.connection.ask(1 + shard, m.Create(text), frames))
         self.connection.wait(asked)
-        self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Created(self.number))])
+        self.connection.wait([self.connection.ask(m.COORDINATOR, m.Created(self.number))])
 
     def _locate(self, pieces: Sequence[Piece]) -> None:
         """Asks where the pieces lie in the windows of the servers that share theirs."""
         asked = []
         for shard in self.connection.values:
             numbers = tuple(piece.number for piece in pieces if piece.shard == shard)
-            asked.append((numbers, self.connection.ask(shard, 1 + shard, m.Where(numbers))))
+            asked.append((numbers, self.connection.ask(1 + shard, m.Where(numbers))))
         for numbers, request in asked:
             (there,) = self.connection.wait([request])
             self._offsets.update(zip(numbers, there.offsets, strict=True))
@@ -181,8 +180,8 @@ class Worker:
             if now - asked > 1.0:  # it may have been lost
                 asked = now
                 again = m.Await(self.number, self.connection.life, self._used)
-                self.connection.send(0, m.COORDINATOR, again)
-            self.connection.poll(0.02, 0)
+                self.connection.send(m.COORDINATOR, again)
+            self.connection.poll(0.02, self.connection.server_of(m.COORDINATOR))
         self._used = self._releases.number
         return self._releases.version
 
@@ -199,7 +198,7 @@ class Worker:
     @property
     def cancelled(self) -> bool:
         """Whether the gradient of the mini-batch in progress is not wanted any more."""
-        self.connection.poll(0.0, 0)
+        self.connection.poll(0.0, self.connection.server_of(m.COORDINATOR))
         return self._has_release() and self._releases.how != m.PLAIN
 
     def sleep(self, seconds: float) -> bool:
@@ -254,10 +253,10 @@ class Worker:
         life = self.connection.life
         if code == RAW and shard in self.connection.values:
             offsets = tuple(self._put(shard, sequence, piece.number, part) for piece, part in parts)
-            return self.connection.ask(shard, 1 + shard, m.Part(self.number, life, sequence, code, numbers, offsets))
+            return self.connection.ask(1 + shard, m.Part(self.number, life, sequence, code, numbers, offsets))
         frames = [self.encoding.encoded(piece.number, part) for piece, part in parts]
         self.bytes_pushed += sum(frame.nbytes for frame in frames)
-        return self.connection.ask(shard, 1 + shard, m.Part(self.number, life, sequence, code, numbers, ()), frames)
+        return self.connection.ask(1 + shard, m.Part(self.number, life, sequence, code, numbers, ()), frames)
 
     def _put(self, shard: int, sequence: int, number: int, part: Tensor) -> int:
         """Copies `part` to memory that the shard reads, and returns where that is."""
@@ -277,11 +276,11 @@ class Worker:
 
     def commit(self, gradients: Gradients, version: int | None = None) -> None:
         """Waits until all shards hold all parts; then the gradient counts, whatever happens to this worker."""
-        # What goes to the coordinator's own server is there before the commit is.
-        self.connection.wait(part for part in gradients.parts if part.server != 0)
+        # What goes to shard 0, which is where the coordinator is, is there before the commit is.
+        self.connection.wait(part for part in gradients.parts if part.machine != 1)
         at = gradients.version if version is None else version
         commit = m.Commit(self.number, self.connection.life, gradients.sequence, at)
-        self.connection.wait([*gradients.parts, self.connection.ask(0, m.COORDINATOR, commit)])
+        self.connection.wait([*gradients.parts, self.connection.ask(m.COORDINATOR, commit)])
 
     # ------------------------------------------------------------------ values
 
@@ -333,7 +332,7 @@ class Worker:
         self.never_pulled = False
 
     def _ask_for(self, shard: int, parts: list[Target], version: int) -> Request:
-        return self.connection.ask(shard, 1 + shard, m.Pull(version, tuple(target.number for target in parts)))
+        return self.connection.ask(1 + shard, m.Pull(version, tuple(target.number for target in parts)))
 
     def _read(
         self, shard: int, parts: list[Target], version: int, deadline: float, versions: list[int]
@@ -342,7 +341,7 @@ class Worker:
         values = self.connection.values[shard]
 
         def interrupted() -> bool:
-            self.connection.poll(0.0, shard)
+            self.connection.poll(0.0, self.connection.server_of(1 + shard))
             return False
 
         if not values.wait(version, deadline, interrupted):
@@ -363,20 +362,20 @@ class Worker:
 
     def report(self) -> dict[str, Any]:
         """The coordinator's figures."""
-        (told,) = self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Report())])
+        (told,) = self.connection.wait([self.connection.ask(m.COORDINATOR, m.Report())])
         found: dict[str, Any] = json.loads(told.text)
         return found
 
     def scale_rate(self, rate: float) -> None:
         """From the next update on, learning rates are those of the rule times `rate`."""
-        self.connection.wait([self.connection.ask(0, m.COORDINATOR, m.Scale(float(rate)))])
+        self.connection.wait([self.connection.ask(m.COORDINATOR, m.Scale(float(rate)))])
 
     def close(self, patience: float = 5.0, *, last: bool = False, because: str = "") -> None:
         """Says goodbye, `because` of an exception or because it is done; with `last`, waits until all workers have said
         it. What was committed counts."""
         bye = m.Bye(self.number, self.connection.life, int(last), because)
         with contextlib.suppress(RingredError):
-            self.connection.wait([self.connection.ask(0, m.COORDINATOR, bye)], math.inf if last else patience)
+            self.connection.wait([self.connection.ask(m.COORDINATOR, bye)], math.inf if last else patience)
         self.connection.close()
 
 

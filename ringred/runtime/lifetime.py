@@ -47,13 +47,14 @@ def ending_with() -> BaseException | None:
         return None
     if failure is None or isinstance(failure, (GeneratorExit, StopIteration)):
         return None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
-        frame = frame.f_back
-    step = failure.__traceback__
-    while step is not None and step.tb_frame is not frame:
+    passed, step = set(), failure.__traceback__
+    while step is not None:
+        passed.add(step.tb_frame)
         step = step.tb_next
-    return None if step is None else failure
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame not in passed and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        frame = frame.f_back
+    return failure if frame in passed else None
 
 
 def report_uncaught(end_job: Callable[[], None] | None = None) -> None:

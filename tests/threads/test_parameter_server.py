@@ -234,6 +234,9 @@ def test_workers_with_other_models_are_refused() -> None:
         weight = nn.Parameter(torch.zeros(10 + comm.rank))
         with start(comm, weight=weight) as server:
             server.pull()
+            weight.grad = torch.ones(10 + comm.rank)
+            server.push()
+            server.pull()
 
     refused, other = sorted(run_ranks(body, 2, return_exceptions=True), key=lambda it: not isinstance(it, PolicyError))
     assert isinstance(refused, PolicyError)

@@ -20,17 +20,18 @@ import zmq
 from ringred.errors import CollectiveTimeout, TransportUnavailable
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.coordinator import Coordinator
+from ringred.parameter_server.door import secured
 from ringred.parameter_server.keys import Keys, load_keys, make_keys, save_keys
 from ringred.parameter_server.policies import Gradient, KAsync
 from ringred.parameter_server.rules import Rule
-from ringred.parameter_server.server import Server, secured
+from ringred.parameter_server.server import Server
 from ringred.parameter_server.worker import Worker
 
 ADD = Rule("add", [{}])
 
 
 def one_server(keys: Keys | None, listen: str | None = "tcp://127.0.0.1:*") -> Server:
-    server = Server(0, 1, coordinator=Coordinator(KAsync(1), 1, 1), listen=listen, keys=keys)
+    server = Server(0, 1, lambda: Coordinator(KAsync(1), 1, 1), listen=listen, keys=keys)
     server.start([server.address])
     return server
 
@@ -174,12 +175,12 @@ def test_replayed_frames_change_nothing() -> None:
     keys = make_keys()
     server = one_server(keys)
     worker = one_worker(server, keys, shared=False)
-    sent: list[tuple[int, int, Any, Any]] = []
+    sent: list[tuple[int, Any, Any]] = []
     ask = worker.connection.ask
 
-    def recording(shard: int, machine: int, message: Any, frames: Any = ()) -> Any:
-        sent.append((shard, machine, message, frames))
-        return ask(shard, machine, message, frames)
+    def recording(machine: int, message: Any, frames: Any = ()) -> Any:
+        sent.append((machine, message, frames))
+        return ask(machine, message, frames)
 
     try:
         worker.declare({"a": torch.zeros(100)}, ADD, [0])
@@ -187,7 +188,7 @@ def test_replayed_frames_change_nothing() -> None:
         for value in range(1, 6):
             assert push(worker, 1.0) == value
             for again in random.Random(value).choices(
-                [entry for entry in sent if not isinstance(entry[2], m.Pull)], k=9
+                [entry for entry in sent if not isinstance(entry[1], m.Pull)], k=9
             ):
                 worker.connection.wait([ask(*again)])
         assert server.coordinator is not None
