@@ -90,7 +90,7 @@ class Others:
             if link in ready:
                 self._heard[server] = time.monotonic()
                 with contextlib.suppress(zmq.Again):
-                    while True:
+                    while server not in self.dead:
                         _, request, message = m.unpack(link.recv(zmq.NOBLOCK))
                         if isinstance(message, m.Met):
                             self._watch(server, message)
