@@ -136,7 +136,11 @@ class Connection:
         """The server that has the machine: its own, or the one with the copy if that is dead."""
         home = max(0, machine - 1)
         backup = self._backups.get(home, -1)
-        return backup if home in self._ended and backup >= 0 else home
+        return backup if home in self._ended and self._copied(home) else home
+
+    def _copied(self, server: int) -> bool:
+        """Whether another server, which lives, has a copy of what this one has."""
+        return self._backups.get(server, -1) >= 0 and self._backups[server] not in self._ended
 
     def _send(self, request: Request) -> None:
         parts = [m.pack(request.machine, request.number, request.message), *request.frames]
@@ -173,7 +177,6 @@ class Connection:
                 raise RingredError(f"worker {self.worker}: this connection is closed")
             for link, _ in self._poller.poll(int(seconds * 1000)):
                 if isinstance(link, int):
-                    self._poller.unregister(link)
                     self._server_ended(next(server for server, opened in self._processes.items() if opened == link))
                 else:
                     self._take_all(link)
@@ -189,7 +192,7 @@ class Connection:
                     self._send(request)
         if self._failure is not None:
             raise self._failure
-        if server in self._ended:
+        if server in self._ended and not self._copied(server):
             raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: {self._why(server)}")
 
     def _take_all(self, link: zmq.Socket[bytes]) -> None:
@@ -207,7 +210,7 @@ class Connection:
 
     def _fail(self, server: int, failed: m.Failed) -> None:
         """A server says that all is over, or that it itself is: then its copy goes on."""
-        if failed.error == "PeerFailed" and self._backups.get(server, -1) >= 0:
+        if failed.error == "PeerFailed" and self._copied(server):
             self._server_ended(server)
         else:
             self._failure = exception_of(failed, f"worker {self.worker}")
@@ -215,11 +218,13 @@ class Connection:
     def _server_ended(self, server: int) -> None:
         """What it was asked goes to the server that has its copy, in the same order."""
         if server in self._processes:
-            os.close(self._processes.pop(server))
+            process = self._processes.pop(server)
+            self._poller.unregister(process)
+            os.close(process)
         self._heard.pop(server, None)
         self._ended.add(server)
         self.values.pop(server, None)
-        if self._backups.get(server, -1) >= 0:
+        if self._copied(server):
             for request in self._open.values():
                 if request.server is None and max(0, request.machine - 1) == server:
                     self._send(request)

@@ -35,6 +35,7 @@ from ringred.transports.windows import Window
 __all__ = ["Server"]
 
 _TICK = 0.5
+_EARLY = 4096  # messages that are kept for a server that takes another's place; what is lost is said again
 _SERVER = b"server"  # the names under which servers call each other begin so
 # What changes a machine, so that its copy has to be changed too. Only servers may send the last four.
 _CHANGES = (m.Hello, m.Declare, m.Created, m.Commit, m.Bye, m.Scale, m.Create, m.Part, m.State)
@@ -80,6 +81,7 @@ class Server:
         self._head = memory.head if isinstance(memory, SharedMemory) else -1
         if number == 0:
             self.machines[m.COORDINATOR] = make_coordinator()
+        self._at_home = frozenset(self.machines)  # those that have a copy: one that was taken over has none
         self._copies: dict[int, Coordinator | Shard] = {}
         self._backup = self._copied = -1
         if replicate and shards > 1:
@@ -87,6 +89,7 @@ class Server:
             self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._in_window)
             if self._copied == 0:
                 self._copies[m.COORDINATOR] = make_coordinator()
+        self._early: deque[tuple[int, bytes, int, Any, list[Frame]]] = deque(maxlen=_EARLY)
         self._logged = 0
         self._held_back: deque[tuple[int, _Results]] = deque()
         self.refused = 0
@@ -237,14 +240,16 @@ class Server:
             self._copy(peer, message, body)
         elif machine in self.machines:
             self._change(machine, peer, request, message, body)
-        elif machine not in self._copies:  # else its server is not known to have died: the worker asks again
+        elif machine in self._copies:  # its server has died, which this one will see
+            self._early.append((machine, peer, request, message, body))
+        else:
             text = f"server {self.number} has no machine {machine} of {1 + self.shards}"
             self._send(Answer(peer, request, m.Failed("PolicyError", text)))
 
     def _change(self, machine: int, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> None:
         """Gives `message` to the machine. What it leads to waits until the copy has it too."""
         results = self.machines[machine].handle(peer, request, message, frames)
-        if self._backup < 0 or not isinstance(message, (*_CHANGES, *_ORDERS)):
+        if self._backup < 0 or machine not in self._at_home or not isinstance(message, (*_CHANGES, *_ORDERS)):
             self._deliver(results)
             return
         self._logged += 1
@@ -307,26 +312,29 @@ class Server:
 
     def _server_gone(self, server: int) -> None:
         """The next server takes the place of one that died; the one before it goes on without a copy."""
-        if server == self._backup:
-            self._backup = -1
-            while self._held_back:
-                self._deliver(self._held_back.popleft()[1])
         takes_over = server == self._copied and m.COORDINATOR in self._copies
         if server == self._copied:
             self.machines |= self._copies
             self._copies.clear()
         coordinator = self.coordinator
-        if coordinator is None:
-            return
-        if takes_over:
+        if coordinator is not None and takes_over:
             self._deliver(coordinator.taken_over())
             alive = {(known.worker, known.life) for known in self._known.values()}
             for worker, life in coordinator.lives():
                 if (worker, life) not in alive:
                     self._change(m.COORDINATOR, b"", 0, m.Left(worker, life, "its process ended"), ())
-        else:
+        elif coordinator is not None:
+            waiting = {id(result) for _, results in self._held_back for result in results}
             for order in list(coordinator.orders[server].values()):
-                self._give(order)
+                if id(order) not in waiting:  # those are given when the copy has them, after the ones before
+                    self._give(order)
+        if server == self._copied:
+            while self._early:
+                self._change(*self._early.popleft())
+        if server == self._backup:
+            self._backup = -1
+            while self._held_back:
+                self._deliver(self._held_back.popleft()[1])
 
     # ------------------------------------------------------------------ workers that come and go
 

@@ -340,11 +340,13 @@ class Worker:
         """Reads where the server keeps them; returns the pieces for which that did not succeed."""
         values = self.connection.values[shard]
 
-        def interrupted() -> bool:
+        def gone() -> bool:
             self.connection.poll(0.0, self.connection.server_of(1 + shard))
-            return False
+            return shard not in self.connection.values
 
-        if not values.wait(version, deadline, interrupted):
+        if not values.wait(version, deadline, gone):
+            if shard not in self.connection.values:  # its server died: its copy is asked
+                return parts
             raise CollectiveTimeout(
                 f"worker {self.number}: shard {shard} did not reach version {version}, it is at {values.version}"
             )
