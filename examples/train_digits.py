@@ -4,6 +4,7 @@ python examples/train_digits.py                                       # one rank
 launch/mpirun.sh 2 examples/train_digits.py --algorithm torus         # two, by MPI
 launch/torchrun.sh 4 examples/train_digits.py --algorithm ring        # four, by torchrun
 launch/torchrun.sh 2 examples/train_digits.py --hook power_sgd        # gradients as two thin factors
+launch/torchrun.sh 4 examples/train_digits.py --policy k_async:3      # parameters on servers, three of four waited for
 
 With --checkpoint and --resume it goes on where it was when a rank died, and with --deterministic as well to the bit:
 
@@ -14,6 +15,7 @@ TORCHRUN_ARGS="--standalone --max-restarts 3" \\
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -30,9 +32,11 @@ from tqdm import tqdm
 import ringred
 from ringred import hooks
 from ringred.optim import LinearScaling
+from ringred.parameter_server.policies import parse
 
 BATCH = 24  # per rank
 BASE_RATE = 0.03  # for one rank
+SERVER_RATE = 0.05  # for each gradient of an update, on a parameter server without momentum
 BUCKET_CAP_MB = 0.05  # the model is small: four buckets, so that there is something to overlap
 
 
@@ -97,11 +101,58 @@ def accuracy(model: nn.Module, test: TensorDataset, comm: ringred.Communicator) 
     return right.item() / len(labels)
 
 
+def on_servers(
+    comm: ringred.Communicator, train: TensorDataset, name: str, epochs: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, trained on a parameter server in the ranks, under the policy `name`, and what to tell of it.
+
+    As many mini-batches as in `epochs` epochs; asynchronous policies make more and smaller updates of them. Momentum is
+    left out, because delay has the same effect (Mitliagkas et al., Asynchrony Begets Momentum, 2016).
+    """
+    policy, model = parse(name), make_model()
+    batch = policy.gradients_per_update(comm.size)
+    sampler = DistributedSampler(train, num_replicas=comm.size, rank=comm.rank, seed=1)
+    loader = DataLoader(train, batch_size=BATCH, sampler=sampler, drop_last=True)
+    updates = max(1, epochs * len(loader) * comm.size // batch)
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=SERVER_RATE * batch, weight_decay=1e-4)
+
+    def rates(stepper: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.MultiStepLR(stepper, [updates * 3 // 4], gamma=0.2)
+
+    began = time.monotonic()
+    options: dict[str, Any] = {"schedule": rates, "updates": updates, "comm": comm}
+    with ringred.ParameterServer(model, optimizer, policy, **options) as server:
+        with tqdm(total=updates, desc=f"{policy} on {comm.size}", disable=comm.rank != 0) as bar:
+            for epoch in itertools.count():  # until the server says that all updates are made
+                sampler.set_epoch(epoch)
+                for images, labels in loader:
+                    if not server.pull():
+                        break
+                    bar.update(server.version - bar.n)
+                    F.cross_entropy(model(images), labels).backward()
+                    server.push()
+                if server.over:
+                    break
+        report = server.report()
+    if comm.rank == 0:
+        print(report)
+    found = {"policy": name, "mean_staleness": report.mean_staleness, "updates": report.updates}
+    return model, found | {"seconds": time.monotonic() - began, "rate": SERVER_RATE * batch}
+
+
 def save(path: Path, epoch: int, **parts: Any) -> None:
     """Writes the checkpoint whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, unfinished)
     unfinished.replace(path)
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -110,6 +161,7 @@ def main() -> None:
     parser.add_argument("--algorithm", default="auto", help=f"auto, {', '.join(ringred.algorithms('all_reduce'))}")
     parser.add_argument("--grid", help="of the torus, such as 2x2")
     parser.add_argument("--hook", choices=HOOKS, help="what reduces gradients, instead of an all-reduce")
+    parser.add_argument("--policy", help="train on a parameter server: sync, async, k_async:3, soft_sync:2, ...")
     parser.add_argument("--deterministic", action="store_true", help="the same bits from any algorithm and buckets")
     parser.add_argument("--checkpoint", type=Path, help="file, seen by all ranks, to save after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
@@ -123,6 +175,14 @@ def main() -> None:
         options.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     comm = ringred.init()
     train, test = digits()
+    if options.policy is not None:
+        trained, result = on_servers(comm, train, options.policy, options.epochs)
+        result |= {"ranks": comm.size, "accuracy": accuracy(trained, test, comm)}
+        if comm.rank == 0:
+            print(f"{comm.size} ranks, {options.policy}: test accuracy {result['accuracy']:.4f}")
+            write_result(options.json, result)
+        comm.close()
+        return
     model = ringred.DistributedDataParallel(
         make_model(),
         process_group=comm,
@@ -188,9 +248,7 @@ def main() -> None:
             report = model.overlap_report()
             print(report)
             result["overlap"] = report.as_dict()
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.json, result)
     comm.close()
 
 

@@ -155,6 +155,11 @@ class ParameterServer:
         return self._member.worker
 
     @property
+    def over(self) -> bool:
+        """Whether the last `pull` took what the training came to."""
+        return self.worker.over
+
+    @property
     def version(self) -> int:
         """Of the parameters that were pulled last: how many updates had been made."""
         return self.worker.version

@@ -53,7 +53,10 @@ def test_the_example_trains_under_a_policy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workers", "2", "--policy", "k_sink:2", "--folder", "x"], "no policy is called 'k_sink'; did you mean 'k_sync'?"),
+        (
+            ["--workers", "2", "--policy", "k_sink:2", "--folder", "x"],
+            "no policy is called 'k_sink'; did you mean 'k_sync'?",
+        ),
         (["--workers", "2", "--policy", "k_sync:3", "--folder", "x"], "KSync(3) needs 3 workers, and there are 2"),
         (["--workers", "2"], "servers meet in a folder, or at addresses that are all given"),
         (["--workers", "2", "--number", "2", "--folder", "x"], "number 2 of 1 shards; expected 0 to 0"),
