@@ -36,7 +36,7 @@ from ringred.parameter_server.policies import parse
 
 BATCH = 24  # per rank
 BASE_RATE = 0.03  # for one rank
-SERVER_RATE = 0.05  # for each gradient of an update, on a parameter server without momentum
+SERVER_RATE = 0.1  # for each gradient of an update, on a parameter server without momentum
 BUCKET_CAP_MB = 0.05  # the model is small: four buckets, so that there is something to overlap
 
 
