@@ -20,6 +20,7 @@ from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.others import SILENCE
 from ringred.parameter_server.shard import Frame, bytes_of
 from ringred.parameter_server.shared import Area, SharedValues, map_window, place
+from ringred.parameter_server.wire import pack, unpack
 
 __all__ = ["Connection", "Request"]
 
@@ -143,7 +144,7 @@ class Connection:
         return self._backups.get(server, -1) >= 0 and self._backups[server] not in self._ended
 
     def _send(self, request: Request) -> None:
-        parts = [m.pack(request.machine, request.number, request.message), *request.frames]
+        parts = [pack(request.machine, request.number, request.message), *request.frames]
         server = self.server_of(request.machine) if request.server is None else request.server
         with contextlib.suppress(zmq.Again):
             self._links[server].send_multipart(parts, zmq.NOBLOCK, copy=not request.frames)
@@ -199,7 +200,7 @@ class Connection:
         with contextlib.suppress(zmq.Again):
             while True:
                 head, *frames = link.recv_multipart(zmq.NOBLOCK, copy=False)
-                _, number, message = m.unpack(head.buffer)
+                _, number, message = unpack(head.buffer)
                 request = self._open.pop(number, None)
                 if request is not None:
                     request.answer, request.frames = message, [frame.buffer for frame in frames]

@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from ringred.errors import PolicyError, RingredError, TooFewWorkers
 from ringred.parameter_server import messages as m
-from ringred.parameter_server.partition import Piece, Size, partition
+from ringred.parameter_server.catalog import Catalog
 from ringred.parameter_server.policies import Decision, Gradient, Policy
-from ringred.parameter_server.rules import Rule
-from ringred.parameter_server.shard import Answer, Frame, dtype_of
+from ringred.parameter_server.shard import Answer, Frame
 
 __all__ = ["Coordinator", "Order", "StalenessAware"]
 
@@ -45,18 +44,6 @@ class _Worker:
     released: m.Released = _UNRELEASED
     there: bool = True
     done: bool = False
-
-
-@dataclass
-class _Tensor:
-    """A declared tensor: `creator` is the worker that was told to give its value, -1 once it is there."""
-
-    shape: list[int]
-    dtype: str
-    group: int
-    digest: str
-    numbers: list[int]
-    creator: int
 
 
 @dataclass
@@ -97,11 +84,7 @@ class Coordinator:
         self.failure: RingredError | None = None
         self.orders: list[dict[int, Order]] = [{} for _ in range(shards)]
         self._numbers = [0] * shards
-        self.tensors: dict[str, _Tensor] = {}
-        self.pieces: list[Piece] = []
-        self._loads = [0] * shards
-        self._rule: Rule | None = None
-        self._waiting: deque[tuple[int, bytes, int, list[str]]] = deque()
+        self.catalog = Catalog(shards)
         self._farewells: list[tuple[bytes, int]] = []
         self._recent: deque[int] = deque(maxlen=_RECENT)
 
@@ -156,7 +139,7 @@ class Coordinator:
         if worker is None or worker.life != life or not worker.there:
             return []
         worker.there, worker.done = False, done
-        answers = [*self._hand_over(number), *self._farewell()]
+        answers = [*self.catalog.left(number), *self._farewell()]
         if not self.started:
             return answers
         try:
@@ -310,76 +293,10 @@ class Coordinator:
     # ------------------------------------------------------------------ tensors
 
     def _declare(self, peer: bytes, request: int, message: m.Declare) -> list[Answer | Order]:
-        told = json.loads(message.text)
-        rule = Rule.from_json(told["rule"])
-        if self._rule is not None and rule != self._rule:
-            raise PolicyError(f"worker {message.worker}: expected the update rule {self._rule}, got {rule}")
-        new = [entry for entry in told["tensors"] if entry[0] not in self.tensors]
-        for name, shape, dtype, group, digest in told["tensors"]:
-            known = self.tensors.get(name)
-            if known is None:
-                continue
-            if (known.shape, known.dtype, known.group) != (shape, dtype, group):
-                raise PolicyError(
-                    f"worker {message.worker}: {name!r} is there: expected shape {tuple(known.shape)}, dtype "
-                    f"{known.dtype}, group {known.group}; got {tuple(shape)}, {dtype}, {group}"
-                )
-            if digest and known.digest and digest != known.digest:
-                raise PolicyError(f"worker {message.worker}: {name!r} is there already, with other values")
-        self._rule = rule
-        self._place(message.worker, new, rule)
-        names = [entry[0] for entry in told["tensors"]]
-        return self._placed([(message.worker, peer, request, names)])
-
-    def _place(self, creator: int, entries: list[Any], rule: Rule) -> None:
-        sizes = []
-        for _, shape, dtype, _, _ in entries:
-            elements = 1
-            for extent in shape:
-                elements *= int(extent)
-            sizes.append(Size(elements, dtype_of(dtype).itemsize, rule.cuttable))
-        numbers: list[list[int]] = [[] for _ in entries]
-        first = len(self.tensors)
-        for piece in partition(sizes, self.shards, self._loads):
-            numbers[piece.tensor].append(len(self.pieces))
-            self.pieces.append(piece._replace(tensor=first + piece.tensor))
-            self._loads[piece.shard] += (piece.stop - piece.start) * sizes[piece.tensor].itemsize
-        for (name, shape, dtype, group, digest), own in zip(entries, numbers, strict=True):
-            self.tensors[name] = _Tensor(shape, dtype, group, digest, own, creator)
-
-    def _placed(self, asked: list[tuple[int, bytes, int, list[str]]]) -> list[Answer | Order]:
-        """Answers those whose tensors are there, or who are to give them; the others wait."""
-        answers: list[Answer | Order] = []
-        for worker, peer, request, names in asked:
-            creators = {self.tensors[name].creator for name in names} - {-1}
-            if creators - {worker}:
-                if (worker, peer, request, names) not in self._waiting:  # else it is asked again
-                    self._waiting.append((worker, peer, request, names))
-                continue
-            numbers = [number for name in names for number in self.tensors[name].numbers]
-            pieces = tuple(self.pieces[number] for number in numbers)
-            answers.append(Answer(peer, request, m.Placed(int(bool(creators)), tuple(numbers), pieces)))
-        return answers
+        return [*self.catalog.declare(peer, request, message)]
 
     def _created(self, peer: bytes, request: int, message: m.Created) -> list[Answer | Order]:
-        for tensor in self.tensors.values():
-            if tensor.creator == message.worker:
-                tensor.creator = -1
-        return [Answer(peer, request, m.Done()), *self._ask_again()]
-
-    def _hand_over(self, worker: int) -> list[Answer | Order]:
-        """Another that declared the same tensors gives the values that `worker` did not live to give."""
-        self._waiting = deque(entry for entry in self._waiting if entry[0] != worker)
-        orphans = {name for name, tensor in self.tensors.items() if tensor.creator == worker}
-        for heir, _, _, names in self._waiting:
-            for name in orphans.intersection(names):
-                self.tensors[name].creator = heir
-                orphans.discard(name)
-        return self._ask_again()
-
-    def _ask_again(self) -> list[Answer | Order]:
-        asked, self._waiting = list(self._waiting), deque()
-        return self._placed(asked)
+        return [*self.catalog.created(peer, request, message)]
 
     # ------------------------------------------------------------------ figures
 

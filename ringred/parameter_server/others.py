@@ -15,6 +15,7 @@ from ringred.parameter_server import messages as m
 from ringred.parameter_server.coordinator import Order
 from ringred.parameter_server.door import secured
 from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.wire import pack, unpack
 
 __all__ = ["SILENCE", "Others"]
 
@@ -56,7 +57,7 @@ class Others:
             self._links[server] = link
             self._heard[server] = time.monotonic()
             self._poller.register(link, zmq.POLLIN)
-            self.send(server, [m.pack(0, 0, m.Meet(-1, self._number, os.getpid(), -1, self._place))])
+            self.send(server, [pack(0, 0, m.Meet(-1, self._number, os.getpid(), -1, self._place))])
 
     def send(self, server: int, frames: Sequence[Any]) -> None:
         """Sends a message; it waits where the other does not take it yet."""
@@ -67,7 +68,7 @@ class Others:
         """Sends what is not answered."""
         for server, link in self._links.items():
             with contextlib.suppress(zmq.Again):
-                link.send(m.pack(1 + server, 0, message), zmq.NOBLOCK)
+                link.send(pack(1 + server, 0, message), zmq.NOBLOCK)
 
     def order(self, order: Order) -> None:
         """Gives an order to the server that has the shard: its own, or the one after it if that is dead."""
@@ -76,7 +77,7 @@ class Others:
         if server in self._links:
             with contextlib.suppress(zmq.Again):
                 request = order.number * self._shards + order.shard
-                self._links[server].send(m.pack(1 + order.shard, request, order.message), zmq.NOBLOCK)
+                self._links[server].send(pack(1 + order.shard, request, order.message), zmq.NOBLOCK)
 
     def answered(self, request: int) -> tuple[int, int]:
         """The shard, and the number of the order, that an answer to `request` is for."""
@@ -91,7 +92,7 @@ class Others:
                 self._heard[server] = time.monotonic()
                 with contextlib.suppress(zmq.Again):
                     while server not in self.dead:
-                        _, request, message = m.unpack(link.recv(zmq.NOBLOCK))
+                        _, request, message = unpack(link.recv(zmq.NOBLOCK))
                         if isinstance(message, m.Met):
                             self._watch(server, message)
                         elif isinstance(message, m.Failed) and request == 0:

@@ -30,6 +30,7 @@ from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.others import SILENCE, Others
 from ringred.parameter_server.shard import Answer, Frame, Memory, Shard, bytes_of
 from ringred.parameter_server.shared import Area, SharedMemory, map_window, place
+from ringred.parameter_server.wire import Malformed, pack, unpack
 from ringred.transports.windows import Window
 
 __all__ = ["Server"]
@@ -221,8 +222,8 @@ class Server:
 
     def _take(self, peer: bytes, frames: list[zmq.Frame]) -> None:
         try:
-            machine, request, message = m.unpack(frames[0].buffer if frames else b"")
-        except m.Malformed:
+            machine, request, message = unpack(frames[0].buffer if frames else b"")
+        except Malformed:
             self.refused += 1
             return
         if peer in self._heard:
@@ -255,8 +256,8 @@ class Server:
         self._logged += 1
         self._held_back.append((self._logged, results))
         first_open = self.coordinator.first_open if machine == m.COORDINATOR and self.coordinator else ()
-        log = [m.pack(m.COORDINATOR, self._logged, m.Log(machine, self._logged, first_open)), peer]
-        log += [m.pack(machine, request, message), *map(bytes_of, frames)]
+        log = [pack(m.COORDINATOR, self._logged, m.Log(machine, self._logged, first_open)), peer]
+        log += [pack(machine, request, message), *map(bytes_of, frames)]
         self._others.send(self._backup, log)
 
     def _deliver(self, results: _Results) -> None:
@@ -269,7 +270,7 @@ class Server:
                 self._send(result)
 
     def _send(self, answer: Answer) -> None:
-        frames: list[Any] = [answer.peer, m.pack(0, answer.request, answer.message)]
+        frames: list[Any] = [answer.peer, pack(0, answer.request, answer.message)]
         frames += [bytes_of(frame) for frame in answer.frames]
         with contextlib.suppress(zmq.Again, zmq.ZMQError):  # the worker is gone, or asks again
             self._router.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) <= 2)
@@ -304,7 +305,7 @@ class Server:
             self.refused += 1
             return
         worker, head, *body = frames
-        _, request, message = m.unpack(bytes_of(head))
+        _, request, message = unpack(bytes_of(head))
         copy.handle(bytes(bytes_of(worker)), request, message, body)
         if isinstance(copy, Coordinator) and log.answered:
             copy.forget_before(log.answered)

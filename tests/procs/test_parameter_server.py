@@ -81,22 +81,21 @@ def test_serve_refuses_in_a_sentence(arguments: list[str], said: str, tmp_path: 
 def test_a_server_that_is_ended_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     """Without a copy its workers cannot go on, and say why."""
     command = [str(Path(sys.executable).with_name("ringred")), "serve", "--workers", "1", "--folder", str(tmp_path)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    worker = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "procs" / "programs" / "ps_waits.py"), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "pulled\n"
-        server.send_signal(signal.SIGTERM)
-        said, _ = worker.communicate(timeout=60)
-        assert "PeerFailed: worker 0: server 0 at tcp://127.0.0.1:" in said
-        assert "is gone: it was ended" in said
-        assert server.wait(timeout=30) == 0
-    finally:
-        worker.kill()
-        server.kill()
+    program = [sys.executable, str(ROOT / "tests" / "procs" / "programs" / "ps_waits.py"), str(tmp_path)]
+    quiet = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL) as server,
+        subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=quiet) as worker,
+    ):
+        try:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "pulled\n"
+            server.send_signal(signal.SIGTERM)
+            said, _ = worker.communicate(timeout=60)
+            assert "PeerFailed: worker 0: server 0 at tcp://127.0.0.1:" in said
+            assert "is gone: it was ended" in said
+            assert server.wait(timeout=30) == 0
+        finally:
+            worker.kill()
+            server.kill()
     assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,7 @@ from ringred.parameter_server.keys import Keys, load_keys, make_keys, save_keys
 from ringred.parameter_server.policies import Gradient, KAsync
 from ringred.parameter_server.rules import Rule
 from ringred.parameter_server.server import Server
+from ringred.parameter_server.wire import Malformed, pack, unpack
 from ringred.parameter_server.worker import Worker
 
 ADD = Rule("add", [{}])
@@ -98,7 +99,7 @@ def hostile_frames(count: int, seed: int = 0) -> int:
     link = link_to(server, keys, b"hostile")
     try:
         worker.declare({"a": torch.zeros(100)}, ADD, [0])
-        whole = [m.pack(generator.choice([0, 1, 2, 65535]), 5, message) for message in messages()]
+        whole = [pack(generator.choice([0, 1, 2, 65535]), 5, message) for message in messages()]
         pushed, grown = 0.0, 0
         rounds = 20
         for turn in range(rounds):
@@ -233,13 +234,13 @@ def test_keys_are_for_their_owner_only(tmp_path: Path) -> None:
 
 def test_messages_survive_the_wire_and_nothing_else_does() -> None:
     for message in messages():
-        frame = m.pack(3, 17, message)
-        assert m.unpack(frame) == (3, 17, message)
+        frame = pack(3, 17, message)
+        assert unpack(frame) == (3, 17, message)
         for cut in range(len(frame)):
-            with pytest.raises(m.Malformed):
-                m.unpack(frame[:cut])
-        with pytest.raises(m.Malformed):
-            m.unpack(frame + b"\0")
+            with pytest.raises(Malformed):
+                unpack(frame[:cut])
+        with pytest.raises(Malformed):
+            unpack(frame + b"\0")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""Which tensors the servers have, where their pieces lie, and which worker gives the values of a new one."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from ringred.errors import PolicyError
+from ringred.parameter_server import messages as m
+from ringred.parameter_server.partition import Piece, Size, partition
+from ringred.parameter_server.rules import Rule
+from ringred.parameter_server.shard import Answer, dtype_of
+
+__all__ = ["Catalog"]
+
+
+@dataclass
+class _Tensor:
+    """A declared tensor: `creator` is the worker that was told to give its value, -1 once it is there."""
+
+    shape: list[int]
+    dtype: str
+    group: int
+    digest: str
+    numbers: list[int]
+    creator: int
+
+
+class Catalog:
+    """A part of the coordinator, and like it a state machine: tensors are declared by all workers, and placed on
+    `shards` shards."""
+
+    def __init__(self, shards: int) -> None:
+        self.shards = shards
+        self.tensors: dict[str, _Tensor] = {}
+        self.pieces: list[Piece] = []
+        self._loads = [0] * shards
+        self._rule: Rule | None = None
+        self._waiting: deque[tuple[int, bytes, int, list[str]]] = deque()
+
+    def declare(self, peer: bytes, request: int, message: m.Declare) -> list[Answer]:
+        """Places what is new. Raises `PolicyError` for a tensor that is there and is another one."""
+        told = json.loads(message.text)
+        rule = Rule.from_json(told["rule"])
+        if self._rule is not None and rule != self._rule:
+            raise PolicyError(f"worker {message.worker}: expected the update rule {self._rule}, got {rule}")
+        new = [entry for entry in told["tensors"] if entry[0] not in self.tensors]
+        for name, shape, dtype, group, digest in told["tensors"]:
+            known = self.tensors.get(name)
+            if known is None:
+                continue
+            if (known.shape, known.dtype, known.group) != (shape, dtype, group):
+                raise PolicyError(
+                    f"worker {message.worker}: {name!r} is there: expected shape {tuple(known.shape)}, dtype "
+                    f"{known.dtype}, group {known.group}; got {tuple(shape)}, {dtype}, {group}"
+                )
+            if digest and known.digest and digest != known.digest:
+                raise PolicyError(f"worker {message.worker}: {name!r} is there already, with other values")
+        self._rule = rule
+        self._place(message.worker, new, rule)
+        names = [entry[0] for entry in told["tensors"]]
+        return self._placed([(message.worker, peer, request, names)])
+
+    def created(self, peer: bytes, request: int, message: m.Created) -> list[Answer]:
+        """The shards have the values that this worker was to give."""
+        for tensor in self.tensors.values():
+            if tensor.creator == message.worker:
+                tensor.creator = -1
+        return [Answer(peer, request, m.Done()), *self._ask_again()]
+
+    def left(self, worker: int) -> list[Answer]:
+        """Another that declared the same tensors gives the values that `worker` did not live to give."""
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != worker)
+        orphans = {name for name, tensor in self.tensors.items() if tensor.creator == worker}
+        for heir, _, _, names in self._waiting:
+            for name in orphans.intersection(names):
+                self.tensors[name].creator = heir
+                orphans.discard(name)
+        return self._ask_again()
+
+    def _place(self, creator: int, entries: list[Any], rule: Rule) -> None:
+        sizes = []
+        for _, shape, dtype, _, _ in entries:
+            elements = 1
+            for extent in shape:
+                elements *= int(extent)
+            sizes.append(Size(elements, dtype_of(dtype).itemsize, rule.cuttable))
+        numbers: list[list[int]] = [[] for _ in entries]
+        first = len(self.tensors)
+        for piece in partition(sizes, self.shards, self._loads):
+            numbers[piece.tensor].append(len(self.pieces))
+            self.pieces.append(piece._replace(tensor=first + piece.tensor))
+            self._loads[piece.shard] += (piece.stop - piece.start) * sizes[piece.tensor].itemsize
+        for (name, shape, dtype, group, digest), own in zip(entries, numbers, strict=True):
+            self.tensors[name] = _Tensor(shape, dtype, group, digest, own, creator)
+
+    def _placed(self, asked: list[tuple[int, bytes, int, list[str]]]) -> list[Answer]:
+        """Answers those whose tensors are there, or who are to give them; the others wait."""
+        answers: list[Answer] = []
+        for worker, peer, request, names in asked:
+            creators = {self.tensors[name].creator for name in names} - {-1}
+            if creators - {worker}:
+                if (worker, peer, request, names) not in self._waiting:  # else it is asked again
+                    self._waiting.append((worker, peer, request, names))
+                continue
+            numbers = [number for name in names for number in self.tensors[name].numbers]
+            pieces = tuple(self.pieces[number] for number in numbers)
+            answers.append(Answer(peer, request, m.Placed(int(bool(creators)), tuple(numbers), pieces)))
+        return answers
+
+    def _ask_again(self) -> list[Answer]:
+        asked, self._waiting = list(self._waiting), deque()
+        return self._placed(asked)
