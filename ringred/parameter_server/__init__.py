@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ringred.parameter_server.hosting import Placement
     from ringred.parameter_server.keys import Keys, load_keys, make_keys, save_keys
     from ringred.parameter_server.report import Report
+    from ringred.parameter_server.snapshots import read_snapshot
     from ringred.parameter_server.store import Store
     from ringred.parameter_server.training import ParameterServer
 
@@ -26,6 +27,7 @@ __all__ = [
     "Store",
     "load_keys",
     "make_keys",
+    "read_snapshot",
     "save_keys",
 ]
 
@@ -39,6 +41,7 @@ _LAZY = {
     "Store": "store",
     "load_keys": "keys",
     "make_keys": "keys",
+    "read_snapshot": "snapshots",
     "save_keys": "keys",
 }
 

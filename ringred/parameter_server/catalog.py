@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +38,16 @@ class Catalog:
         self.tensors: dict[str, _Tensor] = {}
         self.pieces: list[Piece] = []
         self._loads = [0] * shards
-        self._rule: Rule | None = None
+        self.rule: Rule | None = None
+        self._loaded = False
         self._waiting: deque[tuple[int, bytes, int, list[str]]] = deque()
 
     def declare(self, peer: bytes, request: int, message: m.Declare) -> list[Answer]:
         """Places what is new. Raises `PolicyError` for a tensor that is there and is another one."""
         told = json.loads(message.text)
         rule = Rule.from_json(told["rule"])
-        if self._rule is not None and rule != self._rule:
-            raise PolicyError(f"worker {message.worker}: expected the update rule {self._rule}, got {rule}")
+        if self.rule is not None and rule != self.rule and not (self._loaded and rule.fits(self.rule)):
+            raise PolicyError(f"worker {message.worker}: expected the update rule {self.rule}, got {rule}")
         new = [entry for entry in told["tensors"] if entry[0] not in self.tensors]
         for name, shape, dtype, group, digest in told["tensors"]:
             known = self.tensors.get(name)
@@ -58,8 +60,8 @@ class Catalog:
                 )
             if digest and known.digest and digest != known.digest:
                 raise PolicyError(f"worker {message.worker}: {name!r} is there already, with other values")
-        self._rule = rule
-        self._place(message.worker, new, rule)
+        self.rule = self.rule or rule
+        self._place(message.worker, new, self.rule)
         names = [entry[0] for entry in told["tensors"]]
         return self._placed([(message.worker, peer, request, names)])
 
@@ -79,6 +81,35 @@ class Catalog:
                 self.tensors[name].creator = heir
                 orphans.discard(name)
         return self._ask_again()
+
+    @property
+    def layout(self) -> dict[str, list[tuple[int, int, int, int]]]:
+        """The pieces of each tensor: number, start, stop, shard."""
+        return {
+            name: [(number, *self.pieces[number][1:]) for number in tensor.numbers]
+            for name, tensor in self.tensors.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The rule, and the tensors whose values are there."""
+        return {
+            "rule": None if self.rule is None else self.rule.as_json(),
+            "tensors": [
+                [name, tensor.shape, tensor.dtype, tensor.group, tensor.numbers]
+                for name, tensor in self.tensors.items()
+                if tensor.creator == -1
+            ],
+        }
+
+    def load_state(self, whole: Mapping[str, Any]) -> None:
+        """Takes the rule of a whole state, and places those of its tensors that are not there."""
+        rule = None if whole["rule"] is None else Rule.from_json(whole["rule"])
+        if rule is not None and self.rule is not None and not self.rule.fits(rule):
+            raise PolicyError(f"expected a state under the rule {self.rule}, got {rule}")
+        self.rule, self._loaded = rule or self.rule, True
+        new = [entry for entry in whole["tensors"] if entry[0] not in self.tensors]
+        if rule is not None:
+            self._place(-1, [[*entry, ""] for entry in new], rule)
 
     def _place(self, creator: int, entries: list[Any], rule: Rule) -> None:
         sizes = []

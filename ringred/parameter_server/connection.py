@@ -120,11 +120,17 @@ class Connection:
 
     def ask(self, machine: int, message: Any, frames: Sequence[Frame] = (), *, server: int | None = None) -> Request:
         """Sends `message`; `wait` has its answer. The frames must not change until then."""
+        request = self.expect(machine, message, frames, server=server)
+        with self._lock:
+            self._send(request)
+        return request
+
+    def expect(self, machine: int, message: Any, frames: Sequence[Frame] = (), *, server: int | None = None) -> Request:
+        """As `ask`, but `message` is only sent if its answer does not come by itself."""
         with self._lock:
             number = next(self._numbers)
             request = Request(machine, number, message, [bytes_of(frame) for frame in frames], server)
             self._open[number] = request
-            self._send(request)
         return request
 
     def send(self, machine: int, message: Any, *, server: int | None = None) -> None:

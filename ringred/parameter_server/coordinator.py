@@ -7,30 +7,24 @@ shard has answered it.
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from ringred.errors import PolicyError, RingredError, TooFewWorkers
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.catalog import Catalog
 from ringred.parameter_server.policies import Decision, Gradient, Policy
-from ringred.parameter_server.shard import Answer, Frame
+from ringred.parameter_server.report import Figures
+from ringred.parameter_server.saving import Order, Saving
+from ringred.parameter_server.shard import Answer, Frame, Result
 
 __all__ = ["Coordinator", "Order", "StalenessAware"]
 
 StalenessAware = Literal["mean", "per_gradient"]
 _UNRELEASED = m.Released(0, 0, 0)
 _RECENT = 4096  # gradients over which the mean staleness of `staleness_aware="mean"` is taken
-
-
-class Order(NamedTuple):
-    """`message` for shard `shard`, its `number`-th."""
-
-    shard: int
-    number: int
-    message: Any
 
 
 @dataclass
@@ -46,22 +40,13 @@ class _Worker:
     done: bool = False
 
 
-@dataclass
-class Figures:
-    """What happened so far: gradients that counted, by staleness and by worker, and those that were not used."""
-
-    staleness: Counter[int] = field(default_factory=Counter)
-    applied: Counter[int] = field(default_factory=Counter)
-    dropped: int = 0
-    cancelled: int = 0
-
-
 class Coordinator:
     """Handles the messages for the coordinator of `workers` workers and `shards` shards.
 
     `staleness_aware="mean"` divides the rate by the mean staleness of the last gradients, "per_gradient" each gradient
     by its own; neither makes them larger (Zhang et al., IJCAI 2016). The training is over after `updates` updates, or
-    when workers that have left because they were done are too many for the policy.
+    when workers that have left because they were done are too many for the policy. After `every` updates there is a
+    snapshot in the folder `snapshots`.
     """
 
     def __init__(
@@ -72,11 +57,16 @@ class Coordinator:
         *,
         updates: int | None = None,
         staleness_aware: StalenessAware | None = None,
+        snapshots: str | None = None,
+        every: int | None = None,
     ) -> None:
         self.policy, self.expected, self.shards, self.updates = policy, workers, shards, updates
         if staleness_aware not in (None, "mean", "per_gradient"):
             raise PolicyError(f"staleness_aware: expected 'mean', 'per_gradient' or None, got {staleness_aware!r}")
         self.staleness_aware = staleness_aware
+        self._snapshots, self._every = snapshots, every
+        self.saving = Saving(self._order, self.state)
+        self._lives = 0  # of the workers that it started with, together
         self.workers: dict[int, _Worker] = {}
         self.figures = Figures()
         self.rate = 1.0
@@ -87,8 +77,9 @@ class Coordinator:
         self.catalog = Catalog(shards)
         self._farewells: list[tuple[bytes, int]] = []
         self._recent: deque[int] = deque(maxlen=_RECENT)
+        self._loaded = -1  # the version of a state that was given
 
-    def handle(self, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> list[Answer | Order]:
+    def handle(self, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> list[Result | Order]:
         """What `message` leads to. A wrong message is answered by `Failed` and changes nothing."""
         try:
             if self.failure is not None and isinstance(message, (m.Commit, m.Await)):
@@ -100,7 +91,7 @@ class Coordinator:
 
     # ------------------------------------------------------------------ workers
 
-    def _hello(self, peer: bytes, request: int, message: m.Hello) -> list[Answer | Order]:
+    def _hello(self, peer: bytes, request: int, message: m.Hello) -> list[Result | Order]:
         number, life = message.worker, message.life
         if not 0 <= number < self.expected:
             raise PolicyError(f"worker {number} said hello; expected 0 to {self.expected - 1}")
@@ -110,7 +101,7 @@ class Coordinator:
         ):  # said again: the answer was lost, or is still to come
             known.peer, known.hello = peer, request
             return [self._welcome(number), self._release_of(number)] if self.started else []
-        answers: list[Answer | Order] = []
+        answers: list[Result | Order] = []
         if known is not None and known.there:
             answers += self.left(number, known.life, "was started again")
         sequence, released = (-1, _UNRELEASED) if known is None else (known.sequence, known.released)
@@ -123,6 +114,8 @@ class Coordinator:
             return answers
         decision = self.policy.start(self.workers)
         self.started = True
+        for worker in self.workers.values():
+            self._lives ^= worker.life
         return [*answers, *map(self._welcome, sorted(self.workers)), *self._follow(decision)]
 
     def _welcome(self, number: int) -> Answer:
@@ -133,7 +126,7 @@ class Coordinator:
     def _release_of(self, number: int) -> Answer:
         return Answer(self.workers[number].peer, 0, self.workers[number].released)
 
-    def left(self, number: int, life: int, how: str, *, done: bool = False) -> list[Answer | Order]:
+    def left(self, number: int, life: int, how: str, *, done: bool = False) -> list[Result | Order]:
         """The `life`-th life of worker `number` ended: it is `done`, or its process or connection is gone."""
         worker = self.workers.get(number)
         if worker is None or worker.life != life or not worker.there:
@@ -163,14 +156,14 @@ class Coordinator:
     @property
     def finished(self) -> bool:
         """Whether all workers have left because they were done."""
-        return self.abandoned and all(worker.done for worker in self.workers.values())
+        return self.abandoned and all(worker.done for worker in self.workers.values()) and not self.saving
 
-    def _end(self) -> list[Answer | Order]:
+    def _end(self) -> list[Result | Order]:
         """The training is over; all are told, once."""
         self.over = True
         return [answer for number, worker in self.workers.items() if worker.there for answer in self._end_of(number)]
 
-    def _end_of(self, number: int) -> list[Answer | Order]:
+    def _end_of(self, number: int) -> list[Result | Order]:
         worker = self.workers[number]
         if not self.over or worker.released.how == m.OVER:
             return []
@@ -181,26 +174,26 @@ class Coordinator:
         if len(self.policy.workers) >= self.policy.fewest:
             self.failure = None
 
-    def _left(self, peer: bytes, request: int, message: m.Left) -> list[Answer | Order]:
+    def _left(self, peer: bytes, request: int, message: m.Left) -> list[Result | Order]:
         return self.left(message.worker, message.life, message.how)
 
-    def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Answer | Order]:
+    def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Result | Order]:
         if (peer, request) not in self._farewells and message.last:
             self._farewells.append((peer, request))
         how = f"raised {message.because}" if message.because else "left"
         answers = [*self.left(message.worker, message.life, how, done=not message.because), *self._farewell()]
         return answers if message.last else [*answers, Answer(peer, request, m.Done())]
 
-    def _farewell(self) -> list[Answer | Order]:
+    def _farewell(self) -> list[Result | Order]:
         """Answers those who wait for the last worker to leave, if it has."""
-        if any(worker.there for worker in self.workers.values()):
+        if any(worker.there for worker in self.workers.values()) or self.saving:
             return []
         told, self._farewells = self._farewells, []
         return [Answer(peer, request, m.Done()) for peer, request in told]
 
     # ------------------------------------------------------------------ gradients
 
-    def _commit(self, peer: bytes, request: int, message: m.Commit) -> list[Answer | Order]:
+    def _commit(self, peer: bytes, request: int, message: m.Commit) -> list[Result | Order]:
         worker = self._living(message.worker, message.life)
         worker.peer = peer
         committed = Answer(peer, request, m.Committed(message.sequence))
@@ -215,7 +208,7 @@ class Coordinator:
         worker.sequence = message.sequence
         return [committed, *self._follow(decision)]
 
-    def _await(self, peer: bytes, request: int, message: m.Await) -> list[Answer | Order]:
+    def _await(self, peer: bytes, request: int, message: m.Await) -> list[Result | Order]:
         worker = self._living(message.worker, message.life)
         worker.peer = peer
         return [self._release_of(message.worker)] if worker.released.number > message.number else []
@@ -226,8 +219,8 @@ class Coordinator:
             raise PolicyError(f"worker {number} is not known in its life {life:x}; it has to say hello first")
         return worker
 
-    def _follow(self, decision: Decision) -> list[Answer | Order]:
-        answers: list[Answer | Order] = []
+    def _follow(self, decision: Decision) -> list[Result | Order]:
+        answers: list[Result | Order] = []
         if decision.apply:
             stale = [self.policy.version - 1 - gradient.version for gradient in decision.apply]
             self.figures.staleness.update(stale)
@@ -238,6 +231,8 @@ class Coordinator:
             answers += self._order(apply)
         elif decision.drop:
             answers += self._order(m.Discard(decision.drop))
+        if decision.apply and self._snapshots is not None and self._every and self.policy.version % self._every == 0:
+            answers += self.saving.begin(self._snapshots, self._token(), [])
         self.figures.dropped += len(decision.drop)
         self.figures.cancelled += len(decision.cancel)
         cancelled = set(decision.cancel)
@@ -260,8 +255,8 @@ class Coordinator:
 
     # ------------------------------------------------------------------ orders to shards
 
-    def _order(self, message: Any, only: Iterable[int] | None = None) -> list[Answer | Order]:
-        made: list[Answer | Order] = []
+    def _order(self, message: Any, only: Iterable[int] | None = None) -> list[Order]:
+        made: list[Order] = []
         for shard in range(self.shards) if only is None else only:
             self._numbers[shard] += 1
             order = Order(shard, self._numbers[shard], message)
@@ -269,9 +264,11 @@ class Coordinator:
             made.append(order)
         return made
 
-    def answered(self, shard: int, number: int) -> None:
-        """Shard `shard` has done what its `number`-th order says."""
+    def answered(self, shard: int, number: int, failure: str = "") -> list[Result | Order]:
+        """Shard `shard` has done what its `number`-th order says, or could not."""
         self.orders[shard].pop(number, None)
+        results = self.saving.answered(shard, number, failure, self._token())
+        return [*results, *self._farewell()] if results else []
 
     @property
     def first_open(self) -> tuple[int, ...]:
@@ -283,8 +280,9 @@ class Coordinator:
         for orders, first in zip(self.orders, numbers, strict=True):
             for number in [number for number in orders if number < first]:
                 del orders[number]
+        self.saving.forget_before(numbers)
 
-    def taken_over(self) -> list[Answer | Order]:
+    def taken_over(self) -> list[Result | Order]:
         """What has to be said again by the server that takes the place of one that may not have said it: the workers'
         last releases, and the open orders."""
         releases = [self._release_of(number) for number, worker in self.workers.items() if worker.released.number]
@@ -292,15 +290,68 @@ class Coordinator:
 
     # ------------------------------------------------------------------ tensors
 
-    def _declare(self, peer: bytes, request: int, message: m.Declare) -> list[Answer | Order]:
+    def _declare(self, peer: bytes, request: int, message: m.Declare) -> list[Result | Order]:
         return [*self.catalog.declare(peer, request, message)]
 
-    def _created(self, peer: bytes, request: int, message: m.Created) -> list[Answer | Order]:
+    def _created(self, peer: bytes, request: int, message: m.Created) -> list[Result | Order]:
         return [*self.catalog.created(peer, request, message)]
+
+    # ------------------------------------------------------------------ all that there is
+
+    def _token(self) -> str:
+        """Unlike that of another job, and of another snapshot of this one."""
+        return f"{self._lives:014x}-{self._numbers[0]}"
+
+    def written(self, snapshot: str, failure: str) -> list[Result | Order]:
+        """The coordinator's own part of a snapshot is on disk, or could not be written."""
+        return [*self.saving.written(snapshot, failure), *self._farewell()]
+
+    def _save(self, peer: bytes, request: int, message: m.Save) -> list[Result | Order]:
+        return self.saving.begin(message.folder, self._token(), [(peer, request)])
+
+    def _collect(self, peer: bytes, request: int, message: m.Collect) -> list[Result | Order]:
+        if len(message.requests) != self.shards:
+            raise PolicyError(f"{len(message.requests)} requests for {self.shards} shards")
+        orders: list[Result | Order] = []
+        for shard, number in enumerate(message.requests):
+            orders += self._order(m.Show(self.policy.version, peer.decode(), number), [shard])
+        return [Answer(peer, request, m.State(json.dumps(self.state()))), *orders]
+
+    def state(self) -> dict[str, Any]:
+        """What `whole.joined` takes of the coordinator."""
+        told = {"version": self.policy.version, "rate": self.rate, "policy": repr(self.policy), "shards": self.shards}
+        return {**told, "figures": self.figures.told(), **self.catalog.state()}
+
+    def load_state(self, told: Mapping[str, Any]) -> None:
+        """Goes on from a state. Raises `PolicyError` once there were updates."""
+        if self.policy.version > 0:
+            raise PolicyError(
+                f"the state of version {told['version']} comes too late: there were {self.policy.version} updates; "
+                "every worker gives it before its first pull"
+            )
+        self.catalog.load_state(told)
+        self.figures.load(told["figures"])
+        self.policy.version = self._loaded = int(told["version"])
+        self.rate = float(told["rate"])
+
+    def _take(self, peer: bytes, request: int, message: m.State) -> list[Result | Order]:
+        """Each worker may give the same state; the first one counts. Whatever was computed before is of no use."""
+        told = json.loads(message.text)
+        if self._loaded == told["version"]:
+            return [Answer(peer, request, m.Done())]
+        self.load_state(told)
+        answers: list[Result | Order] = [Answer(peer, request, m.Done())]
+        if self.updates is not None and self.policy.version >= self.updates:
+            return [*answers, *self._end()]
+        for number in sorted(self.policy.workers):
+            worker = self.workers[number]
+            worker.released = m.Released(self.policy.version, worker.released.number + 1, m.CANCELLED)
+            answers.append(self._release_of(number))
+        return answers
 
     # ------------------------------------------------------------------ figures
 
-    def _report(self, peer: bytes, request: int, message: m.Report) -> list[Answer | Order]:
+    def _report(self, peer: bytes, request: int, message: m.Report) -> list[Result | Order]:
         return [Answer(peer, request, m.Told(json.dumps(self.report())))]
 
     def report(self) -> dict[str, Any]:
@@ -309,18 +360,17 @@ class Coordinator:
             "policy": repr(self.policy),
             "updates": self.policy.version,
             "workers": sorted(number for number, worker in self.workers.items() if worker.there),
-            "staleness": sorted(self.figures.staleness.items()),
-            "applied": sorted(self.figures.applied.items()),
-            "dropped": self.figures.dropped,
-            "cancelled": self.figures.cancelled,
+            **self.figures.told(),
+            "snapshot": self.saving.newest,
+            "snapshot_failure": self.saving.failure,
             "rate": self.rate * self._mean_rate() if self._recent else self.rate,
         }
 
-    def _scale(self, peer: bytes, request: int, message: m.Scale) -> list[Answer | Order]:
+    def _scale(self, peer: bytes, request: int, message: m.Scale) -> list[Result | Order]:
         self.rate = message.rate
         return [Answer(peer, request, m.Done())]
 
-    _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Answer | Order]]]] = {
+    _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Result | Order]]]] = {
         m.Hello: _hello,
         m.Left: _left,
         m.Bye: _bye,
@@ -328,6 +378,9 @@ class Coordinator:
         m.Await: _await,
         m.Declare: _declare,
         m.Created: _created,
+        m.Save: _save,
+        m.Collect: _collect,
+        m.State: _take,
         m.Report: _report,
         m.Scale: _scale,
     }

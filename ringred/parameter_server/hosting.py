@@ -16,7 +16,7 @@ from ringred.parameter_server.encoding import encoding_of
 from ringred.parameter_server.keys import Keys, make_keys
 from ringred.parameter_server.policies import Async, Policy
 from ringred.parameter_server.server import Server
-from ringred.parameter_server.serving import find_servers
+from ringred.parameter_server.serving import check_every, find_servers
 from ringred.parameter_server.worker import Worker
 from ringred.runtime import lifetime
 from ringred.topology.detect import host_name
@@ -35,6 +35,9 @@ class Placement(NamedTuple):
     next one, and the death of one loses nothing that was acknowledged. Tensors go through shared memory where workers
     and servers are on one host, unless `shared` is False; messages are encrypted, unless `encrypt` is False and all
     ranks are on one host. `timeout` is in seconds.
+
+    After each `every` updates the servers write a snapshot to the folder `snapshots`, which all of them see; if there
+    is one when they start, they go on from it.
     """
 
     policy: Policy | None = None
@@ -49,6 +52,8 @@ class Placement(NamedTuple):
     encrypt: bool = True
     shared: bool = True
     timeout: float | None = None
+    snapshots: str | Path | None = None
+    every: int | None = None
 
 
 class Hosted(NamedTuple):
@@ -106,11 +111,10 @@ class Membership:
 
 
 def _elsewhere(placement: Placement, timeout: float) -> Hosted:
-    own = (placement.policy, placement.shards, placement.updates, placement.staleness_aware)
-    if any(value is not None for value in own):
-        raise PolicyError(
-            "policy, shards, updates and staleness_aware are the servers' own: give them to ringred serve"
-        )
+    own = ("policy", "shards", "updates", "staleness_aware", "snapshots", "every")
+    given = [name for name in own if getattr(placement, name) is not None]
+    if given:
+        raise PolicyError(f"{', '.join(given)}: the servers' own; give it to ringred serve")
     if isinstance(placement.servers, (str, Path)):
         return Hosted(*find_servers(placement.servers, timeout), None)
     return Hosted(list(placement.servers or ()), placement.keys, None)
@@ -124,15 +128,18 @@ def _in_ranks(comm: Communicator, placement: Placement) -> Hosted:
         raise PolicyError(f"rank {comm.rank}: {shards} shards in {comm.size} ranks; expected 1 to {comm.size}")
     if policy.fewest > comm.size:
         raise PolicyError(f"rank {comm.rank}: {policy} needs {policy.fewest} workers, and there are {comm.size}")
+    check_every(placement.every, placement.snapshots)
+    snapshots = None if placement.snapshots is None else str(Path(placement.snapshots).absolute())
     keys = _same_keys(comm) if placement.encrypt or len(set(comm.hosts)) > 1 else None
     server = None
     if comm.rank < shards:
 
         def coordinator() -> Coordinator:
             options: Any = {"updates": placement.updates, "staleness_aware": placement.staleness_aware}
+            options |= {"snapshots": snapshots, "every": placement.every}
             return Coordinator(copy.deepcopy(policy), comm.size, shards, **options)
 
-        options: Any = {"replicate": placement.replicate, "shared": placement.shared}
+        options: Any = {"replicate": placement.replicate, "shared": placement.shared, "snapshots": snapshots}
         server = Server(comm.rank, shards, coordinator, listen=_listen(comm), keys=keys, **options)
     addresses = [text for text in _gathered(comm, "" if server is None else server.address) if text]
     if server is not None:

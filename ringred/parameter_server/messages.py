@@ -18,6 +18,7 @@ __all__ = [
     "Await",
     "Beat",
     "Bye",
+    "Collect",
     "Commit",
     "Committed",
     "Create",
@@ -39,13 +40,18 @@ __all__ = [
     "Pull",
     "Released",
     "Report",
+    "Save",
+    "Saved",
     "Scale",
+    "Show",
     "State",
     "There",
     "Told",
     "Values",
     "Welcome",
     "Where",
+    "Write",
+    "Written",
 ]
 
 COORDINATOR = 0
@@ -202,6 +208,25 @@ class Scale(NamedTuple):
     rate: float
 
 
+class Save(NamedTuple):
+    """Asks for a snapshot in a folder that all servers see."""
+
+    folder: str
+
+
+class Saved(NamedTuple):
+    """There is a snapshot of `version`."""
+
+    version: int
+
+
+class Collect(NamedTuple):
+    """Asks all shards for their states at one version, as the answers to these requests of theirs; the answer is the
+    coordinator's own."""
+
+    requests: tuple[int, ...]
+
+
 class Report(NamedTuple):
     """Asks for the figures so far, which come as JSON in `Told`."""
 
@@ -287,9 +312,31 @@ class Discard(NamedTuple):
 
 
 class State(NamedTuple):
-    """Asks a shard for all that it has, or with frames gives it that. JSON, and a frame for each tensor."""
+    """All of a shard, or of the coordinator: JSON, and a frame for each tensor. To one of them: it takes this state."""
 
     text: str
+
+
+class Show(NamedTuple):
+    """Give worker `peer` the state at `version`, as the answer to its request."""
+
+    version: int
+    peer: str
+    request: int
+
+
+class Write(NamedTuple):
+    """Write the state at `version` to the snapshot of that name in `folder`."""
+
+    version: int
+    folder: str
+    snapshot: str
+
+
+class Written(NamedTuple):
+    """The state is on disk; or why it is not."""
+
+    failure: str
 
 
 class Done(NamedTuple):
@@ -307,7 +354,8 @@ class Failed(NamedTuple):
 
 KINDS: tuple[type[Any], ...] = (
     *(Meet, Met, Log, Logged, Left, Hello, Welcome, Declare, Placed, Created, Commit, Committed),
-    *(Await, Released, Beat, Bye, Scale, Report, Told),
-    *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard, State, End, Done, Failed),
+    *(Await, Released, Beat, Bye, Scale, Save, Saved, Collect, Report, Told),
+    *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard),
+    *(State, Show, Write, Written, End, Done, Failed),
 )
 """In the order of their numbers on the wire."""

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 
-__all__ = ["Report"]
+__all__ = ["Figures", "Report"]
+
+
+@dataclass
+class Figures:
+    """What happened so far: gradients that counted, by staleness and by worker, and those that were not used."""
+
+    staleness: Counter[int] = field(default_factory=Counter)
+    applied: Counter[int] = field(default_factory=Counter)
+    dropped: int = 0
+    cancelled: int = 0
+
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+        counts = {"staleness": sorted(self.staleness.items()), "applied": sorted(self.applied.items())}
+        return {**counts, "dropped": self.dropped, "cancelled": self.cancelled}
+
+    def load(self, told: Mapping[str, Any]) -> None:
+        """Takes what `told` returned."""
+        self.staleness = Counter({int(key): int(count) for key, count in told["staleness"]})
+        self.applied = Counter({int(key): int(count) for key, count in told["applied"]})
+        self.dropped, self.cancelled = int(told["dropped"]), int(told["cancelled"])
 
 
 @dataclass(frozen=True)
@@ -15,7 +38,8 @@ class Report:
     """`staleness[a]` gradients were used a updates after their parameters were pulled; `applied[w]` are worker w's.
 
     `dropped` gradients came too late, `cancelled` mini-batches were told to stop. `rate` is the factor of the last
-    update's learning rate.
+    update's learning rate, `snapshot` the version of the newest snapshot (-1: none), and `snapshot_failure` says why
+    one could not be written.
     """
 
     policy: str
@@ -26,6 +50,8 @@ class Report:
     dropped: int
     cancelled: int
     rate: float
+    snapshot: int = -1
+    snapshot_failure: str = ""
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> Report:

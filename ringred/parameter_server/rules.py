@@ -38,6 +38,10 @@ class Rule(NamedTuple):
         """Whether a shard may have a part of a tensor."""
         return self.kind in ("add", "assign") or getattr(torch.optim, self.kind) in ELEMENTWISE
 
+    def fits(self, other: Rule) -> bool:
+        """Whether a state under `other`, whose options then count, can be taken: one optimizer, and as many groups."""
+        return self.kind == other.kind and len(self.groups) == len(other.groups)
+
     def as_json(self) -> dict[str, Any]:
         return self._asdict()
 

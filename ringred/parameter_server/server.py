@@ -10,46 +10,39 @@ import contextlib
 import math
 import os
 import secrets
-import select
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import zmq
-from torch import Tensor
 
 from ringred.errors import TransportUnavailable
 from ringred.parameter_server import messages as m
+from ringred.parameter_server.catalog import Catalog
 from ringred.parameter_server.coordinator import Coordinator, Order
 from ringred.parameter_server.door import Door, bounded, of_this_host
 from ringred.parameter_server.keys import Keys
-from ringred.parameter_server.others import SILENCE, Others
-from ringred.parameter_server.shard import Answer, Frame, Memory, Shard, bytes_of
-from ringred.parameter_server.shared import Area, SharedMemory, map_window, place
+from ringred.parameter_server.others import Others
+from ringred.parameter_server.peers import Peers
+from ringred.parameter_server.shard import Answer, Frame, Memory, Result, Shard, Writing, bytes_of
+from ringred.parameter_server.shared import Area, SharedMemory, place
+from ringred.parameter_server.snapshots import Writer, newest, read_snapshot
+from ringred.parameter_server.whole import cut, of_coordinator
 from ringred.parameter_server.wire import Malformed, pack, unpack
-from ringred.transports.windows import Window
 
 __all__ = ["Server"]
 
 _TICK = 0.5
 _EARLY = 4096  # messages that are kept for a server that takes another's place; what is lost is said again
 _SERVER = b"server"  # the names under which servers call each other begin so
-# What changes a machine, so that its copy has to be changed too. Only servers may send the last four.
-_CHANGES = (m.Hello, m.Declare, m.Created, m.Commit, m.Bye, m.Scale, m.Create, m.Part, m.State)
-_ORDERS = (m.Apply, m.Discard, m.Left, m.Log)
-_Results = Sequence[Answer | Order]
-
-
-class _Known(NamedTuple):
-    """A worker that met this server: its process, if it is of this place, as a descriptor that ends with it."""
-
-    worker: int
-    life: int
-    process: int
+# What changes a machine, so that its copy has to be changed too; and that which only servers may send.
+_CHANGES: tuple[type[Any], ...] = (m.Hello, m.Declare, m.Created, m.Commit, m.Bye, m.Scale, m.Save, m.Collect)
+_CHANGES += (m.Create, m.Part, m.State)
+_ORDERS = (m.Apply, m.Discard, m.Show, m.Write, m.Left, m.Log)
+_Results = Sequence[Result | Order]
 
 
 class Server:
@@ -61,6 +54,8 @@ class Server:
     With `replicate`, the next server has a copy of each machine of this one. What changes a machine is given to the
     copy, and answered once the copy has it. When this server dies, the copy takes its place (state machine
     replication: Schneider, ACM Computing Surveys 1990, with one backup).
+
+    It goes on from the newest snapshot in the folder `snapshots`, if there is one.
     """
 
     def __init__(
@@ -73,12 +68,15 @@ class Server:
         listen: str | None = None,
         keys: Keys | None = None,
         shared: bool = True,
+        snapshots: str | None = None,
     ) -> None:
-        self.number, self.shards, self.keys = number, shards, keys
-        self.place = place() if shared else ""
-        self.area = Area() if self.place else None
+        self.number, self.shards, self.keys, self.snapshots = number, shards, keys, snapshots
+        here = place() if shared else ""
+        self.area = Area() if here else None
+        self._poller = zmq.Poller()
+        self._peers = Peers(self._poller, here)
         memory = SharedMemory(self.area) if self.area is not None else Memory()
-        self.machines: dict[int, Coordinator | Shard] = {1 + number: Shard(number, memory, self._in_window)}
+        self.machines: dict[int, Coordinator | Shard] = {1 + number: Shard(number, memory, self._peers.memory)}
         self._head = memory.head if isinstance(memory, SharedMemory) else -1
         if number == 0:
             self.machines[m.COORDINATOR] = make_coordinator()
@@ -87,17 +85,15 @@ class Server:
         self._backup = self._copied = -1
         if replicate and shards > 1:
             self._backup, self._copied = (number + 1) % shards, (number - 1) % shards
-            self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._in_window)
+            self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._peers.memory)
             if self._copied == 0:
                 self._copies[m.COORDINATOR] = make_coordinator()
+        if snapshots is not None and newest(snapshots) is not None:
+            self._go_on_from(read_snapshot(snapshots))
         self._early: deque[tuple[int, bytes, int, Any, list[Frame]]] = deque(maxlen=_EARLY)
         self._logged = 0
         self._held_back: deque[tuple[int, _Results]] = deque()
         self.refused = 0
-        self._windows: dict[bytes, Window] = {}
-        self._known: dict[bytes, _Known] = {}
-        self._heard: dict[bytes, float] = {}
-        self._left: deque[tuple[float, bytes]] = deque()  # windows of workers that are gone
         self._context = zmq.Context(1)
         self._context.set(zmq.MAX_SOCKETS, 4096)
         self._door = Door(self._context, keys) if keys is not None else None
@@ -108,18 +104,28 @@ class Server:
             self._router.set(zmq.CURVE_SECRETKEY, keys.server_secret.encode())
             self._router.set(zmq.ZAP_DOMAIN, b"ringred")
         self.address = self._bind(listen or f"ipc://@ringred-{secrets.token_hex(16)}")
-        self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         if self._door is not None:
             self._poller.register(self._door.socket, zmq.POLLIN)
-        self._others = Others(self._context, self._poller, number, shards, keys, self.place)
+        self._others = Others(self._context, self._poller, number, shards, keys, here)
         self._wake, self._woken = socket.socketpair()
+        self._writer = Writer(self._is_written)
+        self._written: deque[tuple[Writing, str]] = deque()
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._thread = threading.Thread(target=self._serve, name=f"ringred-server-{number}", daemon=True)
         self._stop = False
         self._because = ""
         self._ended = False
         self._abandoned = math.inf
+
+    def _go_on_from(self, whole: dict[str, Any]) -> None:
+        catalog = Catalog(self.shards)
+        catalog.load_state(of_coordinator(whole))
+        for machine in (*self.machines.values(), *self._copies.values()):
+            if isinstance(machine, Shard):
+                machine.load_state(*cut(whole, catalog.layout, machine.number))
+            else:
+                machine.load_state(of_coordinator(whole))
 
     def _bind(self, listen: str) -> str:
         reason = ""
@@ -165,11 +171,8 @@ class Server:
         self._wake.send(b".")
         if self._thread.is_alive():
             self._thread.join()
-        for known in self._known.values():
-            if known.process >= 0:
-                os.close(known.process)
-        self._known.clear()
-        self._windows.clear()
+        self._writer.close()
+        self._peers.close()
         self._others.close()
         self._router.close()
         if self._door is not None:
@@ -193,7 +196,7 @@ class Server:
                 self._others.tell_all(m.End())
             if self._because:
                 text = m.Failed("PeerFailed", f"server {self.number} at {self.address} is gone: it {self._because}")
-                for peer in self._known:
+                for peer in self._peers:
                     self._send(Answer(peer, 0, text))
 
     def _loop(self) -> None:
@@ -204,13 +207,16 @@ class Server:
                 self._door.answer()
             if self._router in ready:
                 self._take_all()
+            if self._woken.fileno() in ready and not self._stop:
+                self._take_written()
             for server, request, message in self._others.take(ready):
                 self._take_answer(server, request, message)
-            for peer in [peer for peer, known in self._known.items() if known.process in ready]:
-                self._gone(peer, "its process ended")
+            for known, how in self._peers.gone(ready):
+                if self.coordinator is not None and known.worker >= 0:
+                    self._change(m.COORDINATOR, b"", 0, m.Left(known.worker, known.life, how), ())
             if time.monotonic() - ticked > _TICK:
                 ticked = time.monotonic()
-                self._tick(ticked)
+                self._others.tick(ticked)
 
     def _take_all(self) -> None:
         for _ in range(64):  # then the others have their turn
@@ -226,8 +232,7 @@ class Server:
         except Malformed:
             self.refused += 1
             return
-        if peer in self._heard:
-            self._heard[peer] = time.monotonic()
+        self._peers.heard_of(peer)
         body: list[Frame] = [frame.buffer for frame in frames[1:]]
         if isinstance(message, (*_ORDERS, m.End)) and not peer.startswith(_SERVER):
             self.refused += 1
@@ -266,6 +271,8 @@ class Server:
         for result in sorted(results, key=lambda result: isinstance(result, Order)):
             if isinstance(result, Order):
                 self._give(result)
+            elif isinstance(result, Writing):
+                self._writer.write(result, prune=result.number < 0 and result.folder == self.snapshots)
             elif result.peer:
                 self._send(result)
 
@@ -280,7 +287,7 @@ class Server:
     def _give(self, order: Order) -> None:
         if 1 + order.shard in self.machines:
             self._change(1 + order.shard, b"", order.number, order.message, ())
-            if self.coordinator is not None:
+            if self.coordinator is not None and not isinstance(order.message, m.Write):
                 self.coordinator.answered(order.shard, order.number)
         else:
             self._others.order(order)
@@ -294,8 +301,9 @@ class Server:
                 self._deliver(self._held_back.popleft()[1])
         elif isinstance(message, m.Failed):
             raise RuntimeError(f"server {server} cannot do what it was told: {message.text}")
-        elif isinstance(message, (m.Applied, m.Done)) and self.coordinator is not None:
-            self.coordinator.answered(*self._others.answered(request))
+        elif isinstance(message, (m.Applied, m.Done, m.Written)) and self.coordinator is not None:
+            failure = message.failure if isinstance(message, m.Written) else ""
+            self._deliver(self.coordinator.answered(*self._others.answered(request), failure))
 
     def _copy(self, peer: bytes, log: m.Log, frames: Sequence[Frame]) -> None:
         copy = self._copies.get(log.machine)
@@ -320,9 +328,8 @@ class Server:
         coordinator = self.coordinator
         if coordinator is not None and takes_over:
             self._deliver(coordinator.taken_over())
-            alive = {(known.worker, known.life) for known in self._known.values()}
             for worker, life in coordinator.lives():
-                if (worker, life) not in alive:
+                if (worker, life) not in self._peers.lives:
                     self._change(m.COORDINATOR, b"", 0, m.Left(worker, life, "its process ended"), ())
         elif coordinator is not None:
             waiting = {id(result) for _, results in self._held_back for result in results}
@@ -337,56 +344,31 @@ class Server:
             while self._held_back:
                 self._deliver(self._held_back.popleft()[1])
 
+    # ------------------------------------------------------------------ snapshots
+
+    def _is_written(self, writing: Writing, failure: str) -> None:
+        """On the thread that writes."""
+        self._written.append((writing, failure))
+        self._wake.send(b".")
+
+    def _take_written(self) -> None:
+        """What is on disk, the coordinator and those who asked for it are told."""
+        self._woken.recv(4096)
+        while self._written:
+            writing, failure = self._written.popleft()
+            coordinator = self.coordinator
+            if writing.peer:
+                self._send(Answer(writing.peer, writing.request, m.Written(failure)))
+            elif coordinator is not None and writing.number >= 0:
+                self._deliver(coordinator.answered(writing.number, writing.request, failure))
+            elif coordinator is not None:
+                self._deliver(coordinator.written(writing.snapshot, failure))
+
     # ------------------------------------------------------------------ workers that come and go
 
     def _meet(self, peer: bytes, request: int, message: m.Meet) -> None:
-        """Shares memory with a worker of the same place, and watches its process."""
-        descriptor, head, process = -1, -1, -1
-        near = bool(self.place) and message.place == self.place and self.area is not None
-        if near:
-            with contextlib.suppress(OSError):
-                process = os.pidfd_open(message.pid)
-            with contextlib.suppress(OSError):
-                if message.descriptor >= 0:
-                    self._windows[peer] = map_window(message.pid, message.descriptor)
-                    assert self.area is not None
-                    descriptor, head = self.area.descriptor, self._head
-        self._forget(peer)
-        if message.pid == os.getpid() and process >= 0:  # a thread of this process ends by itself
-            os.close(process)
-            process = -1
-        self._known[peer] = _Known(message.worker, message.life, process)
-        if process >= 0:
-            self._poller.register(process, select.POLLIN)
-        elif not near:
-            self._heard[peer] = time.monotonic()
+        near, shared = self._peers.meet(peer, message)
+        descriptor = self.area.descriptor if shared and self.area is not None else -1
+        head = self._head if shared else -1
         met = m.Met(os.getpid() if near else 0, descriptor, head, self.shards, self._backup)
         self._send(Answer(peer, request, met))
-
-    def _forget(self, peer: bytes) -> None:
-        known = self._known.pop(peer, None)
-        if known is not None and known.process >= 0:
-            self._poller.unregister(known.process)
-            os.close(known.process)
-        self._heard.pop(peer, None)
-
-    def _gone(self, peer: bytes, how: str) -> None:
-        known = self._known[peer]
-        self._forget(peer)
-        self._left.append((time.monotonic(), peer))
-        if self.coordinator is not None and known.worker >= 0:
-            self._change(m.COORDINATOR, b"", 0, m.Left(known.worker, known.life, how), ())
-
-    def _tick(self, now: float) -> None:
-        for peer, heard in list(self._heard.items()):
-            if now - heard > SILENCE:
-                self._gone(peer, f"was not heard of for {SILENCE:.0f} s")
-        while self._left and now - self._left[0][0] > SILENCE:  # until then a copy may be given what lies there
-            self._windows.pop(self._left.popleft()[1], None)
-        self._others.tick(now)
-
-    def _in_window(self, peer: bytes, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
-        window = self._windows.get(peer)
-        if window is None or not 0 <= offset <= window.nbytes - nbytes or offset % dtype.itemsize:
-            raise ValueError(f"{nbytes} bytes at {offset} are not in a window of this worker")
-        return window.view(offset, nbytes, dtype) if nbytes else torch.empty(0, dtype=dtype)

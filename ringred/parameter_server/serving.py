@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ringred.errors import CollectiveTimeout, PolicyError, TransportUnavailable
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
@@ -21,7 +22,7 @@ from ringred.parameter_server.keys import Keys, load_keys, make_keys, save_keys
 from ringred.parameter_server.policies import Policy
 from ringred.parameter_server.server import Server
 
-__all__ = ["find_servers", "serve"]
+__all__ = ["check_every", "find_servers", "serve"]
 
 _KEYS = "keys.json"
 _PATIENCE = 60.0  # seconds to wait for the other servers
@@ -59,6 +60,8 @@ def serve(
     updates: int | None = None,
     staleness_aware: StalenessAware | None = None,
     replicate: bool = False,
+    snapshots: Path | None = None,
+    every: int | None = None,
     told: Callable[[str], None] = print,
 ) -> int:
     """Hosts shard `number` until all workers have left, or a signal ends it; server 0 has the policy. Returns 0."""
@@ -70,16 +73,20 @@ def serve(
         raise PolicyError(f"serve: number {number} of {shards} shards; expected 0 to {shards - 1}")
     if policy.fewest > workers:
         raise PolicyError(f"serve: {policy} needs {policy.fewest} workers, and there are {workers}")
+    check_every(every, snapshots)
+    place = None if snapshots is None else str(snapshots.absolute())
     if folder is not None:
         keys = _keys_in(folder, number) if keys is None else keys
     elif keys is None:
         raise PolicyError("serve: at given addresses, --keys has to name a file of keys; ringred keys makes one")
 
     def coordinator() -> Coordinator:
-        return Coordinator(copy.deepcopy(policy), workers, shards, updates=updates, staleness_aware=staleness_aware)
+        aware = staleness_aware
+        options: Any = {"updates": updates, "staleness_aware": aware, "snapshots": place, "every": every}
+        return Coordinator(copy.deepcopy(policy), workers, shards, **options)
 
     own = listen or _own(addresses, number)
-    server = Server(number, shards, coordinator, replicate=replicate, listen=own, keys=keys)
+    server = Server(number, shards, coordinator, replicate=replicate, listen=own, keys=keys, snapshots=place)
     ended = threading.Event()
     try:
         for which in (signal.SIGTERM, signal.SIGINT):
@@ -100,6 +107,12 @@ def serve(
             if number == 0:
                 (folder / _KEYS).unlink(missing_ok=True)
     return 0
+
+
+def check_every(every: int | None, snapshots: object) -> None:
+    """Raises `PolicyError` unless both are given, or neither, or only the folder to go on from."""
+    if every is not None and (snapshots is None or every < 1):
+        raise PolicyError(f"a snapshot every {every} updates, in {snapshots}: expected a number ≥ 1, and a folder")
 
 
 def _own(addresses: Sequence[str], number: int) -> str:

@@ -13,16 +13,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ringred.errors import RingredError
+from ringred.errors import PolicyError, RingredError
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.encoding import decoded
 from ringred.parameter_server.policies import Gradient
 from ringred.parameter_server.rules import Rule, Stepper
 from ringred.runtime.folds import Folder, ReduceOp
 
-__all__ = ["Answer", "Frame", "Memory", "Shard", "as_tensor", "bytes_of", "dtype_of"]
+__all__ = ["PASSED", "Answer", "Frame", "Memory", "Result", "Shard", "Writing", "as_tensor", "bytes_of", "dtype_of"]
 
 Frame = Tensor | memoryview | bytes
+PASSED = "it is at a later version"
+"""Why a shard could not write what it had."""
 
 
 class Answer(NamedTuple):
@@ -32,6 +34,22 @@ class Answer(NamedTuple):
     request: int
     message: Any
     frames: Sequence[Frame] = ()
+
+
+class Writing(NamedTuple):
+    """The state of shard `number`, or with -1 of the coordinator, for a snapshot in `folder`; once it is on disk,
+    `peer` is told so."""
+
+    folder: str
+    snapshot: str
+    number: int
+    text: str
+    tensors: Sequence[Tensor]
+    peer: bytes
+    request: int
+
+
+Result = Answer | Writing
 
 
 class Memory:
@@ -89,13 +107,14 @@ class Shard:
         self._done: dict[int, int] = {}
         self._waiting: list[_Waiting] = []
         self._folders: dict[tuple[torch.dtype, int], Folder] = {}
+        self._loaded = -1  # the version of a state that was given
         self._copies: dict[int, Tensor] = {}  # of the values at this version, which messages in flight refer to
         self.bytes_in = self.bytes_out = 0
 
-    def handle(self, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> list[Answer]:
+    def handle(self, peer: bytes, request: int, message: Any, frames: Sequence[Frame]) -> list[Result]:
         """What `message` leads to. A wrong message is answered by `Failed` and changes nothing."""
         try:
-            answers: list[Answer] = self._HANDLERS[type(message)](self, peer, request, message, frames)
+            answers: list[Result] = self._HANDLERS[type(message)](self, peer, request, message, frames)
         except Exception as failure:  # whatever a stranger may say, this one goes on
             kind = type(failure).__name__ if isinstance(failure, RingredError) else "PolicyError"
             text = f"shard {self.number}: {type(message).__name__}: {failure}"
@@ -104,13 +123,13 @@ class Shard:
 
     # ------------------------------------------------------------------ values
 
-    def _create(self, peer: bytes, request: int, message: m.Create, frames: Sequence[Frame]) -> list[Answer]:
+    def _create(self, peer: bytes, request: int, message: m.Create, frames: Sequence[Frame]) -> list[Result]:
         """A repeated request finds the pieces there, and changes nothing."""
         told = json.loads(message.text)
         rule = Rule.from_json(told["rule"])
         if self._rule is None:
             self._rule, self._stepper = rule, rule.stepper()
-        elif rule != self._rule:
+        elif rule != self._rule and not (self._loaded >= 0 and rule.fits(self._rule)):
             raise ValueError(f"expected the update rule {self._rule}, got {rule}")
         if len(frames) != len(told["pieces"]):
             raise ValueError(f"expected {len(told['pieces'])} frames of values, got {len(frames)}")
@@ -134,7 +153,7 @@ class Shard:
         self._stepper.add(value.view(shape), group)
         self.values[number], self._groups[number], self._shapes[number] = value, group, list(shape)
 
-    def _pull(self, peer: bytes, request: int, message: m.Pull, frames: Sequence[Frame]) -> list[Answer]:
+    def _pull(self, peer: bytes, request: int, message: m.Pull, frames: Sequence[Frame]) -> list[Result]:
         self._check_known(message.pieces)
         if message.version > self.version:
             waiting = _Waiting(message.version, message.pieces, peer, request)
@@ -151,7 +170,7 @@ class Shard:
             self.bytes_out += self.values[piece].nbytes
         return Answer(peer, request, m.Values(self.version), [self._copies[piece] for piece in pieces])
 
-    def _where(self, peer: bytes, request: int, message: m.Where, frames: Sequence[Frame]) -> list[Answer]:
+    def _where(self, peer: bytes, request: int, message: m.Where, frames: Sequence[Frame]) -> list[Result]:
         self._check_known(message.pieces)
         offsets = tuple(self.memory.offset(self.values[piece]) for piece in message.pieces)
         return [Answer(peer, request, m.There(offsets))]
@@ -163,7 +182,7 @@ class Shard:
 
     # ------------------------------------------------------------------ gradients
 
-    def _part(self, peer: bytes, request: int, message: m.Part, frames: Sequence[Frame]) -> list[Answer]:
+    def _part(self, peer: bytes, request: int, message: m.Part, frames: Sequence[Frame]) -> list[Result]:
         """Holds the part. One that is repeated, or comes after its gradient was used, is only acknowledged."""
         self._check_known(message.pieces)
         if message.sequence > self._done.get(message.worker, -1):
@@ -194,7 +213,7 @@ class Shard:
             ]
         return dict(zip(message.pieces, given, strict=True))
 
-    def _apply(self, peer: bytes, request: int, message: m.Apply, frames: Sequence[Frame]) -> list[Answer]:
+    def _apply(self, peer: bytes, request: int, message: m.Apply, frames: Sequence[Frame]) -> list[Result]:
         if message.version > self.version + 1:
             return []  # one before it was lost: both are given again
         if message.version > self.version:
@@ -237,7 +256,7 @@ class Shard:
             torch.div(operands[0], size, out=out)
         return out.view(shape)
 
-    def _discard(self, peer: bytes, request: int, message: m.Discard, frames: Sequence[Frame]) -> list[Answer]:
+    def _discard(self, peer: bytes, request: int, message: m.Discard, frames: Sequence[Frame]) -> list[Result]:
         self._forget(message.dropped)
         return [Answer(peer, request, m.Done())]
 
@@ -251,24 +270,41 @@ class Shard:
                 del self._held[key]
             self.memory.finished(worker, done)
 
-    def _released(self) -> list[Answer]:
+    def _released(self) -> list[Result]:
         ready = [waiting for waiting in self._waiting if waiting.version <= self.version]
         self._waiting = [waiting for waiting in self._waiting if waiting.version > self.version]
         return [self._values(waiting.peer, waiting.request, waiting.pieces) for waiting in ready]
 
     # ------------------------------------------------------------------ all that it has
 
-    def _state(self, peer: bytes, request: int, message: m.State, frames: Sequence[Frame]) -> list[Answer]:
-        if message.text:
-            self.load_state(json.loads(message.text), frames)
-            return [Answer(peer, request, m.Done())]
+    def _show(self, peer: bytes, request: int, message: m.Show, frames: Sequence[Frame]) -> list[Result]:
+        if message.version > self.version:
+            return []
         text, tensors = self.state()
-        return [Answer(peer, request, m.State(text), [tensor.clone() for tensor in tensors])]
+        told = Answer(message.peer.encode(), message.request, m.State(text), [tensor.clone() for tensor in tensors])
+        return [Answer(peer, request, m.Done()), told]
+
+    def _write(self, peer: bytes, request: int, message: m.Write, frames: Sequence[Frame]) -> list[Result]:
+        if message.version > self.version:
+            return []
+        if message.version < self.version:
+            return [Answer(peer, request, m.Written(PASSED))]
+        text, tensors = self.state()
+        copies = [tensor.clone() for tensor in tensors]
+        return [Writing(message.folder, message.snapshot, self.number, text, copies, peer, request)]
+
+    def _take(self, peer: bytes, request: int, message: m.State, frames: Sequence[Frame]) -> list[Result]:
+        """Each worker may give the same state: the first one counts."""
+        told = json.loads(message.text)
+        if self._loaded != told["version"]:
+            if self.version > 0:
+                raise PolicyError(f"the state of version {told['version']} comes too late: it is at {self.version}")
+            self.load_state(told, frames)
+        return [Answer(peer, request, m.Done()), *self._released()]
 
     def state(self) -> tuple[str, list[Tensor]]:
-        """JSON, and tensors that it refers to: values, what the optimizer keeps, gradients that are held."""
+        """JSON, and tensors that it refers to: values, and what the optimizer keeps."""
         rule, tensors = ({}, []) if self._stepper is None else self._stepper.state()
-        held = [[*key, life, sorted(parts)] for key, (life, parts) in self._held.items()]
         told = {
             "version": self.version,
             "rule": None if self._rule is None else self._rule.as_json(),
@@ -278,20 +314,23 @@ class Shard:
             ],
             "stepper": rule,
             "kept": [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors],
-            "held": held,
-            "done": sorted(self._done.items()),
         }
-        parts = [parts[piece] for _, parts in self._held.values() for piece in sorted(parts)]
-        return json.dumps(told), [*self.values.values(), *tensors, *parts]
+        return json.dumps(told), [*self.values.values(), *tensors]
 
     def load_state(self, told: Any, frames: Sequence[Frame]) -> None:
-        """Takes what `state` returned, instead of all that is there; pieces stay where they are."""
+        """Takes what `state` returned, instead of all values that are there; pieces stay where they are."""
         given = list(frames)
-        self.memory.changing(self.version)
+        unknown = self.values.keys() - {number for number, *_ in told["pieces"]}
+        if unknown or len(given) != len(told["pieces"]) + len(told["kept"]):
+            raise ValueError(f"a state of {len(given)} tensors; pieces {sorted(unknown)[:5]} are missing")
         if told["rule"] is not None:
-            self._rule = Rule.from_json(told["rule"])
-            known = self.values
-            self._stepper, self.values = self._rule.stepper(), {}
+            rule = Rule.from_json(told["rule"])
+            if self._rule is not None and not self._rule.fits(rule):
+                raise ValueError(f"expected a state under the rule {self._rule}, got {rule}")
+            self._rule = rule
+            self.memory.changing(self.version)
+            known, self.values = self.values, {}
+            self._stepper = rule.stepper()
             for number, shape, dtype, group in told["pieces"]:
                 tensor = as_tensor(given.pop(0), dtype_of(dtype))
                 if number in known:  # workers look for it where it is
@@ -302,23 +341,20 @@ class Shard:
                     self._keep(number, shape, group, tensor)
             kept = [as_tensor(given.pop(0), dtype_of(dtype)).view(shape).clone() for shape, dtype in told["kept"]]
             self._stepper.load_state(told["stepper"], kept)
-        self._held = {}
-        for worker, sequence, life, pieces in told["held"]:
-            parts = {piece: as_tensor(given.pop(0), self.values[piece].dtype).clone() for piece in pieces}
-            self._held[worker, sequence] = _Held(life, parts)
-        self._done = dict(told["done"])
-        self.version = told["version"]
+        self.version = self._loaded = told["version"]
         self._copies.clear()
         self.memory.changed(self.version)
 
-    _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Answer]]]] = {
+    _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Result]]]] = {
         m.Create: _create,
         m.Pull: _pull,
         m.Where: _where,
         m.Part: _part,
         m.Apply: _apply,
         m.Discard: _discard,
-        m.State: _state,
+        m.State: _take,
+        m.Show: _show,
+        m.Write: _write,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ class Store:
         self._shapes |= {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
     def push(self, keys: Keys, values: Values, *, clock: int | None = None, async_op: bool = False) -> Handle:
-        """Gives `values`, which count as one gradient, computed at the values of `clock` (default: of the last pull).
+        """Gives `values`, which count as one gradient, computed at the values of `clock` (default: of the last pull,
+        or those that were newest when the policy released this worker for this push).
 
         It counts once this returns, or with `async_op` once the handle is waited for; until then they must not change.
         """
@@ -85,7 +87,7 @@ class Store:
         self._finish()
         worker = self.worker
         if self._pushed or worker.never_released:  # a pull has not asked for the release that each push needs
-            worker.begin()
+            self._clock = max(self._clock, worker.begin())
         gradients = worker.gradients()
         worker.push(gradients, given)
         self._pushed = True
@@ -166,6 +168,21 @@ class Store:
     def report(self) -> Report:
         """What the servers have done so far."""
         return Report.of(self.worker.report())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the servers have, at one clock; see `whole`."""
+        self._finish()
+        return self.worker.collect()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The servers go on from a state of the same keys. Every worker calls it after its `init`, before it pushes."""
+        self._finish()
+        self.worker.give(state)
+
+    def save(self, folder: str | Path) -> int:
+        """A snapshot of now, in a folder that all servers see; returns its clock."""
+        self._finish()
+        return self.worker.save(str(Path(folder).absolute()))
 
     def close(self) -> None:
         """Leaves. A rank that hosts a shard waits here until all workers have left."""

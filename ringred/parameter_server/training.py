@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ringred.errors import UnsupportedTensor
+from ringred.parameter_server.arriving import Arriving
 from ringred.parameter_server.hosting import Membership, Placement
 from ringred.parameter_server.policies import Policy
 from ringred.parameter_server.report import Report
@@ -38,6 +40,8 @@ class ParameterServer:
     `schedule`, one of its schedules, once for each update.
 
     The other arguments say where the servers are: see `Placement`. By default every rank is a worker and hosts a shard.
+    With `overlap`, `pull` returns before the parameters are there: each layer waits for its own in forward, the front
+    layers' come first, and who reads a parameter outside of its layer calls `arrive` before.
     `compression` is "half", "bfloat16", "int8" or "top_k:0.01": how gradients are sent (`encoding`).
     Raises `PolicyError` for a policy that the workers are too few for, and for an optimizer that no server can step.
     """
@@ -50,14 +54,20 @@ class ParameterServer:
         *,
         schedule: MakeSchedule | None = None,
         compression: str | None = None,
+        overlap: bool = False,
         **placement: Any,
     ) -> None:
         self.parameters = named_parameters(model)
+        if overlap and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"overlap needs a module, whose layers wait for their parameters; got {type(model).__name__}"
+            )
+        layers = model if overlap and isinstance(model, nn.Module) else None
         rule, groups = rule_of(optimizer, list(self.parameters.values()), schedule)
         self._member = Membership(Placement(policy, **placement), compression)
         try:
             self.worker.declare(self.parameters, rule, groups)
-            self._targets = self.worker.targets(self.parameters)
+            self._arriving = Arriving(self.worker, self.parameters, layers)
         except BaseException:
             self._member.close()
             raise
@@ -77,12 +87,18 @@ class ParameterServer:
         """Waits until this worker is released, and takes the newest parameters. Returns False if they are the last.
         Raises `CollectiveTimeout` after `timeout` seconds."""
         worker = self.worker
+        self._arriving.finish()
         self._abandon()
         version = worker.begin(timeout)
         if worker.version < version or worker.never_pulled:
-            with torch.no_grad():
-                worker.take(self._targets, version, timeout)
+            self._arriving.start(version, timeout)
+            if worker.over:
+                self._arriving.finish()
         return not worker.over
+
+    def arrive(self) -> None:
+        """Waits for all parameters of the last `pull`, which with `overlap` may still be on their way."""
+        self._arriving.finish()
 
     def push(self) -> bool:
         """Ends the mini-batch: its gradients count once this returns. False if they were not wanted any more."""
@@ -130,6 +146,7 @@ class ParameterServer:
         return on_gradient
 
     def _send_ready(self) -> None:
+        self._arriving.finish()  # of layers that forward did not come to
         ready, self._ready, self._ready_bytes = self._ready, {}, 0
         for name, gradient in ready.items():
             if gradient.layout is not torch.strided:
@@ -168,6 +185,22 @@ class ParameterServer:
         """What the servers have done so far, staleness above all."""
         return Report.of(self.worker.report())
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that the servers have, at one version: values, what the optimizers keep, figures. See `whole`. Any worker
+        may ask, at any time."""
+        return self.worker.collect()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The servers go on from a state, whatever their number was and is. Every worker calls it before its first
+        `pull`; the options of the optimizer are those of the state. Raises `PolicyError` for a state of other tensors,
+        and once there were updates."""
+        self.worker.give(state)
+
+    def save(self, folder: str | Path) -> int:
+        """A snapshot of now, in a folder that all servers see; returns its version. `parameter_server.read_snapshot`
+        reads it."""
+        return self.worker.save(str(Path(folder).absolute()))
+
     def scale_rate(self, rate: float) -> None:
         """From the next update on, learning rates are those of the optimizer times `rate`."""
         self.worker.scale_rate(rate)
@@ -177,6 +210,7 @@ class ParameterServer:
         an exception the others hear of it."""
         for hook in self._hooks:
             hook.remove()
+        self._arriving.close()
         self._member.close()
 
     def __enter__(self) -> ParameterServer:

@@ -8,9 +8,8 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringred.errors import CollectiveTimeout, PolicyError, RingredError, UnsupportedTensor
@@ -18,35 +17,15 @@ from ringred.parameter_server import messages as m
 from ringred.parameter_server.connection import Connection, Request
 from ringred.parameter_server.encoding import RAW, Encoding
 from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.pulling import Piece, Pull, Targets
 from ringred.parameter_server.rules import Rule
-from ringred.parameter_server.shard import as_tensor, bytes_of
+from ringred.parameter_server.shard import bytes_of
+from ringred.parameter_server.whole import cut, joined, of_coordinator
 
-__all__ = ["Gradients", "Piece", "Targets", "Worker"]
-
-
-class Piece(NamedTuple):
-    """A part of a tensor: elements `start` to `stop`, which are piece `number`, on shard `shard`."""
-
-    number: int
-    start: int
-    stop: int
-    shard: int
+__all__ = ["Gradients", "Worker"]
 
 
-class Target(NamedTuple):
-    """Where piece `number` is to go: `part`, 1-D; and where in its server's window it is, if that is shared."""
-
-    number: int
-    part: Tensor
-    offset: int | None
-
-
-class Targets(NamedTuple):
-    """Where values go, by shard. `copies` are the tensors that are not contiguous, with their contiguous copies."""
-
-    by_shard: dict[int, list[Target]]
-    copies: list[tuple[Tensor, Tensor]]
-    nbytes: int
+_TRIES = 5
 
 
 class _Slot:
@@ -86,7 +65,7 @@ class Worker:
         self.shards = len(addresses)
         self._releases = m.Released(0, 0, 0)
         self._used = 0  # the last release that `begin` has taken
-        self.version = 0  # of the oldest piece of the last `take`
+        self.version = 0  # of the oldest piece that was pulled last
         self.never_pulled = True
         self._versions: dict[int, int] = {}
         self.pieces: dict[str, list[Piece]] = {}
@@ -231,14 +210,17 @@ class Worker:
         """Pushes gradients, by the names of their tensors, as part of `into`. They must not change before `commit`."""
         by_shard: dict[int, list[tuple[Piece, Tensor]]] = {}
         for name, gradient in given.items():
-            if name not in self.pieces:
-                raise PolicyError(f"worker {self.number}: there is no tensor {name!r}; there are {_some(self.pieces)}")
+            self._check_known(name)
             flat = gradient.detach().reshape(-1)
             self._check_size(name, flat)
             for piece in self.pieces[name]:
                 by_shard.setdefault(piece.shard, []).append((piece, flat[piece.start : piece.stop]))
         for shard, parts in by_shard.items():
             into.parts.append(self._push_to(shard, into.sequence, parts))
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.pieces:
+            raise PolicyError(f"worker {self.number}: there is no tensor {name!r}; there are {_some(self.pieces)}")
 
     def _check_size(self, name: str, tensor: Tensor) -> None:
         pieces = self.pieces[name]
@@ -286,79 +268,57 @@ class Worker:
 
     def targets(self, out: Mapping[str, Tensor]) -> Targets:
         """Prepares to pull to the tensors of `out`, in its order."""
-        by_shard: dict[int, list[Target]] = {}
-        copies: list[tuple[Tensor, Tensor]] = []
         for name, tensor in out.items():
-            if name not in self.pieces:
-                raise PolicyError(f"worker {self.number}: there is no tensor {name!r}; there are {_some(self.pieces)}")
-            flat = tensor.detach()
-            self._check_size(name, flat)
-            if not flat.is_contiguous():
-                copies.append((flat, torch.empty_like(flat, memory_format=torch.contiguous_format)))
-                flat = copies[-1][1]
-            flat = flat.view(-1)
-            for piece in self.pieces[name]:
-                part = flat[piece.start : piece.stop]
-                by_shard.setdefault(piece.shard, []).append(Target(piece.number, part, self._offsets.get(piece.number)))
-        return Targets(by_shard, copies, sum(part.nbytes for parts in by_shard.values() for _, part, _ in parts))
+            self._check_known(name)
+            self._check_size(name, tensor)
+        return Targets.of(out, self.pieces, self._offsets)
+
+    def start(self, targets: Targets, version: int) -> Pull:
+        """Begins to copy values of `version` or newer to the targets."""
+        self.bytes_pulled += targets.nbytes
+        return Pull(self.connection, targets, version)
 
     def pull(self, targets: Targets, version: int, timeout: float | None = None) -> int:
         """Copies values of `version` or newer to the targets, and returns the oldest version among them."""
-        limit = self.connection.timeout if timeout is None else timeout
-        deadline = time.monotonic() + limit
-        asked: list[tuple[list[Target], Request]] = []
-        versions: list[int] = []
-        for shard, parts in targets.by_shard.items():
-            if shard not in self.connection.values:
-                asked.append((parts, self._ask_for(shard, parts, version)))
-        for shard, parts in targets.by_shard.items():
-            if shard in self.connection.values:
-                late = self._read(shard, parts, version, deadline, versions)
-                if late:
-                    asked.append((late, self._ask_for(shard, late, version)))
-        for parts, request in asked:
-            (values,) = self.connection.wait([request], limit)
-            versions.append(values.version)
-            for target, frame in zip(parts, request.frames, strict=True):
-                target.part.copy_(as_tensor(frame, target.part.dtype))
-        for tensor, copy in targets.copies:
-            tensor.copy_(copy)
-        self.bytes_pulled += targets.nbytes
-        return min(versions, default=version)
+        return self.start(targets, version).finish(self.connection.timeout if timeout is None else timeout)
 
-    def take(self, targets: Targets, version: int, timeout: float | None = None) -> None:
-        """As `pull`; gradients are computed at these values from here on."""
-        self.version = self.pull(targets, version, timeout)
-        self.never_pulled = False
+    def at(self, version: int) -> None:
+        """From here on, gradients are computed at values of `version`."""
+        self.version, self.never_pulled = version, False
 
-    def _ask_for(self, shard: int, parts: list[Target], version: int) -> Request:
-        return self.connection.ask(1 + shard, m.Pull(version, tuple(target.number for target in parts)))
+    # ------------------------------------------------------------------ all that the servers have
 
-    def _read(
-        self, shard: int, parts: list[Target], version: int, deadline: float, versions: list[int]
-    ) -> list[Target]:
-        """Reads where the server keeps them; returns the pieces for which that did not succeed."""
-        values = self.connection.values[shard]
+    def collect(self) -> dict[str, Any]:
+        """All that the servers have, at one version: see `whole`."""
+        for _ in range(_TRIES):
+            shards = [self.connection.expect(1 + shard, m.Pull(0, ())) for shard in range(self.shards)]
+            collect = m.Collect(tuple(request.number for request in shards))
+            own, *states = self.connection.wait([self.connection.ask(m.COORDINATOR, collect), *shards])
+            told = json.loads(own.text)
+            if all(isinstance(state, m.State) for state in states):  # else it did not come, and was asked for in vain
+                given = [json.loads(state.text) for state in states]
+                if all(state["version"] == told["version"] for state in given):
+                    return joined(told, [(state, shard.frames) for state, shard in zip(given, shards, strict=True)])
+        raise PolicyError(f"worker {self.number}: in {_TRIES} tries servers died, or were not at one version")
 
-        def gone() -> bool:
-            self.connection.poll(0.0, self.connection.server_of(1 + shard))
-            return shard not in self.connection.values
+    def give(self, whole: Mapping[str, Any]) -> None:
+        """The servers go on from a state that `collect` returned. Every worker gives it, before its first pull."""
+        layout = {name: [(piece.number, *piece[1:]) for piece in pieces] for name, pieces in self.pieces.items()}
+        parts = [cut(whole, layout, shard) for shard in range(self.shards)]
+        head = json.dumps(of_coordinator(whole))
+        self.connection.wait([self.connection.ask(m.COORDINATOR, m.State(head))])
+        self.connection.wait(
+            [
+                self.connection.ask(1 + shard, m.State(json.dumps(told)), tensors)
+                for shard, (told, tensors) in enumerate(parts)
+            ]
+        )
 
-        if not values.wait(version, deadline, gone):
-            if shard not in self.connection.values:  # its server died: its copy is asked
-                return parts
-            raise CollectiveTimeout(
-                f"worker {self.number}: shard {shard} did not reach version {version}, it is at {values.version}"
-            )
-        late = []
-        for target in parts:
-            assert target.offset is not None
-            found = values.read(version, target.offset, target.part)
-            if found is None:
-                late.append(target)
-            else:
-                versions.append(found)
-        return late
+    def save(self, folder: str) -> int:
+        """Has the servers write a snapshot, and returns its version."""
+        (saved,) = self.connection.wait([self.connection.ask(m.COORDINATOR, m.Save(folder))])
+        version: int = saved.version
+        return version
 
     # ------------------------------------------------------------------ the rest
 

@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--shards", type=_count, default=1, metavar="S", help="servers in all (default 1)")
     serve.add_argument("--number", type=int, default=0, metavar="K", help="which of them this is, 0 to S - 1")
     serve.add_argument("--replicate", action="store_true", help="keep a copy of each server on the next one")
+    serve.add_argument("--snapshots", type=Path, metavar="D", help="a folder of snapshots; goes on from the newest one")
+    serve.add_argument("--every", type=_count, metavar="N", help="write a snapshot after each N updates")
     serve.add_argument("--folder", type=Path, help="where servers and workers meet, if all see one file system")
     serve.add_argument("--addresses", default="", metavar="A,B", help="else all servers, such as tcp://10.0.0.1:7000")
     serve.add_argument("--listen", metavar="A", help="the address to listen on, if it is not the one that others use")
@@ -194,6 +196,8 @@ def _serve(options: argparse.Namespace) -> int:
         updates=options.updates,
         staleness_aware=options.staleness_aware,
         replicate=options.replicate,
+        snapshots=options.snapshots,
+        every=options.every,
         told=lambda text: print(text, flush=True),
     )
 
