@@ -106,10 +106,10 @@ class Catalog:
         rule = None if whole["rule"] is None else Rule.from_json(whole["rule"])
         if rule is not None and self.rule is not None and not self.rule.fits(rule):
             raise PolicyError(f"expected a state under the rule {self.rule}, got {rule}")
-        self.rule, self._loaded = rule or self.rule, True
-        new = [entry for entry in whole["tensors"] if entry[0] not in self.tensors]
+        new = [[*entry, ""] for entry in whole["tensors"] if entry[0] not in self.tensors]
         if rule is not None:
-            self._place(-1, [[*entry, ""] for entry in new], rule)
+            self._place(-1, new, rule)
+        self.rule, self._loaded = rule or self.rule, True
 
     def _place(self, creator: int, entries: list[Any], rule: Rule) -> None:
         sizes = []

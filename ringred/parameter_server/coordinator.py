@@ -329,10 +329,10 @@ class Coordinator:
                 f"the state of version {told['version']} comes too late: there were {self.policy.version} updates; "
                 "every worker gives it before its first pull"
             )
+        figures, version, rate = Figures.of(told["figures"]), int(told["version"]), float(told["rate"])
         self.catalog.load_state(told)
-        self.figures.load(told["figures"])
-        self.policy.version = self._loaded = int(told["version"])
-        self.rate = float(told["rate"])
+        self.figures, self.rate = figures, rate
+        self.policy.version = self._loaded = version
 
     def _take(self, peer: bytes, request: int, message: m.State) -> list[Result | Order]:
         """Each worker may give the same state; the first one counts. Whatever was computed before is of no use."""

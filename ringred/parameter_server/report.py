@@ -26,11 +26,11 @@ class Figures:
         counts = {"staleness": sorted(self.staleness.items()), "applied": sorted(self.applied.items())}
         return {**counts, "dropped": self.dropped, "cancelled": self.cancelled}
 
-    def load(self, told: Mapping[str, Any]) -> None:
-        """Takes what `told` returned."""
-        self.staleness = Counter({int(key): int(count) for key, count in told["staleness"]})
-        self.applied = Counter({int(key): int(count) for key, count in told["applied"]})
-        self.dropped, self.cancelled = int(told["dropped"]), int(told["cancelled"])
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Figures:
+        """Of what `told` returned."""
+        counts = [Counter({int(key): int(count) for key, count in told[name]}) for name in ("staleness", "applied")]
+        return cls(counts[0], counts[1], int(told["dropped"]), int(told["cancelled"]))
 
 
 @dataclass(frozen=True)

@@ -323,27 +323,37 @@ class Shard:
         unknown = self.values.keys() - {number for number, *_ in told["pieces"]}
         if unknown or len(given) != len(told["pieces"]) + len(told["kept"]):
             raise ValueError(f"a state of {len(given)} tensors; pieces {sorted(unknown)[:5]} are missing")
+        version = int(told["version"])
+        values = [as_tensor(given.pop(0), dtype_of(dtype)).view(shape) for _, shape, dtype, _ in told["pieces"]]
+        kept = [as_tensor(given.pop(0), dtype_of(dtype)).view(shape).clone() for shape, dtype in told["kept"]]
         if told["rule"] is not None:
             rule = Rule.from_json(told["rule"])
             if self._rule is not None and not self._rule.fits(rule):
                 raise ValueError(f"expected a state under the rule {self._rule}, got {rule}")
-            self._rule = rule
+            places = [  # workers look for a piece where it is
+                self._place_of(number, value) for (number, *_), value in zip(told["pieces"], values, strict=True)
+            ]
+            stepper = rule.stepper()
+            for (_, shape, _, group), place in zip(told["pieces"], places, strict=True):
+                stepper.add(place.view(shape), group)
+            stepper.load_state(told["stepper"], kept)  # from here on nothing can fail
             self.memory.changing(self.version)
-            known, self.values = self.values, {}
-            self._stepper = rule.stepper()
-            for number, shape, dtype, group in told["pieces"]:
-                tensor = as_tensor(given.pop(0), dtype_of(dtype))
-                if number in known:  # workers look for it where it is
-                    self.values[number] = known[number]
-                    self.values[number].copy_(tensor)
-                    self._stepper.add(self.values[number].view(shape), group)
-                else:
-                    self._keep(number, shape, group, tensor)
-            kept = [as_tensor(given.pop(0), dtype_of(dtype)).view(shape).clone() for shape, dtype in told["kept"]]
-            self._stepper.load_state(told["stepper"], kept)
-        self.version = self._loaded = told["version"]
+            self.values = {}  # in the order of the stepper
+            for (number, shape, _, group), place, value in zip(told["pieces"], places, values, strict=True):
+                place.copy_(value.reshape(-1))
+                self.values[number], self._groups[number], self._shapes[number] = place, group, list(shape)
+            self._rule, self._stepper = rule, stepper
+        self.version = self._loaded = version
         self._copies.clear()
         self.memory.changed(self.version)
+
+    def _place_of(self, number: int, value: Tensor) -> Tensor:
+        place = self.values.get(number)
+        if place is None:
+            return self.memory.empty(value.numel(), value.dtype)
+        if (place.numel(), place.dtype) != (value.numel(), value.dtype):
+            raise ValueError(f"piece {number}: expected {place.numel()} of {place.dtype}, got {value.numel()}")
+        return place
 
     _HANDLERS: ClassVar[dict[type[Any], Callable[..., list[Result]]]] = {
         m.Create: _create,

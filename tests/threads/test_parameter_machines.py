@@ -13,7 +13,7 @@ from ringred.parameter_server import messages as m
 from ringred.parameter_server.coordinator import Coordinator, Order
 from ringred.parameter_server.policies import Gradient, KAsync, KSync, Policy, Sync
 from ringred.parameter_server.rules import Rule, rule_of
-from ringred.parameter_server.shard import Answer, Memory, Shard
+from ringred.parameter_server.shard import PASSED, Answer, Memory, Shard
 
 ADD = Rule("add", [{}])
 
@@ -88,11 +88,11 @@ def test_the_state_of_a_shard_makes_another_that_goes_on_alike() -> None:
     for version in range(1, 4):
         part(first, 0, version, float(version))
         apply(first, version, Gradient(0, version, version - 1))
-    part(first, 1, 0, 9.0)  # held, not applied
     told, tensors = first.state()
     second.load_state(json.loads(told), [tensor.clone() for tensor in tensors])
     for shard in (first, second):
         part(shard, 0, 4, 4.0)
+        part(shard, 1, 0, 9.0)
         apply(shard, 4, Gradient(0, 4, 3), Gradient(1, 0, 0))
     assert torch.equal(first.values[0], second.values[0])
     assert second.version == 4
@@ -164,6 +164,70 @@ def test_orders_are_kept_until_they_are_answered_and_said_again_by_a_copy() -> N
     again = copy.taken_over()
     assert [(order.shard, order.message.version) for order in orders(again)] == [(0, 3), (1, 1), (1, 2), (1, 3)]
     assert told(again, 0)[-1].version == 3
+
+
+def test_a_snapshot_ends_once_all_shards_and_then_the_coordinator_have_written() -> None:
+    coordinator = a_coordinator(Sync(), 1, 2, snapshots="/there", every=2)
+    assert [type(order.message) for order in orders(commit(coordinator, 0, 0))] == [m.Apply, m.Apply]
+    made = orders(commit(coordinator, 0, 1, 1))
+    assert [type(order.message) for order in made] == [m.Apply, m.Apply, m.Write, m.Write]
+    first, second = made[2:]
+    assert first.message.version == 2
+    assert coordinator.answered(first.shard, first.number) == []
+    assert told(coordinator.handle(b"0", 3, m.Bye(0, 10, 1, ""), ()), 0) == [], "it waits for the snapshot"
+    assert not coordinator.finished
+    (last,) = coordinator.answered(second.shard, second.number)
+    assert (last.folder, last.snapshot, last.number) == ("/there", first.message.snapshot, -1)
+    assert told(coordinator.written(last.snapshot, ""), 0) == [m.Done()]
+    assert coordinator.finished
+    assert coordinator.report()["snapshot"] == 2
+
+
+def test_a_snapshot_that_a_shard_could_not_write_is_told_and_one_that_came_too_late_begins_again() -> None:
+    coordinator = a_coordinator(Sync(), 1, 2)
+    for failure in ("OSError: the disk is full", PASSED):
+        first, second = orders(coordinator.handle(b"0", 7, m.Save("/there"), ()))
+        assert coordinator.handle(b"0", 7, m.Save("/there"), ()) == [], "asked again"
+        results = coordinator.answered(second.shard, second.number, failure)
+        if failure == PASSED:
+            first, second = orders(results)
+            assert coordinator.answered(first.shard, first.number) == []
+            (last,) = coordinator.answered(second.shard, second.number)
+            assert told(coordinator.written(last.snapshot, ""), 0) == [m.Saved(0)]
+        else:
+            (said,) = told(results, 0)
+            assert said.text == f"there is no snapshot of version 0: shard 1: {failure}"
+            assert coordinator.answered(first.shard, first.number) == []
+            assert coordinator.report()["snapshot_failure"] == f"version 0: shard 1: {failure}"
+
+
+def test_a_copy_forgets_a_snapshot_that_was_written_and_goes_on_with_one_that_was_not() -> None:
+    coordinator = a_coordinator(Sync(), 1, 2)
+    first, second = orders(coordinator.handle(b"0", 7, m.Save("/there"), ()))
+    coordinator.forget_before((first.number + 1, second.number))
+    assert second in coordinator.taken_over()
+    (last,) = coordinator.answered(second.shard, second.number)
+    assert last.snapshot == second.message.snapshot
+    assert told(coordinator.written(last.snapshot, ""), 0) == [m.Saved(0)]
+    coordinator.handle(b"0", 8, m.Save("/there"), ())
+    coordinator.forget_before((100, 100))
+    assert not coordinator.saving
+
+
+def test_a_shard_writes_only_the_version_that_is_asked_for() -> None:
+    shard = a_shard((0, 4))
+    assert shard.handle(b"c", 5, m.Write(1, "/there", "s"), ()) == [], "it is not there yet: asked again"
+    part(shard, 0, 0, 2.0)
+    apply(shard, 1, Gradient(0, 0, 0))
+    (written,) = shard.handle(b"c", 5, m.Write(1, "/there", "s"), ())
+    assert (written.folder, written.snapshot, written.number) == ("/there", "s", 0)
+    assert torch.equal(written.tensors[0], torch.full((4,), 2.0))
+    (late,) = shard.handle(b"c", 5, m.Write(0, "/there", "s"), ())
+    assert late.message == m.Written(PASSED)
+    done, shown = shard.handle(b"c", 6, m.Show(1, "w0/1", 9), ())
+    assert done.message == m.Done()
+    assert (shown.peer, shown.request) == (b"w0/1", 9)
+    assert json.loads(shown.message.text)["version"] == 1
 
 
 def test_cancelled_workers_are_released_and_their_late_gradients_dropped() -> None:
