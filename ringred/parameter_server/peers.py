@@ -24,11 +24,12 @@ __all__ = ["Peer", "Peers"]
 
 class Peer(NamedTuple):
     """A worker, in one of its lives; -1: another server. Its process, if it is of this place, as a descriptor that ends
-    with it, else -1."""
+    with it, else -1. Whether memory is shared with it."""
 
     worker: int
     life: int
     process: int
+    shared: bool
 
 
 class Peers:
@@ -49,6 +50,9 @@ class Peers:
         """The workers that are there, and their lives."""
         return {(known.worker, known.life) for known in self._known.values()}
 
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._known
+
     def meet(self, name: bytes, message: m.Meet) -> tuple[bool, bool]:
         """Shares memory with a worker of the same place, and watches its process. Whether it is of this place, and
         whether its memory is shared."""
@@ -65,12 +69,17 @@ class Peers:
         if message.pid == os.getpid() and process >= 0:  # a thread of this process ends by itself
             os.close(process)
             process = -1
-        self._known[name] = Peer(message.worker, message.life, process)
+        self._known[name] = Peer(message.worker, message.life, process, shared)
         if process >= 0:
             self._poller.register(process, select.POLLIN)
         elif not near:
             self._heard[name] = time.monotonic()
         return near, shared
+
+    def sharer(self, name: bytes) -> int:
+        """The worker of that name, if memory is shared with it; else -1."""
+        known = self._known.get(name)
+        return known.worker if known is not None and known.shared else -1
 
     def heard_of(self, name: bytes) -> None:
         """Something came from there."""

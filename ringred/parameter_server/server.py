@@ -28,7 +28,7 @@ from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.others import Others
 from ringred.parameter_server.peers import Peers
 from ringred.parameter_server.shard import Answer, Frame, Memory, Result, Shard, Writing, bytes_of
-from ringred.parameter_server.shared import Area, SharedMemory, place
+from ringred.parameter_server.shared import WORKERS, Area, SharedMemory, place
 from ringred.parameter_server.snapshots import Writer, newest, read_snapshot
 from ringred.parameter_server.whole import cut, of_coordinator
 from ringred.parameter_server.wire import Malformed, pack, unpack
@@ -75,9 +75,9 @@ class Server:
         self.area = Area() if here else None
         self._poller = zmq.Poller()
         self._peers = Peers(self._poller, here)
-        memory = SharedMemory(self.area) if self.area is not None else Memory()
+        self._shared = None if self.area is None else SharedMemory(self.area)
+        memory = Memory() if self._shared is None else self._shared
         self.machines: dict[int, Coordinator | Shard] = {1 + number: Shard(number, memory, self._peers.memory)}
-        self._head = memory.head if isinstance(memory, SharedMemory) else -1
         if number == 0:
             self.machines[m.COORDINATOR] = make_coordinator()
         self._at_home = frozenset(self.machines)  # those that have a copy: one that was taken over has none
@@ -277,6 +277,11 @@ class Server:
                 self._send(result)
 
     def _send(self, answer: Answer) -> None:
+        if isinstance(answer.message, m.Released) and self._shared is not None:
+            worker = self._peers.sharer(answer.peer)
+            if 0 <= worker < WORKERS:
+                self._shared.release(worker, answer.message)
+                return
         frames: list[Any] = [answer.peer, pack(0, answer.request, answer.message)]
         frames += [bytes_of(frame) for frame in answer.frames]
         with contextlib.suppress(zmq.Again, zmq.ZMQError):  # the worker is gone, or asks again
@@ -367,8 +372,11 @@ class Server:
     # ------------------------------------------------------------------ workers that come and go
 
     def _meet(self, peer: bytes, request: int, message: m.Meet) -> None:
+        if self._shared is not None and peer not in self._peers and 0 <= message.worker < WORKERS:
+            self._shared.forget_release(message.worker)
         near, shared = self._peers.meet(peer, message)
-        descriptor = self.area.descriptor if shared and self.area is not None else -1
-        head = self._head if shared else -1
+        descriptor, head = -1, -1
+        if shared and self._shared is not None:
+            descriptor, head = self._shared.area.descriptor, self._shared.head
         met = m.Met(os.getpid() if near else 0, descriptor, head, self.shards, self._backup)
         self._send(Answer(peer, request, met))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ringred.parameter_server import messages as m
 from ringred.parameter_server.shard import Memory
 from ringred.transports import futex
 from ringred.transports.windows import Heap, Window, adopt, create
@@ -24,7 +25,8 @@ __all__ = ["WORKERS", "Area", "SharedMemory", "SharedValues", "map_window", "pla
 WORKERS = 1 << 12
 """Workers that a server's window has a word for."""
 _SHARERS = 64
-_HEAD_WORDS = 1 + WORKERS
+_FINISHED, _RELEASES, _VERSIONS = 1, 1 + WORKERS, 1 + 2 * WORKERS  # where these words begin
+_HEAD_WORDS = 1 + 3 * WORKERS
 _SLICE = 0.05  # seconds that a reader sleeps at once
 
 
@@ -73,7 +75,8 @@ class SharedMemory(Memory):
     """A shard's values in `area`.
 
     The head is a word for the version, twice the version while the values are those of a version and one more while
-    they change, and for each worker a word with one more than its last sequence number that is not looked at any more.
+    they change. For each worker there is a word with one more than its last sequence number that is not looked at any
+    more, and, where the coordinator is, two with its last release: four times its number and how; the version.
     """
 
     def __init__(self, area: Area) -> None:
@@ -100,7 +103,17 @@ class SharedMemory(Memory):
 
     def finished(self, worker: int, sequence: int) -> None:
         if worker < WORKERS:
-            self._words[1 + worker] = sequence + 1
+            self._words[_FINISHED + worker] = sequence + 1
+
+    def release(self, worker: int, released: m.Released) -> None:
+        """Worker `worker` is released, and woken if it waits for that."""
+        self._words[_VERSIONS + worker] = released.version
+        self._words[_RELEASES + worker] = 4 * released.number + released.how
+        futex.wake(self._address + 8 * (_RELEASES + worker))
+
+    def forget_release(self, worker: int) -> None:
+        """What was said to an earlier life of the worker is not for the next."""
+        self._words[_RELEASES + worker] = 0
 
 
 class SharedValues:
@@ -141,4 +154,19 @@ class SharedValues:
 
     def finished(self, worker: int) -> int:
         """The last of the worker's sequence numbers whose gradients are not looked at any more."""
-        return self._words[1 + worker] - 1
+        return self._words[_FINISHED + worker] - 1
+
+    def released(self, worker: int) -> m.Released:
+        """The worker's last release."""
+        while True:
+            before = self._words[_RELEASES + worker]
+            version = self._words[_VERSIONS + worker]
+            if self._words[_RELEASES + worker] == before:
+                return m.Released(version, before >> 2, before & 3)
+
+    def wait_for_release(self, worker: int, number: int, seconds: float) -> bool:
+        """Sleeps as long, or until the worker's release has another number; whether it still has that one."""
+        word = self._words[_RELEASES + worker]
+        if word >> 2 == number:
+            futex.sleep(self._address + 8 * (_RELEASES + worker), word & 0xFFFFFFFF, seconds)
+        return self._words[_RELEASES + worker] >> 2 == number

@@ -86,7 +86,7 @@ class Store:
         given = self._checked("push", keys, values)
         self._finish()
         worker = self.worker
-        if self._pushed or worker.never_released:  # a pull has not asked for the release that each push needs
+        if self._pushed or worker.releases.never:  # a pull has not asked for the release that each push needs
             self._clock = max(self._clock, worker.begin())
         gradients = worker.gradients()
         worker.push(gradients, given)
@@ -126,7 +126,7 @@ class Store:
         def finish(limit: float | None) -> int:
             least = min_clock
             if least is None:
-                least = worker.begin(limit) if self._pushed or worker.never_released else self._clock
+                least = worker.begin(limit) if self._pushed or worker.releases.never else self._clock
                 self._pushed = False
             self._clock = worker.pull(targets, least, limit)
             return self._clock

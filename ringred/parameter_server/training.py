@@ -90,11 +90,11 @@ class ParameterServer:
         self._arriving.finish()
         self._abandon()
         version = worker.begin(timeout)
-        if worker.version < version or worker.never_pulled:
+        if worker.releases.pulled < version:
             self._arriving.start(version, timeout)
-            if worker.over:
+            if worker.releases.over:
                 self._arriving.finish()
-        return not worker.over
+        return not worker.releases.over
 
     def arrive(self) -> None:
         """Waits for all parameters of the last `pull`, which with `overlap` may still be on their way."""
@@ -103,7 +103,7 @@ class ParameterServer:
     def push(self) -> bool:
         """Ends the mini-batch: its gradients count once this returns. False if they were not wanted any more."""
         worker = self.worker
-        cancelled = worker.cancelled
+        cancelled = worker.releases.cancelled
         if not cancelled:
             rest = {
                 name: parameter.grad
@@ -119,12 +119,12 @@ class ParameterServer:
     @property
     def cancelled(self) -> bool:
         """Whether the mini-batch in progress is not wanted any more: its backward may be left out."""
-        return self.worker.cancelled
+        return self.worker.releases.cancelled
 
     def sleep(self, seconds: float) -> bool:
         """Waits as long, or until the mini-batch in progress is cancelled; whether it was not. For experiments with
         stragglers."""
-        return self.worker.sleep(seconds)
+        return self.worker.releases.sleep(seconds)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -174,7 +174,7 @@ class ParameterServer:
     @property
     def over(self) -> bool:
         """Whether the last `pull` took what the training came to."""
-        return self.worker.over
+        return self.worker.releases.over
 
     @property
     def version(self) -> int:

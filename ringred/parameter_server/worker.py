@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ringred.parameter_server.connection import Connection, Request
 from ringred.parameter_server.encoding import RAW, Encoding
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.pulling import Piece, Pull, Targets
+from ringred.parameter_server.releases import Releases
 from ringred.parameter_server.rules import Rule
 from ringred.parameter_server.shard import bytes_of
 from ringred.parameter_server.whole import cut, joined, of_coordinator
@@ -47,8 +47,7 @@ class Worker:
     """Worker `number` at the servers at `addresses`. Constructing it waits, up to `timeout` seconds, until all workers
     are there.
 
-    `released` is the version from which on it may pull, and `cancelled` whether the mini-batch that it computes is not
-    wanted any more.
+    `releases` tell when it may go on, and whether the mini-batch that it computes is not wanted any more.
     """
 
     def __init__(
@@ -63,16 +62,15 @@ class Worker:
     ) -> None:
         self.number, self.encoding = number, encoding or Encoding()
         self.shards = len(addresses)
-        self._releases = m.Released(0, 0, 0)
-        self._used = 0  # the last release that `begin` has taken
         self.version = 0  # of the oldest piece that was pulled last
-        self.never_pulled = True
         self._versions: dict[int, int] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self._offsets: dict[int, int] = {}
         self._slots: dict[int, list[_Slot]] = {}
         self.bytes_pushed = self.bytes_pulled = 0
-        self.connection = Connection(addresses, number, self._told, keys=keys, timeout=timeout, shared=shared)
+        options: Any = {"keys": keys, "timeout": timeout, "shared": shared}
+        self.connection = Connection(addresses, number, lambda message: self.releases.told(message), **options)
+        self.releases = Releases(number, self.connection)
         try:
             hello = self.connection.ask(m.COORDINATOR, m.Hello(number, self.connection.life))
             (welcome,) = self.connection.wait([hello])
@@ -85,10 +83,6 @@ class Worker:
         told = json.loads(welcome.text)
         self.policy, self.workers = told["policy"], told["workers"]
         self.sequence = told["sequence"]
-
-    def _told(self, message: Any) -> None:
-        if isinstance(message, m.Released) and message.number > self._releases.number:
-            self._releases = message
 
     # ------------------------------------------------------------------ tensors
 
@@ -147,59 +141,7 @@ class Worker:
 
     def begin(self, timeout: float | None = None) -> int:
         """Waits until this worker is released, and returns the version that it must pull at least."""
-        began = asked = time.monotonic()
-        limit = self.connection.timeout if timeout is None else timeout
-        while not self._has_release():
-            now = time.monotonic()
-            if now - began > limit:
-                raise CollectiveTimeout(
-                    f"worker {self.number}: {self.policy} did not release it within {limit:g} s: the others are slow "
-                    "or gone"
-                )
-            if now - asked > 1.0:  # it may have been lost
-                asked = now
-                again = m.Await(self.number, self.connection.life, self._used)
-                self.connection.send(m.COORDINATOR, again)
-            self.connection.poll(0.02, self.connection.server_of(m.COORDINATOR))
-        self._used = self._releases.number
-        return self._releases.version
-
-    @property
-    def never_released(self) -> bool:
-        """Whether `begin` was not called yet."""
-        return self._used == 0
-
-    @property
-    def over(self) -> bool:
-        """Whether the last release was the last one."""
-        return self._releases.how == m.OVER and self._releases.number == self._used
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the gradient of the mini-batch in progress is not wanted any more."""
-        self.connection.poll(0.0, self.connection.server_of(m.COORDINATOR))
-        return self._has_release() and self._releases.how != m.PLAIN
-
-    def sleep(self, seconds: float) -> bool:
-        """Waits as long, or until the mini-batch in progress is cancelled; whether it was not."""
-        until = time.monotonic() + seconds
-        while not (self._has_release() and self._releases.how != m.PLAIN):
-            left = until - time.monotonic()
-            if left <= 0:
-                return True
-            if left < 0.001:  # less than a poll can wait
-                time.sleep(left)
-            else:
-                self.connection.poll(left)
-        return False
-
-    def _has_release(self) -> bool:
-        """Whether there is a release that was not used. One that cancels what is older than the version that this
-        worker has pulled already tells it nothing new, and is used."""
-        last = self._releases
-        if last.how == m.CANCELLED and not self.never_pulled and self.version >= last.version:
-            self._used = max(self._used, last.number)
-        return last.number > self._used
+        return self.releases.begin(self.connection.timeout if timeout is None else timeout, self.policy)
 
     def gradients(self) -> Gradients:
         """Starts the next gradient, at the version of the last pull."""
@@ -284,7 +226,7 @@ class Worker:
 
     def at(self, version: int) -> None:
         """From here on, gradients are computed at values of `version`."""
-        self.version, self.never_pulled = version, False
+        self.version = self.releases.pulled = version
 
     # ------------------------------------------------------------------ all that the servers have
 
