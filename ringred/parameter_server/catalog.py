@@ -31,13 +31,16 @@ class _Tensor:
 
 class Catalog:
     """A part of the coordinator, and like it a state machine: tensors are declared by all workers, and placed on
-    `shards` shards."""
+    `shards` shards, each of them for the `shares` ranks of a worker.
 
-    def __init__(self, shards: int) -> None:
-        self.shards = shards
+    Here and in `Placed`, a piece's `shard` counts both: shard number × `shares` + share.
+    """
+
+    def __init__(self, shards: int, shares: int = 1) -> None:
+        self.shards, self.shares = shards, shares
         self.tensors: dict[str, _Tensor] = {}
         self.pieces: list[Piece] = []
-        self._loads = [0] * shards
+        self._loads = [0] * (shards * shares)
         self.rule: Rule | None = None
         self._loaded = False
         self._waiting: deque[tuple[int, bytes, int, list[str]]] = deque()
@@ -86,8 +89,8 @@ class Catalog:
     def layout(self) -> dict[str, list[tuple[int, int, int, int]]]:
         """The pieces of each tensor: number, start, stop, shard."""
         return {
-            name: [(number, *self.pieces[number][1:]) for number in tensor.numbers]
-            for name, tensor in self.tensors.items()
+            name: [(number, *self.pieces[number][1:3], self.pieces[number].shard // self.shares) for number in own]
+            for name, own in ((name, tensor.numbers) for name, tensor in self.tensors.items())
         }
 
     def state(self) -> dict[str, Any]:
@@ -120,7 +123,7 @@ class Catalog:
             sizes.append(Size(elements, dtype_of(dtype).itemsize, rule.cuttable))
         numbers: list[list[int]] = [[] for _ in entries]
         first = len(self.tensors)
-        for piece in partition(sizes, self.shards, self._loads):
+        for piece in partition(sizes, self.shards * self.shares, self._loads):
             numbers[piece.tensor].append(len(self.pieces))
             self.pieces.append(piece._replace(tensor=first + piece.tensor))
             self._loads[piece.shard] += (piece.stop - piece.start) * sizes[piece.tensor].itemsize

@@ -46,7 +46,7 @@ class Coordinator:
     `staleness_aware="mean"` divides the rate by the mean staleness of the last gradients, "per_gradient" each gradient
     by its own; neither makes them larger (Zhang et al., IJCAI 2016). The training is over after `updates` updates, or
     when workers that have left because they were done are too many for the policy. After `every` updates there is a
-    snapshot in the folder `snapshots`.
+    snapshot in the folder `snapshots`. `shares` ranks of each host are one worker.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Coordinator:
         staleness_aware: StalenessAware | None = None,
         snapshots: str | None = None,
         every: int | None = None,
+        shares: int = 1,
     ) -> None:
         self.policy, self.expected, self.shards, self.updates = policy, workers, shards, updates
         if staleness_aware not in (None, "mean", "per_gradient"):
@@ -74,7 +75,7 @@ class Coordinator:
         self.failure: RingredError | None = None
         self.orders: list[dict[int, Order]] = [{} for _ in range(shards)]
         self._numbers = [0] * shards
-        self.catalog = Catalog(shards)
+        self.catalog = Catalog(shards, shares)
         self._farewells: list[tuple[bytes, int]] = []
         self._recent: deque[int] = deque(maxlen=_RECENT)
         self._loaded = -1  # the version of a state that was given
@@ -120,7 +121,12 @@ class Coordinator:
 
     def _welcome(self, number: int) -> Answer:
         worker = self.workers[number]
-        told = {"policy": repr(self.policy), "workers": self.expected, "shards": self.shards}
+        told = {
+            "policy": repr(self.policy),
+            "workers": self.expected,
+            "shards": self.shards,
+            "shares": self.catalog.shares,
+        }
         return Answer(worker.peer, worker.hello, m.Welcome(json.dumps({**told, "sequence": worker.sequence})))
 
     def _release_of(self, number: int) -> Answer:

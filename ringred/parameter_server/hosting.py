@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any, Literal, NamedTuple
 
 from ringred.communicator import Communicator, default_communicator
 from ringred.errors import PolicyError, RingredError
+from ringred.parameter_server.agreeing import gathered, together
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
 from ringred.parameter_server.encoding import encoding_of
 from ringred.parameter_server.keys import Keys, make_keys
 from ringred.parameter_server.policies import Async, Policy
+from ringred.parameter_server.price import cheaper
 from ringred.parameter_server.server import Server
 from ringred.parameter_server.serving import check_every, find_servers
 from ringred.parameter_server.worker import Worker
 from ringred.runtime import lifetime
+from ringred.runtime.select import machine_model
 from ringred.topology.detect import host_name
 
 __all__ = ["Membership", "Placement"]
-
-_CARD = 1024  # bytes of a rank's text
 
 
 class Placement(NamedTuple):
@@ -38,6 +38,10 @@ class Placement(NamedTuple):
 
     After each `every` updates the servers write a snapshot to the folder `snapshots`, which all of them see; if there
     is one when they start, they go on from it.
+
+    With `hierarchy="host"` the ranks of each host, which have to be as many on each, are one worker, which `policy`
+    counts as one: gradients are reduced inside the host first, and each rank pushes and pulls its share. "auto" does so
+    where the cost model says that a synchronous round is faster. Servers of their own are told how many ranks that are.
     """
 
     policy: Policy | None = None
@@ -54,6 +58,7 @@ class Placement(NamedTuple):
     timeout: float | None = None
     snapshots: str | Path | None = None
     every: int | None = None
+    hierarchy: Literal["flat", "host", "auto"] = "flat"
 
 
 class Hosted(NamedTuple):
@@ -67,27 +72,60 @@ class Hosted(NamedTuple):
 class Membership:
     """This process as a worker, and as a server if its rank hosts a shard. Collective where servers are in ranks."""
 
-    def __init__(self, placement: Placement, compression: str | None = None) -> None:
+    def __init__(self, placement: Placement, compression: str | None = None, nbytes: int = 0) -> None:
         encoding = encoding_of(compression)
-        number, timeout = placement.worker, placement.timeout
-        if placement.servers is None:
+        timeout = placement.timeout
+        self._worker: Worker | None = None
+        self.local: Communicator | None = None
+        comm = None
+        if placement.servers is None or placement.worker is None or placement.hierarchy != "flat":
             comm = default_communicator(placement.comm)
             number = comm.rank
+        if comm is not None and _by_host(comm, placement, nbytes):
+            self.local = comm.split(comm.hosts[comm.rank])
+            number = comm.hosts[comm.rank]
+        if placement.servers is None:
+            assert comm is not None
             timeout = comm.config.timeout if timeout is None else timeout
-            self._hosted = _in_ranks(comm, placement)
+            self._hosted = _in_ranks(comm, placement, 1 if self.local is None else self.local.size)
         else:
             timeout = 60.0 if timeout is None else timeout
             self._hosted = _elsewhere(placement, timeout)
-            number = default_communicator(placement.comm).rank if number is None else number
-        self._worker: Worker | None = None
+        if placement.worker is not None:
+            number = placement.worker
         try:
-            hosted = self._hosted
-            self._worker = Worker(
-                number, hosted.addresses, keys=hosted.keys, timeout=timeout, shared=placement.shared, encoding=encoding
-            )
+            hosted, local = self._hosted, self.local
+            options: Any = {"keys": hosted.keys, "timeout": timeout, "shared": placement.shared, "encoding": encoding}
+            if local is None:
+                self._worker = Worker(number, hosted.addresses, **options)
+            else:
+                local.set_timeout(2 * timeout)  # the first rank may wait as long for the servers
+                self._worker = self._of_host(local, number, hosted.addresses, options)
         except BaseException:
             self.close()
             raise
+
+    def _of_host(self, local: Communicator, number: int, addresses: list[str], options: dict[str, Any]) -> Worker:
+        """The first rank says hello; the others push and pull as the same worker."""
+        first = together(local, lambda: Worker(number, addresses, **options) if local.rank == 0 else None)
+        told = gathered(local, first.told if first is not None else "")[0]
+        worker = first or Worker(number, addresses, **options, told=told)
+        if worker.shares != local.size:
+            worker.connection.close()
+            raise PolicyError(
+                f"the servers expect {worker.shares} ranks on each host, and {host_name()} has {local.size}: "
+                "ringred serve takes their number as --ranks-per-host"
+            )
+        return worker
+
+    def in_turn(self, act: Callable[[], None]) -> None:
+        """Runs `act`, on the first rank of the host before the others."""
+        if self.local is None:
+            act()
+        else:
+            local = self.local
+            together(local, lambda: act() if local.rank == 0 else None)
+            together(local, lambda: act() if local.rank > 0 else None)
 
     @property
     def worker(self) -> Worker:
@@ -107,7 +145,7 @@ class Membership:
         if worker is not None:
             worker.close(last=server is not None and not because, because=because)
         if server is not None:
-            server.close(f"raised {because}" if because else "")
+            server.close(f"raised {because}" if because else "", others_end=not because)
 
 
 def _elsewhere(placement: Placement, timeout: float) -> Hosted:
@@ -120,14 +158,29 @@ def _elsewhere(placement: Placement, timeout: float) -> Hosted:
     return Hosted(list(placement.servers or ()), placement.keys, None)
 
 
-def _in_ranks(comm: Communicator, placement: Placement) -> Hosted:
+def _by_host(comm: Communicator, placement: Placement, nbytes: int) -> bool:
+    """Whether the ranks of each host are one worker."""
+    if placement.hierarchy not in ("flat", "host", "auto"):
+        raise PolicyError(f"hierarchy: expected 'flat', 'host' or 'auto', got {placement.hierarchy!r}")
+    if placement.hierarchy == "auto":
+        shards = comm.size if placement.shards is None else placement.shards
+        model = machine_model(comm.transport.name, comm.hosts, comm.tuning)
+        return cheaper(nbytes, comm.hosts, max(1, min(shards, comm.size)), model)
+    ranks = set(Counter(comm.hosts).values())
+    if placement.hierarchy == "host" and len(ranks) > 1:
+        raise PolicyError(f"rank {comm.rank}: hosts with {sorted(ranks)} ranks; hierarchy='host' needs as many on each")
+    return placement.hierarchy == "host"
+
+
+def _in_ranks(comm: Communicator, placement: Placement, shares: int) -> Hosted:
     """Starts the servers and tells all ranks where they are. Collective."""
     policy = placement.policy or Async()
     shards = comm.size if placement.shards is None else placement.shards
     if not 1 <= shards <= comm.size:
         raise PolicyError(f"rank {comm.rank}: {shards} shards in {comm.size} ranks; expected 1 to {comm.size}")
-    if policy.fewest > comm.size:
-        raise PolicyError(f"rank {comm.rank}: {policy} needs {policy.fewest} workers, and there are {comm.size}")
+    workers = comm.size // shares
+    if policy.fewest > workers:
+        raise PolicyError(f"rank {comm.rank}: {policy} needs {policy.fewest} workers, and there are {workers}")
     check_every(placement.every, placement.snapshots)
     snapshots = None if placement.snapshots is None else str(Path(placement.snapshots).absolute())
     keys = _same_keys(comm) if placement.encrypt or len(set(comm.hosts)) > 1 else None
@@ -136,12 +189,13 @@ def _in_ranks(comm: Communicator, placement: Placement) -> Hosted:
 
         def coordinator() -> Coordinator:
             options: Any = {"updates": placement.updates, "staleness_aware": placement.staleness_aware}
-            options |= {"snapshots": snapshots, "every": placement.every}
-            return Coordinator(copy.deepcopy(policy), comm.size, shards, **options)
+            options |= {"snapshots": snapshots, "every": placement.every, "shares": shares}
+            return Coordinator(copy.deepcopy(policy), workers, shards, **options)
 
-        options: Any = {"replicate": placement.replicate, "shared": placement.shared, "snapshots": snapshots}
+        options: Any = {"replicate": placement.replicate, "shared": placement.shared}
+        options |= {"snapshots": snapshots, "shares": shares}
         server = Server(comm.rank, shards, coordinator, listen=_listen(comm), keys=keys, **options)
-    addresses = [text for text in _gathered(comm, "" if server is None else server.address) if text]
+    addresses = [text for text in gathered(comm, "" if server is None else server.address) if text]
     if server is not None:
         server.start(addresses)
     return Hosted(addresses, keys, server)
@@ -161,17 +215,5 @@ def _own_address() -> str:
 
 def _same_keys(comm: Communicator) -> Keys:
     """Rank 0's new keys, on every rank."""
-    (text, *_) = _gathered(comm, make_keys().as_text() if comm.rank == 0 else "")
+    (text, *_) = gathered(comm, make_keys().as_text() if comm.rank == 0 else "")
     return Keys.from_text(text)
-
-
-def _gathered(comm: Communicator, text: str) -> list[str]:
-    """The text of every rank."""
-    data = text.encode()
-    if len(data) > _CARD:
-        raise ValueError(f"rank {comm.rank}: a text of {len(data)} bytes; there is room for {_CARD}")
-    own = torch.zeros(_CARD, dtype=torch.uint8)
-    own[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-    everyone = torch.empty(_CARD * comm.size, dtype=torch.uint8)
-    comm.all_gather(everyone, own)
-    return [bytes(card.tolist()).rstrip(b"\0").decode() for card in everyone.view(comm.size, _CARD)]

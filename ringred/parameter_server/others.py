@@ -137,10 +137,10 @@ class Others:
             self._beaten = now
             self.tell_all(m.Beat(-1, self._number))
 
-    def close(self) -> None:
-        """Closes the links, once what they have to send has left."""
+    def close(self, *, wait: bool) -> None:
+        """Closes the links; with `wait`, once what they have to send has left."""
         for link in self._links.values():
-            link.close()
+            link.close(None if wait else 0)
         for process in self._processes.values():
             os.close(process)
         self._links.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +14,18 @@ from ringred.parameter_server import messages as m
 from ringred.parameter_server.connection import Connection, Request
 from ringred.parameter_server.shard import as_tensor
 
-__all__ = ["Piece", "Pull", "Targets"]
+__all__ = ["Piece", "Pull", "Target", "Targets"]
 
 
 class Piece(NamedTuple):
-    """A part of a tensor: elements `start` to `stop`, which are piece `number`, on shard `shard`."""
+    """A part of a tensor: elements `start` to `stop`, which are piece `number`, on shard `shard`. In each host, rank
+    `owner` pushes and pulls it, if the host's ranks are one worker."""
 
     number: int
     start: int
     stop: int
     shard: int
+    owner: int = 0
 
 
 class Target(NamedTuple):
@@ -42,11 +44,19 @@ class Targets(NamedTuple):
     nbytes: int
 
     @classmethod
+    def at(cls, targets: Iterable[tuple[int, Target]]) -> Targets:
+        """Targets, with their shards."""
+        by_shard: dict[int, list[Target]] = {}
+        for shard, target in targets:
+            by_shard.setdefault(shard, []).append(target)
+        return cls(by_shard, [], sum(target.part.nbytes for parts in by_shard.values() for target in parts))
+
+    @classmethod
     def of(
         cls, out: Mapping[str, Tensor], pieces: Mapping[str, Sequence[Piece]], offsets: Mapping[int, int]
     ) -> Targets:
         """The tensors of `out`, in its order."""
-        by_shard: dict[int, list[Target]] = {}
+        targets: list[tuple[int, Target]] = []
         copies: list[tuple[Tensor, Tensor]] = []
         for name, tensor in out.items():
             flat = tensor.detach()
@@ -56,8 +66,8 @@ class Targets(NamedTuple):
             flat = flat.view(-1)
             for piece in pieces[name]:
                 part = flat[piece.start : piece.stop]
-                by_shard.setdefault(piece.shard, []).append(Target(piece.number, part, offsets.get(piece.number)))
-        return cls(by_shard, copies, sum(target.part.nbytes for parts in by_shard.values() for target in parts))
+                targets.append((piece.shard, Target(piece.number, part, offsets.get(piece.number))))
+        return cls.at(targets)._replace(copies=copies)
 
 
 class Pull:

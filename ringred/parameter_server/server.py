@@ -55,7 +55,8 @@ class Server:
     copy, and answered once the copy has it. When this server dies, the copy takes its place (state machine
     replication: Schneider, ACM Computing Surveys 1990, with one backup).
 
-    It goes on from the newest snapshot in the folder `snapshots`, if there is one.
+    It goes on from the newest snapshot in the folder `snapshots`, if there is one. `shares` ranks of each host are one
+    worker.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Server:
         keys: Keys | None = None,
         shared: bool = True,
         snapshots: str | None = None,
+        shares: int = 1,
     ) -> None:
         self.number, self.shards, self.keys, self.snapshots = number, shards, keys, snapshots
         here = place() if shared else ""
@@ -88,6 +90,7 @@ class Server:
             self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._peers.memory)
             if self._copied == 0:
                 self._copies[m.COORDINATOR] = make_coordinator()
+        self._shares = shares
         if snapshots is not None and newest(snapshots) is not None:
             self._go_on_from(read_snapshot(snapshots))
         self._early: deque[tuple[int, bytes, int, Any, list[Frame]]] = deque(maxlen=_EARLY)
@@ -114,12 +117,12 @@ class Server:
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._thread = threading.Thread(target=self._serve, name=f"ringred-server-{number}", daemon=True)
         self._stop = False
-        self._because = ""
+        self._because, self._others_end = "", False
         self._ended = False
         self._abandoned = math.inf
 
     def _go_on_from(self, whole: dict[str, Any]) -> None:
-        catalog = Catalog(self.shards)
+        catalog = Catalog(self.shards, self._shares)
         catalog.load_state(of_coordinator(whole))
         for machine in (*self.machines.values(), *self._copies.values()):
             if isinstance(machine, Shard):
@@ -164,16 +167,17 @@ class Server:
             self._abandoned = time.monotonic()
         return self.coordinator.finished or time.monotonic() - self._abandoned > patience
 
-    def close(self, because: str = "") -> None:
-        """Ends the thread, and everything that this server holds. If there is a reason, workers are told it."""
-        self._because = because
+    def close(self, because: str = "", *, others_end: bool = False) -> None:
+        """Ends the thread, and everything that this server holds. If there is a reason, workers are told it; if not,
+        server 0 ends the other servers too, unless they end by themselves."""
+        self._because, self._others_end = because, others_end
         self._stop = True
         self._wake.send(b".")
         if self._thread.is_alive():
             self._thread.join()
         self._writer.close()
         self._peers.close()
-        self._others.close()
+        self._others.close(wait=not others_end)
         self._router.close()
         if self._door is not None:
             self._door.socket.close()
@@ -192,7 +196,7 @@ class Server:
             self._because = f"raised {type(failure).__name__}: {failure}"
             raise
         finally:
-            if self.coordinator is not None and not self._because:
+            if self.coordinator is not None and not self._because and not self._others_end:
                 self._others.tell_all(m.End())
             if self._because:
                 text = m.Failed("PeerFailed", f"server {self.number} at {self.address} is gone: it {self._because}")
@@ -245,6 +249,8 @@ class Server:
         elif isinstance(message, m.Log):
             self._copy(peer, message, body)
         elif machine in self.machines:
+            if isinstance(message, m.Hello):
+                self._greet(message)
             self._change(machine, peer, request, message, body)
         elif machine in self._copies:  # its server has died, which this one will see
             self._early.append((machine, peer, request, message, body))
@@ -371,9 +377,15 @@ class Server:
 
     # ------------------------------------------------------------------ workers that come and go
 
+    def _greet(self, message: m.Hello) -> None:
+        """A release that an earlier life of the worker was given is none of this one's."""
+        coordinator, number = self.coordinator, message.worker
+        if self._shared is None or coordinator is None or not 0 <= number < WORKERS:
+            return
+        if number not in coordinator.workers or coordinator.workers[number].life != message.life:
+            self._shared.forget_release(number)
+
     def _meet(self, peer: bytes, request: int, message: m.Meet) -> None:
-        if self._shared is not None and peer not in self._peers and 0 <= message.worker < WORKERS:
-            self._shared.forget_release(message.worker)
         near, shared = self._peers.meet(peer, message)
         descriptor, head = -1, -1
         if shared and self._shared is not None:

@@ -62,6 +62,7 @@ def serve(
     replicate: bool = False,
     snapshots: Path | None = None,
     every: int | None = None,
+    ranks_per_host: int = 1,
     told: Callable[[str], None] = print,
 ) -> int:
     """Hosts shard `number` until all workers have left, or a signal ends it; server 0 has the policy. Returns 0."""
@@ -83,10 +84,12 @@ def serve(
     def coordinator() -> Coordinator:
         aware = staleness_aware
         options: Any = {"updates": updates, "staleness_aware": aware, "snapshots": place, "every": every}
+        options["shares"] = ranks_per_host
         return Coordinator(copy.deepcopy(policy), workers, shards, **options)
 
     own = listen or _own(addresses, number)
-    server = Server(number, shards, coordinator, replicate=replicate, listen=own, keys=keys, snapshots=place)
+    ways: Any = {"replicate": replicate, "snapshots": place, "shares": ranks_per_host}
+    server = Server(number, shards, coordinator, listen=own, keys=keys, **ways)
     ended = threading.Event()
     try:
         for which in (signal.SIGTERM, signal.SIGINT):

@@ -7,20 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ringred.errors import UnsupportedTensor
-from ringred.parameter_server.arriving import Arriving
+from ringred.errors import PolicyError
+from ringred.parameter_server.by_host import ByHost
+from ringred.parameter_server.flat import Flat
 from ringred.parameter_server.hosting import Membership, Placement
 from ringred.parameter_server.policies import Policy
 from ringred.parameter_server.report import Report
 from ringred.parameter_server.rules import MakeOptimizer, MakeSchedule, rule_of
-from ringred.parameter_server.worker import Gradients, Worker
+from ringred.parameter_server.worker import Worker
 
 __all__ = ["ParameterServer", "named_parameters"]
-
-_PART_BYTES = 1 << 20  # gradients are sent when as many bytes are there
 
 
 class ParameterServer:
@@ -62,19 +60,23 @@ class ParameterServer:
             raise TypeError(
                 f"overlap needs a module, whose layers wait for their parameters; got {type(model).__name__}"
             )
+        if overlap and placement.get("hierarchy", "flat") != "flat":
+            raise PolicyError("overlap is for hierarchy='flat': the ranks of a host gather all layers at once")
         layers = model if overlap and isinstance(model, nn.Module) else None
         rule, groups = rule_of(optimizer, list(self.parameters.values()), schedule)
-        self._member = Membership(Placement(policy, **placement), compression)
+        nbytes = sum(parameter.nbytes for parameter in self.parameters.values())
+        self._member = Membership(Placement(policy, **placement), compression, nbytes)
         try:
-            self.worker.declare(self.parameters, rule, groups)
-            self._arriving = Arriving(self.worker, self.parameters, layers)
+            self._member.in_turn(lambda: self.worker.declare(self.parameters, rule, groups))
+            local = self._member.local
+            self._way: Flat | ByHost
+            if local is None:
+                self._way = Flat(self.worker, self.parameters, layers)
+            else:
+                self._way = ByHost(self.worker, self.parameters, local)
         except BaseException:
             self._member.close()
             raise
-        self._gradients: Gradients | None = None
-        self._ready: dict[str, Tensor] = {}
-        self._ready_bytes = 0
-        self._pushed: set[str] = set()
         self._synced = True
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(name))
@@ -86,40 +88,23 @@ class ParameterServer:
     def pull(self, timeout: float | None = None) -> bool:
         """Waits until this worker is released, and takes the newest parameters. Returns False if they are the last.
         Raises `CollectiveTimeout` after `timeout` seconds."""
-        worker = self.worker
-        self._arriving.finish()
-        self._abandon()
-        version = worker.begin(timeout)
-        if worker.releases.pulled < version:
-            self._arriving.start(version, timeout)
-            if worker.releases.over:
-                self._arriving.finish()
-        return not worker.releases.over
+        self._clear()
+        return self._way.pull(timeout)
 
     def arrive(self) -> None:
         """Waits for all parameters of the last `pull`, which with `overlap` may still be on their way."""
-        self._arriving.finish()
+        self._way.arrive()
 
     def push(self) -> bool:
         """Ends the mini-batch: its gradients count once this returns. False if they were not wanted any more."""
-        worker = self.worker
-        cancelled = worker.releases.cancelled
-        if not cancelled:
-            rest = {
-                name: parameter.grad
-                for name, parameter in self.parameters.items()
-                if parameter.grad is not None and name not in self._pushed
-            }
-            self._ready |= rest
-            self._send_ready()
-            worker.commit(self._gradients or worker.gradients())
-        self._abandon()
-        return not cancelled
+        wanted = self._way.push()
+        self._clear()
+        return wanted
 
     @property
     def cancelled(self) -> bool:
         """Whether the mini-batch in progress is not wanted any more: its backward may be left out."""
-        return self.worker.releases.cancelled
+        return self._way.cancelled
 
     def sleep(self, seconds: float) -> bool:
         """Waits as long, or until the mini-batch in progress is cancelled; whether it was not. For experiments with
@@ -138,29 +123,11 @@ class ParameterServer:
     def _hook(self, name: str) -> Any:
         def on_gradient(parameter: Tensor) -> None:
             if self._synced and parameter.grad is not None:
-                self._ready[name] = parameter.grad
-                self._ready_bytes += parameter.grad.nbytes
-                if self._ready_bytes >= _PART_BYTES:
-                    self._send_ready()
+                self._way.ready(name, parameter.grad)
 
         return on_gradient
 
-    def _send_ready(self) -> None:
-        self._arriving.finish()  # of layers that forward did not come to
-        ready, self._ready, self._ready_bytes = self._ready, {}, 0
-        for name, gradient in ready.items():
-            if gradient.layout is not torch.strided:
-                raise UnsupportedTensor(f"the gradient of {name!r} is sparse; see ringred.parameter_server.Hogwild")
-        if self._gradients is None:
-            self._gradients = self.worker.gradients()
-        self._pushed.update(ready)
-        self.worker.push(self._gradients, ready)
-
-    def _abandon(self) -> None:
-        """Nothing of a mini-batch is left; what was sent of it and not committed is dropped by the servers."""
-        self._gradients = None
-        self._ready, self._ready_bytes = {}, 0
-        self._pushed.clear()
+    def _clear(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -210,7 +177,7 @@ class ParameterServer:
         an exception the others hear of it."""
         for hook in self._hooks:
             hook.remove()
-        self._arriving.close()
+        self._way.close()
         self._member.close()
 
     def __enter__(self) -> ParameterServer:

@@ -59,6 +59,7 @@ class Worker:
         timeout: float = 60.0,
         shared: bool = True,
         encoding: Encoding | None = None,
+        told: str | None = None,
     ) -> None:
         self.number, self.encoding = number, encoding or Encoding()
         self.shards = len(addresses)
@@ -71,8 +72,17 @@ class Worker:
         options: Any = {"keys": keys, "timeout": timeout, "shared": shared}
         self.connection = Connection(addresses, number, lambda message: self.releases.told(message), **options)
         self.releases = Releases(number, self.connection)
+        if told is None:
+            told = self._welcomed()
+        self.told = told
+        """What a rank of the same host that is not the first one is given, to push and pull as the same worker."""
+        welcome = json.loads(told)
+        self.policy, self.workers, self.shares = welcome["policy"], welcome["workers"], welcome["shares"]
+        self.sequence, self.life = welcome["sequence"], welcome["life"]
+
+    def _welcomed(self) -> str:
         try:
-            hello = self.connection.ask(m.COORDINATOR, m.Hello(number, self.connection.life))
+            hello = self.connection.ask(m.COORDINATOR, m.Hello(self.number, self.connection.life))
             (welcome,) = self.connection.wait([hello])
         except CollectiveTimeout as failure:
             self.connection.close()
@@ -80,9 +90,7 @@ class Worker:
         except BaseException:
             self.connection.close()
             raise
-        told = json.loads(welcome.text)
-        self.policy, self.workers = told["policy"], told["workers"]
-        self.sequence = told["sequence"]
+        return json.dumps({**json.loads(welcome.text), "life": self.connection.life})
 
     # ------------------------------------------------------------------ tensors
 
@@ -103,7 +111,8 @@ class Worker:
         for name in names:
             self.pieces[name] = []
         for number, piece in zip(placed.numbers, placed.pieces, strict=True):
-            self.pieces[names[order[piece.tensor]]].append(Piece(number, piece.start, piece.stop, piece.shard))
+            shard, owner = divmod(piece.shard, self.shares)
+            self.pieces[names[order[piece.tensor]]].append(Piece(number, piece.start, piece.stop, shard, owner))
         if placed.create:
             self._create(tensors, rule, dict(zip(names, groups, strict=True)))
         self._locate([piece for name in names for piece in self.pieces[name]])
@@ -157,6 +166,10 @@ class Worker:
             self._check_size(name, flat)
             for piece in self.pieces[name]:
                 by_shard.setdefault(piece.shard, []).append((piece, flat[piece.start : piece.stop]))
+        self.push_pieces(into, by_shard)
+
+    def push_pieces(self, into: Gradients, by_shard: Mapping[int, Sequence[tuple[Piece, Tensor]]]) -> None:
+        """As `push`, of single pieces."""
         for shard, parts in by_shard.items():
             into.parts.append(self._push_to(shard, into.sequence, parts))
 
@@ -174,7 +187,7 @@ class Worker:
     def _push_to(self, shard: int, sequence: int, parts: Sequence[tuple[Piece, Tensor]]) -> Request:
         numbers = tuple(piece.number for piece, _ in parts)
         code = self.encoding.code
-        life = self.connection.life
+        life = self.life
         if code == RAW and shard in self.connection.values:
             offsets = tuple(self._put(shard, sequence, piece.number, part) for piece, part in parts)
             return self.connection.ask(1 + shard, m.Part(self.number, life, sequence, code, numbers, offsets))
@@ -198,12 +211,20 @@ class Worker:
         self.bytes_pushed += part.nbytes
         return slot.offset
 
+    def wait_held(self, gradients: Gradients) -> None:
+        """Waits until all shards hold what was pushed."""
+        self.connection.wait(gradients.parts)
+
+    def offset(self, piece: Piece) -> int | None:
+        """Where a piece lies in its server's window, if that is shared."""
+        return self._offsets.get(piece.number)
+
     def commit(self, gradients: Gradients, version: int | None = None) -> None:
         """Waits until all shards hold all parts; then the gradient counts, whatever happens to this worker."""
         # What goes to shard 0, which is where the coordinator is, is there before the commit is.
         self.connection.wait(part for part in gradients.parts if part.machine != 1)
         at = gradients.version if version is None else version
-        commit = m.Commit(self.number, self.connection.life, gradients.sequence, at)
+        commit = m.Commit(self.number, self.life, gradients.sequence, at)
         self.connection.wait([*gradients.parts, self.connection.ask(m.COORDINATOR, commit)])
 
     # ------------------------------------------------------------------ values
@@ -245,7 +266,7 @@ class Worker:
 
     def give(self, whole: Mapping[str, Any]) -> None:
         """The servers go on from a state that `collect` returned. Every worker gives it, before its first pull."""
-        layout = {name: [(piece.number, *piece[1:]) for piece in pieces] for name, pieces in self.pieces.items()}
+        layout = {name: [piece[:4] for piece in pieces] for name, pieces in self.pieces.items()}
         parts = [cut(whole, layout, shard) for shard in range(self.shards)]
         head = json.dumps(of_coordinator(whole))
         self.connection.wait([self.connection.ask(m.COORDINATOR, m.State(head))])

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--shards", type=_count, default=1, metavar="S", help="servers in all (default 1)")
     serve.add_argument("--number", type=int, default=0, metavar="K", help="which of them this is, 0 to S - 1")
     serve.add_argument("--replicate", action="store_true", help="keep a copy of each server on the next one")
+    serve.add_argument("--ranks-per-host", type=_count, default=1, metavar="L", help="of workers that are whole hosts")
     serve.add_argument("--snapshots", type=Path, metavar="D", help="a folder of snapshots; goes on from the newest one")
     serve.add_argument("--every", type=_count, metavar="N", help="write a snapshot after each N updates")
     serve.add_argument("--folder", type=Path, help="where servers and workers meet, if all see one file system")
@@ -198,6 +199,7 @@ def _serve(options: argparse.Namespace) -> int:
         replicate=options.replicate,
         snapshots=options.snapshots,
         every=options.every,
+        ranks_per_host=options.ranks_per_host,
         told=lambda text: print(text, flush=True),
     )
 

@@ -244,13 +244,13 @@ def test_layers_wait_for_their_own_parameters(shared: bool) -> None:
         model[-1].weight.requires_grad_(False)
         options: Any = {"overlap": overlap, "shared": shared, "comm": comm}
         with ParameterServer(model, lambda given: torch.optim.SGD(given, lr=0.1), Sync(), **options) as server:
-            assert not overlap or len(server._arriving._targets) == 3
+            assert not overlap or len(server._way._arriving._targets) == 3
             for batch in batches(comm.rank)[:6]:
                 server.pull()
-                waiting = len(server._arriving._pulls)
+                waiting = len(server._way._arriving._pulls)
                 loss_of(model, batch).backward()
                 assert waiting == (3 if overlap else 0)
-                assert not server._arriving._pulls
+                assert not server._way._arriving._pulls
                 assert server.push()
             server.pull()
             server.arrive()
@@ -271,9 +271,9 @@ def test_a_server_that_does_not_come_to_a_version_lets_layers_time_out() -> None
         model = make_model()
         with ParameterServer(model, adam, Async(), comm=comm, overlap=True) as server:
             server.pull()
-            server._arriving.start(5, 0.2)
+            server._way._arriving.start(5, 0.2)
             with pytest.raises(CollectiveTimeout, match="shard 0 did not reach version 5, it is at 0"):
                 model(torch.zeros(1, 33))
-            server._arriving._pulls.clear()
+            server._way._arriving._pulls.clear()
 
     run_ranks(body, 1)
