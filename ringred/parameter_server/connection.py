@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import zmq
@@ -17,6 +17,7 @@ from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.door import secured
 from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.near import NearLink
 from ringred.parameter_server.others import SILENCE
 from ringred.parameter_server.shard import Frame, bytes_of
 from ringred.parameter_server.shared import Area, SharedValues, map_window, place
@@ -61,6 +62,8 @@ class Connection:
     ) -> None:
         self.worker, self.timeout, self.addresses = worker, timeout, list(addresses)
         self.life = int.from_bytes(os.urandom(7), "little")
+        self._name = f"w{worker}/{self.life:x}".encode()
+        self._near: dict[int, NearLink] = {}  # by server
         self._told = told
         self._failure: RingredError | None = None
         self._lock = threading.RLock()
@@ -79,7 +82,7 @@ class Connection:
         self._owner = threading.current_thread()
         for address in addresses:
             link = secured(self._context.socket(zmq.DEALER), keys)
-            link.set(zmq.ROUTING_ID, f"w{worker}/{self.life:x}".encode())
+            link.set(zmq.ROUTING_ID, self._name)
             link.connect(address)
             self._poller.register(link, zmq.POLLIN)
             self._links.append(link)
@@ -110,6 +113,9 @@ class Connection:
                 if met.pid != os.getpid():
                     self._processes[server] = os.pidfd_open(met.pid)
                     self._poller.register(self._processes[server], zmq.POLLIN)
+                if met.near:
+                    self._near[server] = NearLink(met.near, self._name)
+                    self._poller.register(self._near[server].descriptor, zmq.POLLIN)
                 if met.descriptor >= 0:
                     self.values[server] = SharedValues(map_window(met.pid, met.descriptor), met.head)
         if self._heard or self._owner is not threading.main_thread():
@@ -152,6 +158,8 @@ class Connection:
     def _send(self, request: Request) -> None:
         parts = [pack(request.machine, request.number, request.message), *request.frames]
         server = self.server_of(request.machine) if request.server is None else request.server
+        if len(parts) == 1 and server in self._near and self._near[server].send(parts[0]):
+            return
         with contextlib.suppress(zmq.Again):
             self._links[server].send_multipart(parts, zmq.NOBLOCK, copy=not request.frames)
 
@@ -183,13 +191,15 @@ class Connection:
             if self._closed.is_set():
                 raise RingredError(f"worker {self.worker}: this connection is closed")
             for link, _ in self._poller.poll(int(seconds * 1000)):
-                if isinstance(link, int):
-                    self._server_ended(next(server for server, opened in self._processes.items() if opened == link))
-                else:
+                if not isinstance(link, int):
                     self._take_all(link)
                     server_of_link = self._links.index(link)
                     if server_of_link in self._heard:
                         self._heard[server_of_link] = time.monotonic()
+                elif (ended := self._whose(link, self._processes)) is not None:
+                    self._server_ended(ended)
+                else:
+                    self._take_near(link)
             now = time.monotonic()
             for silent in [server for server, heard in self._heard.items() if now - heard > SILENCE]:
                 self._server_ended(silent)
@@ -202,24 +212,45 @@ class Connection:
         if server in self._ended and not self._copied(server):
             raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: {self._why(server)}")
 
+    @staticmethod
+    def _whose(descriptor: int, of: Mapping[int, int]) -> int | None:
+        return next((server for server, opened in of.items() if opened == descriptor), None)
+
     def _take_all(self, link: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
                 head, *frames = link.recv_multipart(zmq.NOBLOCK, copy=False)
-                _, number, message = unpack(head.buffer)
-                request = self._open.pop(number, None)
-                if request is not None:
-                    request.answer, request.frames = message, [frame.buffer for frame in frames]
-                elif number == 0 and isinstance(message, m.Failed):
-                    self._fail(self._links.index(link), message)
-                elif number == 0:
-                    self._told(message)
+                self._take(self._links.index(link), head.buffer, [frame.buffer for frame in frames])
+
+    def _take_near(self, descriptor: int) -> None:
+        for server, near in list(self._near.items()):
+            if near.descriptor == descriptor:
+                for frame in near.take():
+                    self._take(server, frame, ())
+                if near.gone:  # what there is to say goes through ZeroMQ, and the kernel tells whether the server died
+                    self._drop_near(server)
+
+    def _drop_near(self, server: int) -> None:
+        near = self._near.pop(server, None)
+        if near is not None:
+            self._poller.unregister(near.descriptor)
+            near.close()
+
+    def _take(self, server: int, head: bytes | memoryview, frames: Sequence[Any]) -> None:
+        _, number, message = unpack(head)
+        request = self._open.pop(number, None)
+        if request is not None:
+            request.answer, request.frames = message, frames
+        elif number == 0 and isinstance(message, m.Failed):
+            self._fail(server, message)
+        elif number == 0:
+            self._told(message)
 
     def _fail(self, server: int, failed: m.Failed) -> None:
         """A server says that all is over, or that it itself is: then its copy goes on."""
         if failed.error == "PeerFailed" and self._copied(server):
             self._server_ended(server)
-        else:
+        elif self._failure is None or isinstance(self._failure, PeerFailed):  # whoever left says more than that it did
             self._failure = exception_of(failed, f"worker {self.worker}")
 
     def _server_ended(self, server: int) -> None:
@@ -229,6 +260,7 @@ class Connection:
             self._poller.unregister(process)
             os.close(process)
         self._heard.pop(server, None)
+        self._drop_near(server)
         self._ended.add(server)
         self.values.pop(server, None)
         if self._copied(server):
@@ -259,6 +291,8 @@ class Connection:
             for process in self._processes.values():
                 os.close(process)
             self._processes.clear()
+            for server in list(self._near):
+                self._drop_near(server)
             self._context.destroy(0)
             if self.area is not None:
                 self.area.close()

@@ -77,6 +77,7 @@ class Coordinator:
         self._numbers = [0] * shards
         self.catalog = Catalog(shards, shares)
         self._farewells: list[tuple[bytes, int]] = []
+        self._attending: set[int] = set()
         self._recent: deque[int] = deque(maxlen=_RECENT)
         self._loaded = -1  # the version of a state that was given
 
@@ -157,7 +158,7 @@ class Coordinator:
     @property
     def abandoned(self) -> bool:
         """Whether all workers have left."""
-        return self.started and not any(worker.there for worker in self.workers.values())
+        return self.started and not self._attending and not any(worker.there for worker in self.workers.values())
 
     @property
     def finished(self) -> bool:
@@ -181,18 +182,26 @@ class Coordinator:
             self.failure = None
 
     def _left(self, peer: bytes, request: int, message: m.Left) -> list[Result | Order]:
-        return self.left(message.worker, message.life, message.how)
+        self._attending.discard(message.life)
+        return [*self.left(message.worker, message.life, message.how), *self._farewell()]
 
     def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Result | Order]:
         if (peer, request) not in self._farewells and message.last:
             self._farewells.append((peer, request))
         how = f"raised {message.because}" if message.because else "left"
+        self._attending.discard(message.life)
         answers = [*self.left(message.worker, message.life, how, done=not message.because), *self._farewell()]
         return answers if message.last else [*answers, Answer(peer, request, m.Done())]
 
+    def _attend(self, peer: bytes, request: int, message: m.Attend) -> list[Result | Order]:
+        if (peer, request) not in self._farewells:
+            self._farewells.append((peer, request))
+        self._attending.add(message.life)
+        return []
+
     def _farewell(self) -> list[Result | Order]:
         """Answers those who wait for the last worker to leave, if it has."""
-        if any(worker.there for worker in self.workers.values()) or self.saving:
+        if self._attending or self.saving or any(worker.there for worker in self.workers.values()):
             return []
         told, self._farewells = self._farewells, []
         return [Answer(peer, request, m.Done()) for peer, request in told]
@@ -380,6 +389,7 @@ class Coordinator:
         m.Hello: _hello,
         m.Left: _left,
         m.Bye: _bye,
+        m.Attend: _attend,
         m.Commit: _commit,
         m.Await: _await,
         m.Declare: _declare,

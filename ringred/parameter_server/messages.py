@@ -15,6 +15,7 @@ __all__ = [
     "PLAIN",
     "Applied",
     "Apply",
+    "Attend",
     "Await",
     "Beat",
     "Bye",
@@ -73,13 +74,15 @@ class Meet(NamedTuple):
 
 class Met(NamedTuple):
     """The server's process (0: of another place) and window, where in it the shard's head lies, how many shards there
-    are, and which server has a copy of all that this one has. -1: no memory is shared, or nobody has a copy."""
+    are, and which server has a copy of all that this one has. -1: no memory is shared, or nobody has a copy. `near` is
+    the address of its `NearDoor`, if it has one for this worker."""
 
     pid: int
     descriptor: int
     head: int
     shards: int
     backup: int
+    near: str
 
 
 class Log(NamedTuple):
@@ -200,6 +203,13 @@ class Bye(NamedTuple):
     life: int
     last: int
     because: str
+
+
+class Attend(NamedTuple):
+    """Another process pushes and pulls as that worker; `life` is its own. It is answered once all have left."""
+
+    worker: int
+    life: int
 
 
 class Scale(NamedTuple):
@@ -354,7 +364,7 @@ class Failed(NamedTuple):
 
 KINDS: tuple[type[Any], ...] = (
     *(Meet, Met, Log, Logged, Left, Hello, Welcome, Declare, Placed, Created, Commit, Committed),
-    *(Await, Released, Beat, Bye, Scale, Save, Saved, Collect, Report, Told),
+    *(Await, Released, Beat, Bye, Attend, Scale, Save, Saved, Collect, Report, Told),
     *(Create, Part, Held, Pull, Where, There, Values, Apply, Applied, Discard),
     *(State, Show, Write, Written, End, Done, Failed),
 )

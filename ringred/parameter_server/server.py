@@ -23,8 +23,9 @@ from ringred.errors import TransportUnavailable
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.catalog import Catalog
 from ringred.parameter_server.coordinator import Coordinator, Order
-from ringred.parameter_server.door import Door, bounded, of_this_host
+from ringred.parameter_server.door import Door
 from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.near import NearDoor
 from ringred.parameter_server.others import Others
 from ringred.parameter_server.peers import Peers
 from ringred.parameter_server.shard import Answer, Frame, Memory, Result, Shard, Writing, bytes_of
@@ -40,7 +41,7 @@ _EARLY = 4096  # messages that are kept for a server that takes another's place;
 _SERVER = b"server"  # the names under which servers call each other begin so
 # What changes a machine, so that its copy has to be changed too; and that which only servers may send.
 _CHANGES: tuple[type[Any], ...] = (m.Hello, m.Declare, m.Created, m.Commit, m.Bye, m.Scale, m.Save, m.Collect)
-_CHANGES += (m.Create, m.Part, m.State)
+_CHANGES += (m.Attend, m.Create, m.Part, m.State)
 _ORDERS = (m.Apply, m.Discard, m.Show, m.Write, m.Left, m.Log)
 _Results = Sequence[Result | Order]
 
@@ -77,6 +78,7 @@ class Server:
         self.area = Area() if here else None
         self._poller = zmq.Poller()
         self._peers = Peers(self._poller, here)
+        self._near = NearDoor(self._poller) if here else None
         self._shared = None if self.area is None else SharedMemory(self.area)
         memory = Memory() if self._shared is None else self._shared
         self.machines: dict[int, Coordinator | Shard] = {1 + number: Shard(number, memory, self._peers.memory)}
@@ -90,26 +92,24 @@ class Server:
             self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._peers.memory)
             if self._copied == 0:
                 self._copies[m.COORDINATOR] = make_coordinator()
-        self._shares = shares
-        if snapshots is not None and newest(snapshots) is not None:
-            self._go_on_from(read_snapshot(snapshots))
         self._early: deque[tuple[int, bytes, int, Any, list[Frame]]] = deque(maxlen=_EARLY)
         self._logged = 0
         self._held_back: deque[tuple[int, _Results]] = deque()
         self.refused = 0
         self._context = zmq.Context(1)
         self._context.set(zmq.MAX_SOCKETS, 4096)
-        self._door = Door(self._context, keys) if keys is not None else None
-        self._router: zmq.Socket[bytes] = bounded(self._context.socket(zmq.ROUTER))
-        self._router.set(zmq.ROUTER_HANDOVER, 1)  # a worker that comes back takes its place
-        if keys is not None:
-            self._router.set(zmq.CURVE_SERVER, 1)
-            self._router.set(zmq.CURVE_SECRETKEY, keys.server_secret.encode())
-            self._router.set(zmq.ZAP_DOMAIN, b"ringred")
-        self.address = self._bind(listen or f"ipc://@ringred-{secrets.token_hex(16)}")
-        self._poller.register(self._router, zmq.POLLIN)
-        if self._door is not None:
-            self._poller.register(self._door.socket, zmq.POLLIN)
+        try:
+            if snapshots is not None and newest(snapshots) is not None:
+                self._go_on_from(read_snapshot(snapshots), shares)
+            here_only = f"ipc://@ringred-{secrets.token_hex(16)}"
+            self._door = Door(self._context, self._poller, keys, listen or here_only)
+        except TransportUnavailable as failure:
+            self._let_go()
+            raise TransportUnavailable(f"server {number} cannot listen on {failure}") from None
+        except BaseException:
+            self._let_go()
+            raise
+        self.address, self._router = self._door.address, self._door.router
         self._others = Others(self._context, self._poller, number, shards, keys, here)
         self._wake, self._woken = socket.socketpair()
         self._writer = Writer(self._is_written)
@@ -121,8 +121,8 @@ class Server:
         self._ended = False
         self._abandoned = math.inf
 
-    def _go_on_from(self, whole: dict[str, Any]) -> None:
-        catalog = Catalog(self.shards, self._shares)
+    def _go_on_from(self, whole: dict[str, Any], shares: int) -> None:
+        catalog = Catalog(self.shards, shares)
         catalog.load_state(of_coordinator(whole))
         for machine in (*self.machines.values(), *self._copies.values()):
             if isinstance(machine, Shard):
@@ -130,21 +130,13 @@ class Server:
             else:
                 machine.load_state(of_coordinator(whole))
 
-    def _bind(self, listen: str) -> str:
-        reason = ""
-        if self.keys is None and not of_this_host(listen):
-            reason = "other hosts reach it, and there are no keys to tell who calls"
-        else:
-            try:
-                self._router.bind(listen)
-            except zmq.ZMQError as failure:
-                reason = str(failure)
-        if reason:
-            self._context.destroy(0)
-            if self.area is not None:
-                self.area.close()
-            raise TransportUnavailable(f"server {self.number} cannot listen on {listen}: {reason}")
-        return self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    def _let_go(self) -> None:
+        """Of what other processes could find."""
+        self._context.destroy(0)
+        if self.area is not None:
+            self.area.close()
+        if self._near is not None:
+            self._near.close()
 
     def start(self, addresses: Sequence[str]) -> None:
         """Serves, together with the other servers at `addresses`, by number."""
@@ -178,9 +170,9 @@ class Server:
         self._writer.close()
         self._peers.close()
         self._others.close(wait=not others_end)
-        self._router.close()
-        if self._door is not None:
-            self._door.socket.close()
+        if self._near is not None:
+            self._near.close()
+        self._door.close()
         self._context.term()
         self._wake.close()
         self._woken.close()
@@ -207,8 +199,10 @@ class Server:
         ticked = time.monotonic()
         while not self._stop:
             ready = dict(self._poller.poll(int(_TICK * 1000)))
-            if self._door is not None and self._door.socket in ready:
-                self._door.answer()
+            self._door.answer(ready)
+            if self._near is not None:
+                for peer, frame in self._near.take(ready):
+                    self._take(peer, frame, ())
             if self._router in ready:
                 self._take_all()
             if self._woken.fileno() in ready and not self._stop:
@@ -228,16 +222,16 @@ class Server:
                 peer, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._take(peer.bytes, frames)
+            self._take(peer.bytes, frames[0].buffer if frames else b"", frames[1:])
 
-    def _take(self, peer: bytes, frames: list[zmq.Frame]) -> None:
+    def _take(self, peer: bytes, head: bytes | memoryview, frames: Sequence[zmq.Frame]) -> None:
         try:
-            machine, request, message = unpack(frames[0].buffer if frames else b"")
+            machine, request, message = unpack(head)
         except Malformed:
             self.refused += 1
             return
         self._peers.heard_of(peer)
-        body: list[Frame] = [frame.buffer for frame in frames[1:]]
+        body: list[Frame] = [frame.buffer for frame in frames]
         if isinstance(message, (*_ORDERS, m.End)) and not peer.startswith(_SERVER):
             self.refused += 1
         elif isinstance(message, m.Meet):
@@ -288,7 +282,10 @@ class Server:
             if 0 <= worker < WORKERS:
                 self._shared.release(worker, answer.message)
                 return
-        frames: list[Any] = [answer.peer, pack(0, answer.request, answer.message)]
+        head = pack(0, answer.request, answer.message)
+        if not answer.frames and self._near is not None and self._near.send(answer.peer, head):
+            return
+        frames: list[Any] = [answer.peer, head]
         frames += [bytes_of(frame) for frame in answer.frames]
         with contextlib.suppress(zmq.Again, zmq.ZMQError):  # the worker is gone, or asks again
             self._router.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) <= 2)
@@ -388,7 +385,8 @@ class Server:
     def _meet(self, peer: bytes, request: int, message: m.Meet) -> None:
         near, shared = self._peers.meet(peer, message)
         descriptor, head = -1, -1
+        near_door = self._near.address if near and self._near is not None else ""
         if shared and self._shared is not None:
             descriptor, head = self._shared.area.descriptor, self._shared.head
-        met = m.Met(os.getpid() if near else 0, descriptor, head, self.shards, self._backup)
+        met = m.Met(os.getpid() if near else 0, descriptor, head, self.shards, self._backup, near_door)
         self._send(Answer(peer, request, met))

@@ -241,7 +241,6 @@ class Shard:
     def _mean(self, given: list[tuple[Tensor, float]], size: int, like: Tensor, shape: list[int]) -> Tensor:
         """The sum from left to right, divided by `size`: a gradient that is missing counts as zeros."""
         operands = [tensor if weight == 1.0 else tensor * weight for tensor, weight in given]
-        out = torch.empty_like(like)
         key = like.dtype, size
         if key not in self._folders:
             self._folders[key] = Folder(ReduceOp.AVG, like.dtype, size)
@@ -249,11 +248,12 @@ class Shard:
         if folder.scales_first:
             operands = [operand / size for operand in operands]
         if len(operands) > 1:
+            out = torch.empty_like(like)
             folder(out, operands, True)
         elif folder.scales_first or size == 1:
             out = operands[0]
         else:
-            torch.div(operands[0], size, out=out)
+            out = operands[0] / size
         return out.view(shape)
 
     def _discard(self, peer: bytes, request: int, message: m.Discard, frames: Sequence[Frame]) -> list[Result]:

@@ -165,8 +165,8 @@ class SharedValues:
                 return m.Released(version, before >> 2, before & 3)
 
     def wait_for_release(self, worker: int, number: int, seconds: float) -> bool:
-        """Sleeps as long, or until the worker's release has another number; whether it still has that one."""
+        """Sleeps as long, or until the worker has a release after that of this number; whether it has none."""
         word = self._words[_RELEASES + worker]
-        if word >> 2 == number:
+        if word >> 2 <= number:
             futex.sleep(self._address + 8 * (_RELEASES + worker), word & 0xFFFFFFFF, seconds)
-        return self._words[_RELEASES + worker] >> 2 == number
+        return self._words[_RELEASES + worker] >> 2 <= number

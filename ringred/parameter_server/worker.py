@@ -72,8 +72,11 @@ class Worker:
         options: Any = {"keys": keys, "timeout": timeout, "shared": shared}
         self.connection = Connection(addresses, number, lambda message: self.releases.told(message), **options)
         self.releases = Releases(number, self.connection)
+        self._end: Request | None = None
         if told is None:
             told = self._welcomed()
+        else:
+            self._end = self.connection.ask(m.COORDINATOR, m.Attend(number, self.connection.life))
         self.told = told
         """What a rank of the same host that is not the first one is given, to push and pull as the same worker."""
         welcome = json.loads(told)
@@ -221,8 +224,8 @@ class Worker:
 
     def commit(self, gradients: Gradients, version: int | None = None) -> None:
         """Waits until all shards hold all parts; then the gradient counts, whatever happens to this worker."""
-        # What goes to shard 0, which is where the coordinator is, is there before the commit is.
-        self.connection.wait(part for part in gradients.parts if part.machine != 1)
+        # A part without frames for shard 0, where the coordinator is, goes the way of the commit, and comes before it.
+        self.connection.wait(part for part in gradients.parts if part.machine != 1 or part.frames)
         at = gradients.version if version is None else version
         commit = m.Commit(self.number, self.life, gradients.sequence, at)
         self.connection.wait([*gradients.parts, self.connection.ask(m.COORDINATOR, commit)])
@@ -298,9 +301,10 @@ class Worker:
     def close(self, patience: float = 5.0, *, last: bool = False, because: str = "") -> None:
         """Says goodbye, `because` of an exception or because it is done; with `last`, waits until all workers have said
         it. What was committed counts."""
-        bye = m.Bye(self.number, self.connection.life, int(last), because)
+        bye = m.Bye(self.number, self.connection.life, int(last and self._end is None), because)
         with contextlib.suppress(RingredError):
-            self.connection.wait([self.connection.ask(m.COORDINATOR, bye)], math.inf if last else patience)
+            asked = [self.connection.ask(m.COORDINATOR, bye), *([self._end] if self._end is not None and last else [])]
+            self.connection.wait(asked, math.inf if last else patience)
         self.connection.close()
 
 
