@@ -93,11 +93,12 @@ def live_worker(comm: ringred.Communicator, policy: str, updates: int) -> dict[s
     return {"seconds": seconds / updates, "staleness": report.mean_staleness, "distribution": report.distribution}
 
 
-def live(run: Callable[[str], list[dict[str, Any]]], workers: int) -> list[dict[str, Any]]:
-    """Each policy on live workers, beside the simulation without and with what a push and a pull take."""
-    rows, overhead = [], 0.0
-    for name in LIVE:
-        found = run(name)
+def live(run: Callable[[str], list[dict[str, Any]]], workers: int, first: bool) -> list[dict[str, Any]]:
+    """Each policy on live workers, beside the simulation without and with what a push and a pull take. Only the
+    `first` of several processes has the rows."""
+    rows: list[dict[str, Any]] = []
+    overhead, measured = 0.0, {name: run(name) for name in LIVE}
+    for name, found in measured.items() if first else ():
         seconds = max(of_worker["seconds"] for of_worker in found)
         if name == "async":
             overhead = seconds * workers - MEAN
@@ -161,14 +162,14 @@ def main() -> None:
     result: dict[str, Any] = context()
     if comm.size > 1:
         kind, workers = "processes", comm.size
-        rows = live(lambda name: [live_worker(comm, name, options.live)], workers)
+        rows = live(lambda name: [live_worker(comm, name, options.live)], workers, comm.rank == 0)
     else:
         kind, workers = "threads", options.workers
         result["theory"] = against_theory(options.updates)
         print_theory(result["theory"], options.updates)
         rows = []
         if options.live:
-            rows = live(lambda name: run_ranks(lambda c: live_worker(c, name, options.live), workers), workers)
+            rows = live(lambda name: run_ranks(lambda c: live_worker(c, name, options.live), workers), workers, True)
     if comm.rank == 0:
         if rows:
             print_live(rows, workers, kind, options.live)

@@ -4,7 +4,8 @@
 
 Weak scaling: every rank has the same batch on 1 and on N ranks. Efficiency is the time of a step of one rank,
 alone on its machine and without any communication, over the time of a step on N. `central` is the baseline that
-rings replace: all ranks send to rank 0, which sends the result back. Efficiency means nothing without accuracy, so each
+rings replace: all ranks send to rank 0, which sends the result back. `server` is a real parameter server under Sync, on
+one rank and sharded over all of them, which steps the optimizer too. Efficiency means nothing without accuracy, so each
 algorithm also trains the digits example completely.
 """
 
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import ringred
 from ringred.collectives.registry import lookup
 from ringred.errors import RingredError
+from ringred.parameter_server.policies import Sync
 from ringred.runtime.select import predict
 from ringred.topology.model import flat
 
@@ -64,6 +66,47 @@ def step_timer(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> 
     return run
 
 
+class OnServers:
+    """The step on a parameter server with `shards` shards, and what it moves."""
+
+    def __init__(self, comm: ringred.Communicator, width: int, shards: int) -> None:
+        self.comm, self.model = comm, step_model(width)
+        options: dict[str, Any] = {"shards": shards, "comm": comm}
+        self.server = ringred.ParameterServer(self.model, self._optimizer, Sync(), **options)
+        pieces = [piece for name in self.server.parameters for piece in self.server.worker.pieces[name]]
+        own = sum(piece.stop - piece.start for piece in pieces if piece.shard == comm.rank)
+        self.share = own / sum(piece.stop - piece.start for piece in pieces)
+
+    @staticmethod
+    def _optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+    def timer(self, images: Tensor, labels: Tensor, steps: int) -> Callable[[], float]:
+        """Seconds per step: pull, backward, push."""
+
+        def run() -> float:
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.server.pull()
+                F.cross_entropy(self.model(images), labels).backward()
+                self.server.push()
+            return (time.perf_counter() - began) / steps
+
+        run()
+        run()
+        return run
+
+    def bytes_sent(self, images: Tensor, labels: Tensor) -> int:
+        """Of a step, by the rank that sends most: its gradients, and the values that its shard gives to all workers."""
+        worker = self.server.worker
+        before = worker.bytes_pushed, worker.bytes_pulled
+        self.timer(images, labels, 1)  # two steps
+        pushed, pulled = worker.bytes_pushed - before[0], worker.bytes_pulled - before[1]
+        sent = torch.tensor([pushed + self.comm.size * pulled * self.share]) / 2
+        self.comm.all_reduce(sent, "max")
+        return int(sent.item())
+
+
 def final_accuracy(comm: ringred.Communicator, algorithm: str, epochs: int) -> float:
     """Test accuracy of the digits example, trained with `algorithm`."""
     train, test = train_digits.digits()
@@ -82,6 +125,19 @@ def final_accuracy(comm: ringred.Communicator, algorithm: str, epochs: int) -> f
             optimizer.step()
             schedule.step()
     return float(train_digits.accuracy(model, test, comm))
+
+
+def row_of(comm: ringred.Communicator, name: str, baseline: Spread, spread: Spread) -> dict[str, Any]:
+    """The times of a system."""
+    return {
+        "algorithm": name,
+        "step_ms": spread.median * 1e3,
+        "step_ms_low": spread.low * 1e3,
+        "step_ms_high": spread.high * 1e3,
+        "efficiency": baseline.median / spread.median,
+        "speedup": comm.size * baseline.median / spread.median,
+        "overhead_ms": (spread.median - baseline.median) * 1e3,
+    }
 
 
 def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Spread, list[dict[str, Any]], int]:
@@ -111,6 +167,9 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
         comm.barrier()
         return seconds
 
+    counts = {"server, one shard": 1, f"server, {comm.size} shards": comm.size}
+    servers = {name: OnServers(comm, options.width, shards) for name, shards in counts.items()}
+    measures |= {name: server.timer(images, labels, options.steps) for name, server in servers.items()}
     samples = interleaved({"one rank": one_rank, **measures}, options.rounds)
     baseline = Spread.of(samples.pop("one rank"))
     rows = []
@@ -119,21 +178,20 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
         step_timer(model, images, labels, 1)  # warms up with two steps, whose bytes are counted
         sent = torch.tensor([comm.counters.bytes_sent - before]) // 2
         comm.all_reduce(sent, "max")
-        spread = Spread.of(samples[name])
+        native = lookup("all_reduce", name).native  # the counters do not include bytes that a library moves itself
         rows.append(
-            {
-                "algorithm": name,
-                "step_ms": spread.median * 1e3,
-                "step_ms_low": spread.low * 1e3,
-                "step_ms_high": spread.high * 1e3,
-                "efficiency": baseline.median / spread.median,
-                "speedup": comm.size * baseline.median / spread.median,
-                "overhead_ms": (spread.median - baseline.median) * 1e3,
-                # The counters do not include bytes that a library moves itself.
-                "bytes_sent_by_the_busiest": None if lookup("all_reduce", name).native else int(sent.item()),
-                "hidden": model.overlap_report().hidden,
-                "accuracy": final_accuracy(comm, name, options.epochs),
-            }
+            row_of(comm, name, baseline, Spread.of(samples[name]))
+            | {"bytes_sent_by_the_busiest": None if native else int(sent.item())}
+            | {"hidden": model.overlap_report().hidden, "accuracy": final_accuracy(comm, name, options.epochs)}
+        )
+    for name, server in servers.items():
+        moved = server.bytes_sent(images, labels)
+        server.server.close()
+        trained, _ = train_digits.on_servers(comm, train_digits.digits()[0], "sync", options.epochs, quiet=True)
+        reached = train_digits.accuracy(trained, train_digits.digits()[1], comm)
+        rows.append(
+            row_of(comm, name, baseline, Spread.of(samples[name]))
+            | {"bytes_sent_by_the_busiest": moved, "hidden": None, "accuracy": float(reached)}
         )
     return baseline, rows, gradient_bytes
 
@@ -162,7 +220,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     rows = result["rows"]
-    colours = ["#c44e52" if row["algorithm"] == "central" else "#4c72b0" for row in rows]
+    central = ("central", "server")
+    colours = ["#c44e52" if row["algorithm"].startswith(central) else "#4c72b0" for row in rows]
     left.barh([row["algorithm"] for row in rows], [row["efficiency"] for row in rows], color=colours)
     left.axvline(1, color="grey", linewidth=0.8)
     left.invert_yaxis()
@@ -241,7 +300,7 @@ def report(result: dict[str, Any], baseline: Spread, options: argparse.Namespace
             f"{row['speedup']:.2f}",
             f"{row['overhead_ms']:.2f}",
             "" if row["bytes_sent_by_the_busiest"] is None else f"{row['bytes_sent_by_the_busiest'] / 1e6:.1f}",
-            f"{row['hidden']:.0%}",
+            "" if row["hidden"] is None else f"{row['hidden']:.0%}",
             f"{row['accuracy']:.4f}",
         )
         for row in result["rows"]

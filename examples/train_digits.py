@@ -102,7 +102,7 @@ def accuracy(model: nn.Module, test: TensorDataset, comm: ringred.Communicator) 
 
 
 def on_servers(
-    comm: ringred.Communicator, train: TensorDataset, name: str, epochs: int
+    comm: ringred.Communicator, train: TensorDataset, name: str, epochs: int, *, quiet: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model, trained on a parameter server in the ranks, under the policy `name`, and what to tell of it.
 
@@ -124,7 +124,7 @@ def on_servers(
     began = time.monotonic()
     options: dict[str, Any] = {"schedule": rates, "updates": updates, "comm": comm}
     with ringred.ParameterServer(model, optimizer, policy, **options) as server:
-        with tqdm(total=updates, desc=f"{policy} on {comm.size}", disable=comm.rank != 0) as bar:
+        with tqdm(total=updates, desc=f"{policy} on {comm.size}", disable=quiet or comm.rank != 0) as bar:
             for epoch in itertools.count():  # until the server says that all updates are made
                 sampler.set_epoch(epoch)
                 for images, labels in loader:
@@ -136,7 +136,7 @@ def on_servers(
                 if server.over:
                     break
         report = server.report()
-    if comm.rank == 0:
+    if comm.rank == 0 and not quiet:
         print(report)
     found = {"policy": name, "mean_staleness": report.mean_staleness, "updates": report.updates}
     return model, found | {"seconds": time.monotonic() - began, "rate": SERVER_RATE * batch}

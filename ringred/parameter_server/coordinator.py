@@ -98,9 +98,7 @@ class Coordinator:
         if not 0 <= number < self.expected:
             raise PolicyError(f"worker {number} said hello; expected 0 to {self.expected - 1}")
         known = self.workers.get(number)
-        if (
-            known is not None and known.there and known.life == life
-        ):  # said again: the answer was lost, or is still to come
+        if known is not None and known.there and known.life == life:  # said again: the answer was lost, or is to come
             known.peer, known.hello = peer, request
             return [self._welcome(number), self._release_of(number)] if self.started else []
         answers: list[Result | Order] = []
@@ -305,11 +303,11 @@ class Coordinator:
 
     # ------------------------------------------------------------------ tensors
 
-    def _declare(self, peer: bytes, request: int, message: m.Declare) -> list[Result | Order]:
-        return [*self.catalog.declare(peer, request, message)]
+    def _declare(self, *asked: Any) -> list[Result | Order]:
+        return [*self.catalog.declare(*asked)]
 
-    def _created(self, peer: bytes, request: int, message: m.Created) -> list[Result | Order]:
-        return [*self.catalog.created(peer, request, message)]
+    def _created(self, *asked: Any) -> list[Result | Order]:
+        return [*self.catalog.created(*asked)]
 
     # ------------------------------------------------------------------ all that there is
 
@@ -327,9 +325,8 @@ class Coordinator:
     def _collect(self, peer: bytes, request: int, message: m.Collect) -> list[Result | Order]:
         if len(message.requests) != self.shards:
             raise PolicyError(f"{len(message.requests)} requests for {self.shards} shards")
-        orders: list[Result | Order] = []
-        for shard, number in enumerate(message.requests):
-            orders += self._order(m.Show(self.policy.version, peer.decode(), number), [shard])
+        shows = [m.Show(self.policy.version, peer.decode(), number) for number in message.requests]
+        orders = [order for shard, show in enumerate(shows) for order in self._order(show, [shard])]
         return [Answer(peer, request, m.State(json.dumps(self.state()))), *orders]
 
     def state(self) -> dict[str, Any]:

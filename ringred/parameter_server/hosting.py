@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +16,7 @@ from ringred.parameter_server.agreeing import gathered, together
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
 from ringred.parameter_server.encoding import encoding_of
 from ringred.parameter_server.keys import Keys, make_keys
+from ringred.parameter_server.messages import Apply
 from ringred.parameter_server.policies import Async, Policy
 from ringred.parameter_server.price import cheaper
 from ringred.parameter_server.server import Server
@@ -21,6 +24,7 @@ from ringred.parameter_server.serving import check_every, find_servers
 from ringred.parameter_server.worker import Worker
 from ringred.runtime import lifetime
 from ringred.runtime.select import machine_model
+from ringred.runtime.trace import Tracer
 from ringred.topology.detect import host_name
 
 __all__ = ["Membership", "Placement"]
@@ -77,10 +81,11 @@ class Membership:
         timeout = placement.timeout
         self._worker: Worker | None = None
         self.local: Communicator | None = None
+        self.tracer: Tracer | None = None
         comm = None
         if placement.servers is None or placement.worker is None or placement.hierarchy != "flat":
             comm = default_communicator(placement.comm)
-            number = comm.rank
+            number, self.tracer = comm.rank, comm.tracer
         if comm is not None and _by_host(comm, placement, nbytes):
             self.local = comm.split(comm.hosts[comm.rank])
             number = comm.hosts[comm.rank]
@@ -117,6 +122,10 @@ class Membership:
                 "ringred serve takes their number as --ranks-per-host"
             )
         return worker
+
+    def recorded(self, name: str) -> AbstractContextManager[None]:
+        """Records what happens within it in the communicator's trace, if there is one."""
+        return nullcontext() if self.tracer is None else self.tracer.record("parameter_server", name)
 
     def in_turn(self, act: Callable[[], None]) -> None:
         """Runs `act`, on the first rank of the host before the others."""
@@ -193,12 +202,26 @@ def _in_ranks(comm: Communicator, placement: Placement, shares: int) -> Hosted:
             return Coordinator(copy.deepcopy(policy), workers, shards, **options)
 
         options: Any = {"replicate": placement.replicate, "shared": placement.shared}
-        options |= {"snapshots": snapshots, "shares": shares}
+        options |= {"snapshots": snapshots, "shares": shares, "on_update": _traced(comm)}
         server = Server(comm.rank, shards, coordinator, listen=_listen(comm), keys=keys, **options)
     addresses = [text for text in gathered(comm, "" if server is None else server.address) if text]
     if server is not None:
         server.start(addresses)
     return Hosted(addresses, keys, server)
+
+
+def _traced(comm: Communicator) -> Callable[[Apply], None] | None:
+    """Records each update, and how stale its gradients were."""
+    tracer = comm.tracer
+    if tracer is None:
+        return None
+
+    def on_update(apply: Apply) -> None:
+        staleness = {gradient.worker: apply.version - 1 - gradient.version for gradient in apply.gradients}
+        told = {"staleness": staleness, "mean_staleness": sum(staleness.values()) / len(staleness)}
+        tracer.instant("parameter_server", f"update {apply.version}", time.monotonic_ns(), "updates", **told)
+
+    return on_update
 
 
 def _listen(comm: Communicator) -> str | None:

@@ -57,7 +57,7 @@ class Server:
     replication: Schneider, ACM Computing Surveys 1990, with one backup).
 
     It goes on from the newest snapshot in the folder `snapshots`, if there is one. `shares` ranks of each host are one
-    worker.
+    worker. Where the coordinator is, `on_update` is told of each update.
     """
 
     def __init__(
@@ -72,7 +72,9 @@ class Server:
         shared: bool = True,
         snapshots: str | None = None,
         shares: int = 1,
+        on_update: Callable[[m.Apply], None] | None = None,
     ) -> None:
+        self._on_update = on_update
         self.number, self.shards, self.keys, self.snapshots = number, shards, keys, snapshots
         here = place() if shared else ""
         self.area = Area() if here else None
@@ -293,6 +295,8 @@ class Server:
     # ------------------------------------------------------------------ orders to shards, and copies
 
     def _give(self, order: Order) -> None:
+        if self._on_update is not None and order.shard == 0 and isinstance(order.message, m.Apply):
+            self._on_update(order.message)
         if 1 + order.shard in self.machines:
             self._change(1 + order.shard, b"", order.number, order.message, ())
             if self.coordinator is not None and not isinstance(order.message, m.Write):

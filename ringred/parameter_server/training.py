@@ -89,7 +89,8 @@ class ParameterServer:
         """Waits until this worker is released, and takes the newest parameters. Returns False if they are the last.
         Raises `CollectiveTimeout` after `timeout` seconds."""
         self._clear()
-        return self._way.pull(timeout)
+        with self._member.recorded("pull"):
+            return self._way.pull(timeout)
 
     def arrive(self) -> None:
         """Waits for all parameters of the last `pull`, which with `overlap` may still be on their way."""
@@ -97,7 +98,8 @@ class ParameterServer:
 
     def push(self) -> bool:
         """Ends the mini-batch: its gradients count once this returns. False if they were not wanted any more."""
-        wanted = self._way.push()
+        with self._member.recorded("push"):
+            wanted = self._way.push()
         self._clear()
         return wanted
 

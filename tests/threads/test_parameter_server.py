@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 import ringred
 from ringred.errors import CollectiveTimeout, PeerFailed, PolicyError, TooFewWorkers, UnsupportedTensor
-from ringred.parameter_server.policies import KAsync, KSync, Sync, parse
+from ringred.parameter_server.policies import Async, KAsync, KSync, Sync, parse
 from ringred.parameter_server.training import ParameterServer
 from ringred.testing import run_ranks
 
@@ -335,3 +338,27 @@ def test_stale_gradients_count_for_less(aware: Any) -> None:
         else:
             assert -40 < weight < -40 / max(report.staleness)
             assert report.rate == pytest.approx(1 / max(1.0, report.mean_staleness))
+
+
+def test_the_trace_has_pulls_pushes_and_the_staleness_of_each_update(tmp_path: Path) -> None:
+    def body(comm: ringred.Communicator) -> Any:
+        model = make_model()
+        comm.start_trace(str(tmp_path / "trace.json"))
+        with ParameterServer(model, OPTIMIZERS["sgd"], Async(), comm=comm) as server:
+            for batch in batches(comm.rank)[:5]:
+                server.pull()
+                loss_of(model, batch).backward()
+                server.push()
+            server.pull()
+            return server.report() if comm.rank == 0 else None
+
+    report = run_ranks(body, 2)[0]
+    first, second = (json.loads((tmp_path / f"trace.rank{rank}.json").read_text()) for rank in (0, 1))
+    for trace in (first, second):
+        names = [event["name"] for event in trace["traceEvents"]]
+        assert names.count("pull") == 6
+        assert names.count("push") == 5
+    updates = [event["args"]["staleness"] for event in first["traceEvents"] if event["name"].startswith("update ")]
+    counted = Counter(stale for update in updates for stale in update.values())
+    assert len(updates) == 10
+    assert counted == report.staleness or sum(report.staleness.values()) < 10
