@@ -58,3 +58,15 @@ def test_the_death_of_a_rank_is_told_on_both_hosts() -> None:
         assert "rank 3" in line["error"]
         assert line["raised"] - killed < 5.0
     assert said[-1]["statuses"] == [4, 4, 4, -9]
+
+
+def test_a_parameter_server_over_two_hosts_flat_and_by_host() -> None:
+    *ranks, end = on_hosts("servers")
+    assert end["statuses"] == [0] * 4
+    nbytes = 4 * (300 * 200 + 200)
+    for said in ranks:
+        assert said["wrong"] == 0
+        assert said["near"] == ([0, 1] if said["rank"] < 2 else [2, 3]), "memory is shared within a host only"
+        assert all(address.startswith("tcp://10.77.0.") for address in said["addresses"])
+        assert said["pushed"]["flat"] == nbytes
+        assert abs(said["pushed"]["host"] - nbytes / 2) < 0.1 * nbytes, "each rank pushes its share"

@@ -1,21 +1,21 @@
 """Two hosts (network namespaces with names of their own, a cable between them) of two ranks each: argv has their task.
 
-Needs root. `all` runs collectives and a training step over both; `death` kills the last rank in mid-collective. Prints
-one JSON line a rank.
+Needs root. `all` runs collectives and a training step over both, `servers` a parameter server, flat and by host, and
+`death` kills the last rank in mid-collective. Prints one JSON line a rank.
 """
 
-import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from two_hosts import TwoHosts
 
 RANKS, EACH = 4, 2
-SPACES = [f"ringred-{os.getpid()}-{host}" for host in range(2)]
-ADDRESSES = ["10.77.0.1", "10.77.0.2"]
 
 
 def say(**facts):
@@ -84,58 +84,58 @@ def until_one_dies(comm):
         os._exit(4)
 
 
-def ip(*words):
-    subprocess.run(["ip", *words], check=True)
+def servers(comm):
+    """Gradients of rank + 1, and a rate of one: each update takes 2.5 off. What goes between hosts is encrypted."""
+    import torch
+    from torch import nn
 
+    import ringred
+    from ringred.parameter_server.policies import Sync
 
-def lay_cable():
-    for space in SPACES:
-        ip("netns", "add", space)
-    # Both ends are made where they belong: this namespace never sees them.
-    ip("-n", SPACES[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", SPACES[1])
-    for space, address in zip(SPACES, ADDRESSES, strict=True):
-        ip("-n", space, "address", "add", f"{address}/24", "dev", "cable")
-        ip("-n", space, "link", "set", "cable", "up")
-        ip("-n", space, "link", "set", "lo", "up")
-
-
-def start(rank, task):
-    host = rank // EACH
-    there = {"RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": 29501}
-    there |= {"RINGRED_INTERFACE": ADDRESSES[host], "RINGRED_TIMEOUT": "20"}
-    command = ["ip", "netns", "exec", SPACES[host], "unshare", "--uts", sys.executable, __file__, "rank", task]
-    environment = {**os.environ, **{name: str(value) for name, value in there.items()}, "HOST_NAME": f"host{host}"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    pushed, right = {}, []
+    for hierarchy in ("flat", "host"):
+        model = nn.Linear(300, 200)
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        options = {"hierarchy": hierarchy, "comm": comm}
+        with ringred.ParameterServer(model, lambda given: torch.optim.SGD(given, lr=1.0), Sync(), **options) as server:
+            for _ in range(3):
+                server.pull()
+                for parameter in model.parameters():
+                    parameter.grad = torch.full_like(parameter, comm.rank + 1.0)
+                server.push()
+            server.pull()
+            right += [bool((parameter == -7.5).all()) for parameter in model.parameters()]
+            worker = server.worker
+            pushed[hierarchy] = worker.bytes_pushed / 3
+            near = sorted(worker.connection.values)
+            state = server.state_dict()
+            right.append(state["version"] == 3 and bool((state["tensors"]["bias"]["value"] == -7.5).all()))
+    addresses = worker.connection.addresses
+    say(rank=comm.rank, pushed=pushed, near=near, wrong=right.count(False), addresses=addresses)
+    comm.close()
 
 
 def main(task):
-    lay_cable()
-    try:
-        ranks = [start(rank, task) for rank in range(RANKS)]
+    with TwoHosts(EACH) as hosts:
+        hosts.start(__file__, "rank", task, RINGRED_TIMEOUT=20)
         said = []
         if task == "death":
-            said += [rank.stdout.readline() for rank in ranks]
+            said += [rank.stdout.readline() for rank in hosts.ranks]
             time.sleep(0.3)
             say(killed=time.time())
-            os.kill(ranks[-1].pid, signal.SIGKILL)
-        for rank in ranks:
-            said += rank.communicate(timeout=60)[0].splitlines()
+            os.kill(hosts.ranks[-1].pid, signal.SIGKILL)
+        for printed in hosts.wait(60):
+            said += printed.splitlines()
         for line in said:
             print(line.strip(), flush=True)
-        say(statuses=[rank.returncode for rank in ranks])
-    finally:
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                rank.kill()
-        for space in SPACES:
-            ip("netns", "delete", space)
+        say(statuses=[rank.returncode for rank in hosts.ranks])
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "rank":
-        socket.sethostname(os.environ["HOST_NAME"])
         import ringred
 
-        {"all": everything, "death": until_one_dies}[sys.argv[2]](ringred.init())
+        {"all": everything, "servers": servers, "death": until_one_dies}[sys.argv[2]](ringred.init())
     else:
         main(sys.argv[1])
