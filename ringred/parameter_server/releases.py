@@ -45,7 +45,7 @@ class Releases:
         """Waits for the next one, and returns the version that the worker must pull at least. Raises
         `CollectiveTimeout`."""
         began = asked = time.monotonic()
-        while not self._is_there():
+        while not self.is_there():
             now = time.monotonic()
             if now - began > timeout:
                 raise CollectiveTimeout(
@@ -64,12 +64,12 @@ class Releases:
         """Whether the mini-batch in progress is not wanted any more."""
         if self._word() is None:
             self.connection.poll(0.0, self.connection.server_of(m.COORDINATOR))
-        return self._is_there() and self._last.how != m.PLAIN
+        return self.is_there() and self._last.how != m.PLAIN
 
     def sleep(self, seconds: float) -> bool:
         """Waits as long, or until the mini-batch in progress is cancelled; whether it was not."""
         until = time.monotonic() + seconds
-        while not (self._is_there() and self._last.how != m.PLAIN):
+        while not (self.is_there() and self._last.how != m.PLAIN):
             left = until - time.monotonic()
             if left <= 0:
                 return True
@@ -95,7 +95,7 @@ class Releases:
         else:
             self.connection.poll(seconds, server)
 
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
         """Whether there is one that was not taken. One that cancels what is older than what this worker has pulled
         already tells it nothing new, and is taken."""
         word = self._word()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ringred.errors import PolicyError, UnsupportedTensor
 from ringred.parameter_server.hosting import Membership, Placement
 from ringred.parameter_server.policies import Policy
+from ringred.parameter_server.pulling import Pull, Targets
 from ringred.parameter_server.report import Report
 from ringred.parameter_server.rules import MakeOptimizer, Rule, rule_of
 from ringred.parameter_server.worker import Gradients, Worker
@@ -22,8 +23,11 @@ Keys = str | Sequence[str]
 Values = Tensor | Sequence[Tensor]
 
 
+_WINDOW = 32 << 20  # bytes of pulls that are on their way at once; then those with the highest priority come first
+
+
 class Handle:
-    """A push or a pull that has begun. `wait` ends it; so does the store's next call."""
+    """A push or a pull that has begun. `wait` ends it; so does the store's next push."""
 
     def __init__(self, finish: Any) -> None:
         self._finish = finish
@@ -36,6 +40,14 @@ class Handle:
             finish, self._finish = self._finish, None  # a failure is raised once
             self._result = finish(timeout)
         return self._result
+
+
+class _Pulling:
+    """A pull that was asked for; `started` once it is on its way."""
+
+    def __init__(self, order: tuple[int, int], targets: Targets, least: int | None) -> None:
+        self.order, self.targets, self.least = order, targets, least
+        self.started: Pull | None = None
 
 
 class Store:
@@ -57,8 +69,10 @@ class Store:
         self._rule: Rule | None = None
         self._shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._clock = 0
+        self._pulled: list[int] = []  # the clocks of what was pulled since the last push
         self._pushed = False
-        self._open: Handle | None = None
+        self._push: Handle | None = None
+        self._pulls: dict[_Pulling, Handle] = {}
         self._member = Membership(Placement(policy, **placement))
 
     def init(self, key: str | Mapping[str, Tensor], value: Tensor | None = None) -> None:
@@ -86,18 +100,21 @@ class Store:
         given = self._checked("push", keys, values)
         self._finish()
         worker = self.worker
-        if self._pushed or worker.releases.never:  # a pull has not asked for the release that each push needs
+        if self._unreleased:  # a pull has not asked for the release that each push needs
             self._clock = max(self._clock, worker.begin())
+        at = min(self._pulled, default=self._clock) if clock is None else clock
+        self._pulled = []
         gradients = worker.gradients()
         worker.push(gradients, given)
         self._pushed = True
-        handle = Handle(lambda timeout: self._commit(gradients, self._clock if clock is None else clock))
-        self._open = handle
+        handle = Handle(lambda timeout: self._commit(gradients, at))
+        self._push = handle
         if not async_op:
             handle.wait()
         return handle
 
     def _commit(self, gradients: Gradients, clock: int) -> int:
+        self._push = None
         try:
             self.worker.commit(gradients, clock)
         except PolicyError:
@@ -113,29 +130,60 @@ class Store:
         min_clock: int | None = None,
         timeout: float | None = None,
         async_op: bool = False,
+        priority: int = 0,
     ) -> Any:
         """Copies the values to `out`, the first keys first, and returns their clock; with `async_op` a handle.
 
-        Waits for values of `min_clock` or newer; by default, after a push, for the policy to release this worker.
+        Waits for values of `min_clock` or newer; by default, after a push, for the policy to release this worker. Of
+        several that were asked for and do not fit on the way together, those with the highest `priority` come first.
         """
         given = self._checked("pull", keys, out)
-        self._finish()
-        worker = self.worker
-        targets = worker.targets(given)
+        if self._push is not None:
+            self._push.wait()
+        pulling = _Pulling((-priority, len(self._pulls)), self.worker.targets(given), min_clock)
+        handle = self._pulls[pulling] = Handle(lambda limit: self._take(pulling, limit))
+        if not async_op:
+            return handle.wait(timeout)
+        self._start_some()
+        return handle
 
-        def finish(limit: float | None) -> int:
-            least = min_clock
-            if least is None:
-                least = worker.begin(limit) if self._pushed or worker.releases.never else self._clock
-                self._pushed = False
-            self._clock = worker.pull(targets, least, limit)
-            return self._clock
+    @property
+    def _unreleased(self) -> bool:
+        """Whether the policy has to release this worker before it goes on."""
+        return self._pushed or self.worker.releases.never
 
-        handle = Handle(finish)
-        if async_op:
-            self._open = handle
-            return handle
-        return handle.wait(timeout)
+    def _start_some(self) -> None:
+        """Starts what is due, the highest priority first, as far as it fits on the way together."""
+        on_their_way = sum(pulling.targets.nbytes for pulling in self._pulls if pulling.started is not None)
+        for pulling in sorted((one for one in self._pulls if one.started is None), key=lambda one: one.order):
+            if on_their_way and on_their_way + pulling.targets.nbytes > _WINDOW:
+                return
+            if pulling.least is None and self._unreleased:
+                if not self.worker.releases.is_there():
+                    continue
+                self._release(None)
+            self._start(pulling)
+            on_their_way += pulling.targets.nbytes
+
+    def _release(self, limit: float | None) -> None:
+        self._clock = max(self._clock, self.worker.begin(limit))
+        self._pushed = False
+
+    def _start(self, pulling: _Pulling) -> Pull:
+        least = self._clock if pulling.least is None else pulling.least
+        pulling.started = self.worker.start(pulling.targets, least)
+        return pulling.started
+
+    def _take(self, pulling: _Pulling, limit: float | None) -> int:
+        del self._pulls[pulling]
+        if pulling.started is None and pulling.least is None and self._unreleased:
+            self._release(limit)
+        started = pulling.started or self._start(pulling)
+        clock = started.finish(self.worker.connection.timeout if limit is None else limit)
+        self._pulled.append(clock)
+        self._clock = max(self._clock, clock)
+        self._start_some()
+        return clock
 
     def _checked(self, what: str, keys: Keys, values: Values) -> dict[str, Tensor]:
         names = [keys] if isinstance(keys, str) else list(keys)
@@ -156,8 +204,9 @@ class Store:
 
     def _finish(self) -> None:
         """What began before ends before."""
-        if self._open is not None:
-            handle, self._open = self._open, None
+        if self._push is not None:
+            self._push.wait()
+        for handle in list(self._pulls.values()):
             handle.wait()
 
     @property

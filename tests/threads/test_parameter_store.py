@@ -10,6 +10,7 @@ import torch
 
 import ringred
 from ringred.errors import CollectiveTimeout, PolicyError, UnsupportedTensor
+from ringred.parameter_server import store as store_module
 from ringred.parameter_server.policies import Async, KAsync, Sync
 from ringred.parameter_server.store import Store
 from ringred.testing import run_ranks
@@ -101,6 +102,57 @@ def test_handles_end_by_themselves_at_the_next_call() -> None:
             assert torch.equal(got, torch.full((10,), float(clock)))
             store.push("a", torch.ones(10), async_op=True)
         assert store is not None
+
+    run_ranks(body, 1)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "messages"])
+def test_pulls_are_on_their_way_together_and_the_highest_priority_comes_first(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_WINDOW", 4 * 1000)
+
+    def body(comm: ringred.Communicator) -> None:
+        names = ["a", "b", "c", "d"]
+        with Store("add", Sync(), comm=comm, shared=shared) as store:
+            store.init({name: torch.zeros(1000) for name in names})
+            store.push(names, [torch.ones(1000)] * 4)
+            got = {name: torch.empty(1000) for name in names}
+            store.pull("a", got["a"])
+            started, start = [], store.worker.start
+
+            def told(targets: Any, least: int) -> Any:
+                first = min(target.part.data_ptr() for parts in targets.by_shard.values() for target in parts)
+                started.append(next(name for name in names if got[name].data_ptr() == first))
+                return start(targets, least)
+
+            store.worker.start = told  # type: ignore[method-assign]
+            priorities = {"a": 0, "b": 1, "c": 3, "d": 2}
+            asked = {name: store.pull(name, got[name], async_op=True, priority=priorities[name]) for name in names}
+            assert started == ["a"], "as many as the window takes are on their way"
+            for name in ("a", "c", "d"):
+                assert asked[name].wait() == 1
+            assert started == ["a", "c", "d", "b"]
+            store.push("a", torch.ones(1000))  # ends what is open
+            assert all(torch.equal(value, torch.ones(1000)) for value in got.values())
+            store.worker.start = start  # type: ignore[method-assign]
+
+    run_ranks(body, 2)
+
+
+def test_a_push_is_computed_at_the_oldest_of_what_was_pulled() -> None:
+    def body(comm: ringred.Communicator) -> None:
+        with Store("add", KAsync(1), comm=comm) as store:
+            store.init({"a": torch.zeros(3), "b": torch.zeros(3)})
+            out = torch.empty(3)
+            store.pull("a", out)
+            store.push("a", torch.ones(3))
+            first = store.pull("a", out)
+            assert first == 1
+            assert store.push("a", torch.ones(3)).wait() == 1
+            store.pull("b", out, min_clock=2)
+            assert store.push("a", torch.ones(3), clock=0).wait() == 0
+            assert store.report().staleness == {0: 2, 2: 1}
 
     run_ranks(body, 1)
 
