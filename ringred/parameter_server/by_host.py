@@ -136,10 +136,11 @@ class ByHost:
         deadline = time.monotonic() + (worker.connection.timeout if timeout is None else timeout)
         version, over = from_first(self._local, lambda: (worker.begin(timeout), worker.releases.over), 2)
         if worker.releases.pulled < version:
-            together(self._local, lambda: self._take(version, deadline))
+            found = together(self._local, lambda: self._take(version, deadline))
+            worker.at(min(of_rank for (of_rank,) in numbers(self._local, [found])))  # the same on all of them
         return not over
 
-    def _take(self, version: int, deadline: float) -> None:
+    def _take(self, version: int, deadline: float) -> int:
         """Each bucket is gathered as soon as this rank's share of it is there, the front layers' first."""
         worker, versions = self._worker, []
         pulls: list[tuple[_Bucket, Pull]] = [
@@ -158,7 +159,7 @@ class ByHost:
             work.wait()
             with torch.no_grad():
                 bucket.take(self._parameters)
-        worker.at(min(versions))
+        return min(versions)
 
     def arrive(self) -> None:
         """Values are there once `pull` returns."""
@@ -195,15 +196,14 @@ class ByHost:
         """Ends the mini-batch; whether it was still wanted."""
         worker, local = self._worker, self._local
         cancelled = local.rank == 0 and worker.releases.cancelled
-        told = numbers(local, [self._launched, worker.version, cancelled])
-        cancelled = bool(told[0][2])
-        if not cancelled or any(launched for launched, _, _ in told):
+        told = numbers(local, [self._launched, cancelled])
+        cancelled = bool(told[0][1])
+        if not cancelled or any(launched for launched, _ in told):
             self._reduce_all()
         if not cancelled:
             gradients = worker.gradients()
             together(local, lambda: self._push_own(gradients))
-            version = min(version for _, version, _ in told)
-            from_first(local, lambda: self._commit(gradients, version), 1)
+            from_first(local, lambda: self._commit(gradients), 1)
         self._abandon()
         return not cancelled
 
@@ -216,9 +216,9 @@ class ByHost:
         self._worker.push_pieces(gradients, by_shard)
         self._worker.wait_held(gradients)
 
-    def _commit(self, gradients: Gradients, version: int) -> list[int]:
-        self._worker.commit(gradients, version)
-        return [version]
+    def _commit(self, gradients: Gradients) -> list[int]:
+        self._worker.commit(gradients)
+        return [gradients.version]
 
     @property
     def cancelled(self) -> bool:

@@ -17,6 +17,9 @@ from ringred.parameter_server.shard import Answer, dtype_of
 __all__ = ["Catalog"]
 
 
+_NOBODY = -2  # the creator of what the next one that declares it gives the value of
+
+
 @dataclass
 class _Tensor:
     """A declared tensor: `creator` is the worker that was told to give its value, -1 once it is there."""
@@ -66,6 +69,9 @@ class Catalog:
         self.rule = self.rule or rule
         self._place(message.worker, new, self.rule)
         names = [entry[0] for entry in told["tensors"]]
+        for name in names:
+            if self.tensors[name].creator == _NOBODY:
+                self.tensors[name].creator = message.worker
         return self._placed([(message.worker, peer, request, names)])
 
     def created(self, peer: bytes, request: int, message: m.Created) -> list[Answer]:
@@ -83,6 +89,8 @@ class Catalog:
             for name in orphans.intersection(names):
                 self.tensors[name].creator = heir
                 orphans.discard(name)
+        for name in orphans:
+            self.tensors[name].creator = _NOBODY
         return self._ask_again()
 
     @property

@@ -20,7 +20,7 @@ from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.near import NearLink
 from ringred.parameter_server.others import SILENCE
 from ringred.parameter_server.shard import Frame, bytes_of
-from ringred.parameter_server.shared import Area, SharedValues, map_window, place
+from ringred.parameter_server.shared import WORKERS, Area, SharedValues, map_window, place
 from ringred.parameter_server.wire import pack, unpack
 
 __all__ = ["Connection", "Request"]
@@ -40,6 +40,7 @@ class Request:
         self.frames: Sequence[Any] = frames
         self.began = self.sent = time.monotonic()
         self.patience = _AGAIN
+        self.near = False  # whether it went past ZeroMQ
         self.answer: Any = None
 
 
@@ -76,7 +77,7 @@ class Connection:
         self._ended: set[int] = set()
         self._backups: dict[int, int] = {}
         self._heard: dict[int, float] = {}  # when the servers of other places were heard of
-        self.area = Area() if shared and place() else None
+        self.area = Area() if shared and worker < WORKERS and place() else None
         self.values: dict[int, SharedValues] = {}
         self._closed = threading.Event()
         self._owner = threading.current_thread()
@@ -113,11 +114,12 @@ class Connection:
                 if met.pid != os.getpid():
                     self._processes[server] = os.pidfd_open(met.pid)
                     self._poller.register(self._processes[server], zmq.POLLIN)
+                if met.descriptor >= 0:
+                    self.values[server] = SharedValues(map_window(met.pid, met.descriptor), met.head)
+            with contextlib.suppress(OSError):
                 if met.near:
                     self._near[server] = NearLink(met.near, self._name)
                     self._poller.register(self._near[server].descriptor, zmq.POLLIN)
-                if met.descriptor >= 0:
-                    self.values[server] = SharedValues(map_window(met.pid, met.descriptor), met.head)
         if self._heard or self._owner is not threading.main_thread():
             # Nothing else would tell that servers of other places live, or that this worker's thread does.
             threading.Thread(target=self._beat, name=f"ringred-beat-{self.worker}", daemon=True).start()
@@ -155,11 +157,32 @@ class Connection:
         """Whether another server, which lives, has a copy of what this one has."""
         return self._backups.get(server, -1) >= 0 and self._backups[server] not in self._ended
 
-    def _send(self, request: Request) -> None:
-        parts = [pack(request.machine, request.number, request.message), *request.frames]
-        server = self.server_of(request.machine) if request.server is None else request.server
-        if len(parts) == 1 and server in self._near and self._near[server].send(parts[0]):
+    def ask_after(self, others: Iterable[Request], machine: int, message: Any) -> Request:
+        """As `ask`; the message comes after `others` to the same server. There are two ways, each of which keeps the
+        order."""
+        before = list(others)
+        if not all(request.near or request.answer is not None for request in before):
+            self.wait(before)
+        request = self.expect(machine, message)
+        with self._lock:
+            request.near = self._send_near(request)
+        if not request.near:
+            self.wait(before)
+            with self._lock:
+                self._send(request)
+        return request
+
+    def _send_near(self, request: Request) -> bool:
+        server = self._asked(request)
+        frame = pack(request.machine, request.number, request.message)
+        return not request.frames and server in self._near and self._near[server].send(frame)
+
+    def _send(self, request: Request, *, near: bool = True) -> None:
+        request.near = near and self._send_near(request)
+        if request.near:
             return
+        parts = [pack(request.machine, request.number, request.message), *request.frames]
+        server = self._asked(request)
         with contextlib.suppress(zmq.Again):
             self._links[server].send_multipart(parts, zmq.NOBLOCK, copy=not request.frames)
 
@@ -167,16 +190,18 @@ class Connection:
         """The answers. Raises the exception that one of them is, and `CollectiveTimeout` or `PeerFailed`."""
         asked = list(requests)
         limit = self.timeout if timeout is None else timeout
+        began, waited = time.monotonic(), None
         for request in asked:
             while request.answer is None:
-                waited = time.monotonic() - request.began
-                if waited > limit:
-                    self._open.pop(request.number, None)
+                self.poll(0.0 if waited is None else _SLICE, self._asked(request))
+                waited = time.monotonic() - began
+                if request.answer is None and waited > limit:
+                    for given_up in asked:
+                        self._open.pop(given_up.number, None)
                     raise CollectiveTimeout(
                         f"worker {self.worker}: {self._called(self._asked(request))} did not answer "
                         f"{type(request.message).__name__} within {waited:.0f} s"
                     )
-                self.poll(_SLICE, self._asked(request))
             if isinstance(request.answer, m.Failed):
                 raise exception_of(request.answer, f"worker {self.worker}")
         return [request.answer for request in asked]
@@ -266,7 +291,7 @@ class Connection:
         if self._copied(server):
             for request in self._open.values():
                 if request.server is None and max(0, request.machine - 1) == server:
-                    self._send(request)
+                    self._send(request, near=False)  # all of them one way, in their order
 
     def _why(self, server: int) -> str:
         return "its process ended, or it was not heard of"
@@ -295,6 +320,7 @@ class Connection:
                 self._drop_near(server)
             self._context.destroy(0)
             if self.area is not None:
+                self.area.heap.freeze()  # servers may still look at what was committed
                 self.area.close()
 
 

@@ -77,7 +77,7 @@ class Coordinator:
         self._numbers = [0] * shards
         self.catalog = Catalog(shards, shares)
         self._farewells: list[tuple[bytes, int]] = []
-        self._attending: set[int] = set()
+        self._attending: dict[int, bool] = {}  # by life, whether it is still there
         self._recent: deque[int] = deque(maxlen=_RECENT)
         self._loaded = -1  # the version of a state that was given
 
@@ -156,7 +156,8 @@ class Coordinator:
     @property
     def abandoned(self) -> bool:
         """Whether all workers have left."""
-        return self.started and not self._attending and not any(worker.there for worker in self.workers.values())
+        there = [*self._attending.values(), *(worker.there for worker in self.workers.values())]
+        return self.started and not any(there)
 
     @property
     def finished(self) -> bool:
@@ -180,26 +181,26 @@ class Coordinator:
             self.failure = None
 
     def _left(self, peer: bytes, request: int, message: m.Left) -> list[Result | Order]:
-        self._attending.discard(message.life)
+        self._attending |= {message.life: False} if message.life in self._attending else {}
         return [*self.left(message.worker, message.life, message.how), *self._farewell()]
 
     def _bye(self, peer: bytes, request: int, message: m.Bye) -> list[Result | Order]:
         if (peer, request) not in self._farewells and message.last:
             self._farewells.append((peer, request))
         how = f"raised {message.because}" if message.because else "left"
-        self._attending.discard(message.life)
+        self._attending |= {message.life: False} if message.life in self._attending else {}
         answers = [*self.left(message.worker, message.life, how, done=not message.because), *self._farewell()]
         return answers if message.last else [*answers, Answer(peer, request, m.Done())]
 
     def _attend(self, peer: bytes, request: int, message: m.Attend) -> list[Result | Order]:
         if (peer, request) not in self._farewells:
             self._farewells.append((peer, request))
-        self._attending.add(message.life)
-        return []
+        self._attending.setdefault(message.life, True)  # False: it is only asked again
+        return self._farewell()
 
     def _farewell(self) -> list[Result | Order]:
         """Answers those who wait for the last worker to leave, if it has."""
-        if self._attending or self.saving or any(worker.there for worker in self.workers.values()):
+        if self.saving or any(self._attending.values()) or any(worker.there for worker in self.workers.values()):
             return []
         told, self._farewells = self._farewells, []
         return [Answer(peer, request, m.Done()) for peer, request in told]
@@ -280,7 +281,7 @@ class Coordinator:
     def answered(self, shard: int, number: int, failure: str = "") -> list[Result | Order]:
         """Shard `shard` has done what its `number`-th order says, or could not."""
         self.orders[shard].pop(number, None)
-        results = self.saving.answered(shard, number, failure, self._token())
+        results = self.saving.answered(shard, number, failure)
         return [*results, *self._farewell()] if results else []
 
     @property

@@ -174,7 +174,8 @@ def _by_host(comm: Communicator, placement: Placement, nbytes: int) -> bool:
     if placement.hierarchy == "auto":
         shards = comm.size if placement.shards is None else placement.shards
         model = machine_model(comm.transport.name, comm.hosts, comm.tuning)
-        return cheaper(nbytes, comm.hosts, max(1, min(shards, comm.size)), model)
+        enough = placement.policy is None or placement.policy.fewest <= len(set(comm.hosts))
+        return enough and cheaper(nbytes, comm.hosts, max(1, min(shards, comm.size)), model)
     ranks = set(Counter(comm.hosts).values())
     if placement.hierarchy == "host" and len(ranks) > 1:
         raise PolicyError(f"rank {comm.rank}: hosts with {sorted(ranks)} ranks; hierarchy='host' needs as many on each")

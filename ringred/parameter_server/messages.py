@@ -225,7 +225,7 @@ class Save(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """There is a snapshot of `version`."""
+    """There is a snapshot of `version`; -1: a server died meanwhile, and it has to be asked for again."""
 
     version: int
 
@@ -344,8 +344,9 @@ class Write(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The state is on disk; or why it is not."""
+    """The state of a shard is on disk; or why it is not."""
 
+    shard: int
     failure: str
 
 

@@ -87,6 +87,7 @@ class Others:
 
     def take(self, ready: Mapping[Any, int]) -> Iterator[tuple[int, int, Any]]:
         """(server, request, message) of what came; the message is None if the server is gone."""
+        ended = [server for server, process in self._processes.items() if process in ready]
         for server, link in list(self._links.items()):
             if link in ready:
                 self._heard[server] = time.monotonic()
@@ -99,9 +100,8 @@ class Others:
                             yield from self._lost(server)
                         else:
                             yield server, request, message
-        for server, process in list(self._processes.items()):
-            if process in ready:
-                yield from self._lost(server)
+        for server in ended:
+            yield from self._lost(server)
         for server in [server for server, heard in self._heard.items() if time.monotonic() - heard > SILENCE]:
             if server in self._processes:
                 self._heard[server] = time.monotonic()  # its process lives
@@ -131,7 +131,7 @@ class Others:
     def tick(self, now: float) -> None:
         """Says again what was not answered, and that this server lives."""
         for given, order in list(self._given.values()):
-            if now - given > _AGAIN:
+            if now - given > _AGAIN and not isinstance(order.message, m.Write):  # which may well take longer
                 self.order(order)
         if now - self._beaten > _BEAT:
             self._beaten = now

@@ -59,9 +59,9 @@ class Peers:
         process, shared = -1, False
         near = bool(self._place) and message.place == self._place
         if near:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OverflowError):
                 process = os.pidfd_open(message.pid)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OverflowError, ValueError, TypeError):  # it says what it likes
                 if message.descriptor >= 0:
                     self._windows[name] = map_window(message.pid, message.descriptor)
                     shared = True
@@ -115,6 +115,10 @@ class Peers:
         if window is None or not 0 <= offset <= window.nbytes - nbytes or offset % dtype.itemsize:
             raise ValueError(f"{nbytes} bytes at {offset} are not in a window of this worker")
         return window.view(offset, nbytes, dtype) if nbytes else torch.empty(0, dtype=dtype)
+
+    def copied(self, name: bytes, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        """As `memory`, for a shard's copy: the worker writes there again once the shard itself is done with it."""
+        return self.memory(name, offset, nbytes, dtype).clone()
 
     def close(self) -> None:
         """Forgets all of them."""

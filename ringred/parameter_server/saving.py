@@ -57,7 +57,7 @@ class Saving:
         self._being_made.append(_Snapshot(told["version"], folder, name, json.dumps(told), waited, asked))
         return [*orders]
 
-    def answered(self, shard: int, number: int, failure: str, token: str) -> list[Result | Order]:
+    def answered(self, shard: int, number: int, failure: str) -> list[Result | Order]:
         """A shard has written its part, or could not."""
         found = next((snapshot for snapshot in self._being_made if (shard, number) in snapshot.open), None)
         if found is None:
@@ -65,8 +65,8 @@ class Saving:
         found.open.discard((shard, number))
         if failure:
             self._being_made.remove(found)
-            if failure == PASSED and found.asked:
-                return self.begin(found.folder, token, found.asked)
+            if failure == PASSED:
+                return [Answer(peer, request, m.Saved(-1)) for peer, request in found.asked]
             return self._ended(found, f"shard {shard}: {failure}")
         return [] if found.open else [Writing(found.folder, found.name, -1, found.text, (), b"", 0)]
 

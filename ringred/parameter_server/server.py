@@ -31,7 +31,7 @@ from ringred.parameter_server.peers import Peers
 from ringred.parameter_server.shard import Answer, Frame, Memory, Result, Shard, Writing, bytes_of
 from ringred.parameter_server.shared import WORKERS, Area, SharedMemory, place
 from ringred.parameter_server.snapshots import Writer, newest, read_snapshot
-from ringred.parameter_server.whole import cut, of_coordinator
+from ringred.parameter_server.whole import go_on_from
 from ringred.parameter_server.wire import Malformed, pack, unpack
 
 __all__ = ["Server"]
@@ -91,7 +91,7 @@ class Server:
         self._backup = self._copied = -1
         if replicate and shards > 1:
             self._backup, self._copied = (number + 1) % shards, (number - 1) % shards
-            self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._peers.memory)
+            self._copies[1 + self._copied] = Shard(self._copied, Memory(), self._peers.copied)
             if self._copied == 0:
                 self._copies[m.COORDINATOR] = make_coordinator()
         self._early: deque[tuple[int, bytes, int, Any, list[Frame]]] = deque(maxlen=_EARLY)
@@ -102,7 +102,8 @@ class Server:
         self._context.set(zmq.MAX_SOCKETS, 4096)
         try:
             if snapshots is not None and newest(snapshots) is not None:
-                self._go_on_from(read_snapshot(snapshots), shares)
+                machines = [*self.machines.values(), *self._copies.values()]
+                go_on_from(read_snapshot(snapshots), machines, Catalog(shards, shares))
             here_only = f"ipc://@ringred-{secrets.token_hex(16)}"
             self._door = Door(self._context, self._poller, keys, listen or here_only)
         except TransportUnavailable as failure:
@@ -122,15 +123,6 @@ class Server:
         self._because, self._others_end = "", False
         self._ended = False
         self._abandoned = math.inf
-
-    def _go_on_from(self, whole: dict[str, Any], shares: int) -> None:
-        catalog = Catalog(self.shards, shares)
-        catalog.load_state(of_coordinator(whole))
-        for machine in (*self.machines.values(), *self._copies.values()):
-            if isinstance(machine, Shard):
-                machine.load_state(*cut(whole, catalog.layout, machine.number))
-            else:
-                machine.load_state(of_coordinator(whole))
 
     def _let_go(self) -> None:
         """Of what other processes could find."""
@@ -201,6 +193,8 @@ class Server:
         ticked = time.monotonic()
         while not self._stop:
             ready = dict(self._poller.poll(int(_TICK * 1000)))
+            # Looked at before anything is opened that could get the number of what these close.
+            gone, answers = list(self._peers.gone(ready)), list(self._others.take(ready))
             self._door.answer(ready)
             if self._near is not None:
                 for peer, frame in self._near.take(ready):
@@ -209,9 +203,9 @@ class Server:
                 self._take_all()
             if self._woken.fileno() in ready and not self._stop:
                 self._take_written()
-            for server, request, message in self._others.take(ready):
+            for server, request, message in answers:
                 self._take_answer(server, request, message)
-            for known, how in self._peers.gone(ready):
+            for known, how in gone:
                 if self.coordinator is not None and known.worker >= 0:
                     self._change(m.COORDINATOR, b"", 0, m.Left(known.worker, known.life, how), ())
             if time.monotonic() - ticked > _TICK:
@@ -277,6 +271,10 @@ class Server:
                 self._writer.write(result, prune=result.number < 0 and result.folder == self.snapshots)
             elif result.peer:
                 self._send(result)
+            elif isinstance(result.message, m.Written) and self.coordinator is not None:
+                self._deliver(self.coordinator.answered(result.message.shard, result.request, result.message.failure))
+            elif isinstance(result.message, m.Failed) and result.request:  # to an order
+                raise RuntimeError(f"server {self.number} cannot do what it told itself: {result.message.text}")
 
     def _send(self, answer: Answer) -> None:
         if isinstance(answer.message, m.Released) and self._shared is not None:
@@ -325,9 +323,13 @@ class Server:
             self.refused += 1
             return
         worker, head, *body = frames
-        _, request, message = unpack(bytes_of(head))
+        try:
+            _, request, message = unpack(bytes_of(head))
+        except Malformed:
+            self.refused += 1
+            return
         copy.handle(bytes(bytes_of(worker)), request, message, body)
-        if isinstance(copy, Coordinator) and log.answered:
+        if isinstance(copy, Coordinator) and len(log.answered) == self.shards:
             copy.forget_before(log.answered)
         self._send(Answer(peer, log.number, m.Logged(log.number)))
 
@@ -370,7 +372,7 @@ class Server:
             writing, failure = self._written.popleft()
             coordinator = self.coordinator
             if writing.peer:
-                self._send(Answer(writing.peer, writing.request, m.Written(failure)))
+                self._send(Answer(writing.peer, writing.request, m.Written(writing.number, failure)))
             elif coordinator is not None and writing.number >= 0:
                 self._deliver(coordinator.answered(writing.number, writing.request, failure))
             elif coordinator is not None:

@@ -74,10 +74,12 @@ class Memory:
 
 
 class _Held(NamedTuple):
-    """The parts of one gradient: what another life of the worker pushed under the same number is not among them."""
+    """The parts of one gradient, and the requests that they came with, by piece. What another life of the worker pushed
+    under the same number is not among them."""
 
     life: int
     parts: dict[int, Tensor]
+    requests: dict[int, int]
 
 
 class _Waiting(NamedTuple):
@@ -189,8 +191,11 @@ class Shard:
             parts = self._given(peer, message, frames)
             key = message.worker, message.sequence
             if key not in self._held or self._held[key].life != message.life:
-                self._held[key] = _Held(message.life, {})
-            self._held[key].parts.update(parts)
+                self._held[key] = _Held(message.life, {}, {})
+            held = self._held[key]
+            for piece, part in parts.items():
+                if request > held.requests.get(piece, -1):  # else it is said again, maybe from memory that has changed
+                    held.parts[piece], held.requests[piece] = part, request
             self.bytes_in += sum(part.nbytes for part in parts.values())
         return [Answer(peer, request, m.Held(message.sequence))]
 
@@ -222,7 +227,7 @@ class Shard:
         return [Answer(peer, request, m.Applied(self.version)), *self._released()]
 
     def _update(self, message: m.Apply) -> None:
-        nothing = _Held(0, {})
+        nothing = _Held(0, {}, {})
         keys = [(gradient.worker, gradient.sequence) for gradient in message.gradients]
         parts = [self._held.get(key, nothing).parts for key in keys]
         folded = []
@@ -288,7 +293,7 @@ class Shard:
         if message.version > self.version:
             return []
         if message.version < self.version:
-            return [Answer(peer, request, m.Written(PASSED))]
+            return [Answer(peer, request, m.Written(self.number, PASSED))]
         text, tensors = self.state()
         copies = [tensor.clone() for tensor in tensors]
         return [Writing(message.folder, message.snapshot, self.number, text, copies, peer, request)]

@@ -27,6 +27,7 @@ from ringred.parameter_server.whole import joined
 __all__ = ["Writer", "newest", "read_snapshot"]
 
 _WHOLE = "whole.json"
+_WAITING = 4  # snapshots that may wait to be written: each is a copy of a shard
 _KEPT = 2  # snapshots, of those that are made after so many updates
 
 
@@ -39,7 +40,11 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def write(self, writing: Writing, *, prune: bool) -> None:
-        """Begins to write; with `prune`, old snapshots of the folder are then removed."""
+        """Begins to write; with `prune`, old snapshots of the folder are then removed. What comes faster than it can be
+        written fails."""
+        if self._given.qsize() >= _WAITING:
+            self._told(writing, f"{_WAITING} snapshots before it are not written yet")
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="ringred-snapshots", daemon=True)
             self._thread.start()

@@ -65,6 +65,8 @@ class Store:
     """
 
     def __init__(self, rule: str | MakeOptimizer = "add", policy: Policy | None = None, **placement: Any) -> None:
+        if placement.get("hierarchy", "flat") != "flat":
+            raise PolicyError("a store is flat: what the ranks of a host push is not one gradient")
         self._make = rule
         self._rule: Rule | None = None
         self._shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}

@@ -179,8 +179,10 @@ class ParameterServer:
         an exception the others hear of it."""
         for hook in self._hooks:
             hook.remove()
-        self._way.close()
-        self._member.close()
+        try:
+            self._way.close()
+        finally:
+            self._member.close()
 
     def __enter__(self) -> ParameterServer:
         return self

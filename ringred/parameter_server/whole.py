@@ -8,16 +8,16 @@ The dictionary holds numbers, texts and tensors, so `torch.save` writes it and `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ringred.errors import PolicyError
-from ringred.parameter_server.shard import Frame, as_tensor, dtype_of
+from ringred.parameter_server.shard import Frame, Shard, as_tensor, dtype_of
 
-__all__ = ["FIELDS", "Layout", "cut", "joined", "of_coordinator"]
+__all__ = ["FIELDS", "Layout", "cut", "go_on_from", "joined", "of_coordinator"]
 
 Layout = Mapping[str, Sequence[tuple[int, int, int, int]]]
 """The pieces of each tensor, in the order of their elements: number, start, stop, shard."""
@@ -124,6 +124,17 @@ def of_coordinator(whole: Mapping[str, Any]) -> dict[str, Any]:
         for name, entry in tensors_of(whole).items()
     ]
     return {name: whole[name] for name in ("version", "rate", "policy", "rule", "figures")} | {"tensors": tensors}
+
+
+def go_on_from(whole: Mapping[str, Any], machines: Iterable[Any], catalog: Any) -> None:
+    """Coordinators and shards take a whole state, as `catalog`, which is new, places its tensors."""
+    head = of_coordinator(whole)
+    catalog.load_state(head)
+    for machine in machines:
+        if isinstance(machine, Shard):
+            machine.load_state(*cut(whole, catalog.layout, machine.number))
+        else:
+            machine.load_state(head)
 
 
 def tensors_of(whole: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _plain(layout: struct.Struct) -> tuple[_Put, _Take]:
 
 
 def _put_text(parts: list[bytes], value: str) -> None:
-    data = value.encode()
+    data = value.encode(errors="replace")
     parts += (_LENGTH.pack(len(data)), data)
 
 

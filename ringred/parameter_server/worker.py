@@ -102,6 +102,11 @@ class Worker:
     ) -> None:
         """The servers have `tensors` from here on, updated by `rule` in its `groups`. The first worker's values are
         taken; if `check_values`, those of the others must be the same."""
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise UnsupportedTensor(
+                    f"worker {self.number}: {name!r}: expected a floating-point dtype, got {tensor.dtype}"
+                )
         entries = [
             [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), group, _digest(tensor, check_values)]
             for (name, tensor), group in zip(tensors.items(), groups, strict=True)
@@ -225,10 +230,10 @@ class Worker:
     def commit(self, gradients: Gradients, version: int | None = None) -> None:
         """Waits until all shards hold all parts; then the gradient counts, whatever happens to this worker."""
         # A part without frames for shard 0, where the coordinator is, goes the way of the commit, and comes before it.
-        self.connection.wait(part for part in gradients.parts if part.machine != 1 or part.frames)
+        self.connection.wait([part for part in gradients.parts if part.machine != 1 or not part.near])
         at = gradients.version if version is None else version
         commit = m.Commit(self.number, self.life, gradients.sequence, at)
-        self.connection.wait([*gradients.parts, self.connection.ask(m.COORDINATOR, commit)])
+        self.connection.wait([*gradients.parts, self.connection.ask_after(gradients.parts, m.COORDINATOR, commit)])
 
     # ------------------------------------------------------------------ values
 
@@ -282,9 +287,11 @@ class Worker:
 
     def save(self, folder: str) -> int:
         """Has the servers write a snapshot, and returns its version."""
-        (saved,) = self.connection.wait([self.connection.ask(m.COORDINATOR, m.Save(folder))])
-        version: int = saved.version
-        return version
+        for _ in range(_TRIES):
+            (saved,) = self.connection.wait([self.connection.ask(m.COORDINATOR, m.Save(folder))])
+            if saved.version >= 0:
+                return int(saved.version)
+        raise PolicyError(f"worker {self.number}: no snapshot in {_TRIES} tries: servers died meanwhile")
 
     # ------------------------------------------------------------------ the rest
 

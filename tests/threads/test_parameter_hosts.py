@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ringred
 from ringred.errors import PeerFailed, PolicyError, RingredError
-from ringred.parameter_server.policies import Async, KAsync, KBatchSync, KSync, Sync
+from ringred.parameter_server.policies import Async, KAsync, KBatchAsync, KBatchSync, KSync, SoftSync, Sync
 from ringred.parameter_server.price import cheaper, price
 from ringred.parameter_server.training import ParameterServer
 from ringred.runtime.select import machine_model
@@ -61,7 +61,7 @@ def test_sync_by_host_equals_ddp(hosts: tuple[int, ...], shards: int, shared: bo
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(values, found[0], strict=True))
 
 
-@pytest.mark.parametrize("policy", [KSync(1), KBatchSync(1), KAsync(1), Async()])
+@pytest.mark.parametrize("policy", [KSync(1), KBatchSync(1), KAsync(1), Async(), KBatchAsync(3), SoftSync(1)])
 def test_every_update_is_made_once_whatever_the_policy(policy: Any) -> None:
     """With gradients of one and a rate of one, each update takes one off."""
 

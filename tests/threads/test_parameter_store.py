@@ -188,6 +188,16 @@ def test_wrong_calls_say_what_was_expected() -> None:
     assert raised(body) == [None]
 
 
+def test_numbers_that_have_no_mean_and_hosts_as_workers_are_refused() -> None:
+    def body(comm: ringred.Communicator) -> None:
+        with Store("add", comm=comm) as store, pytest.raises(UnsupportedTensor, match="'a': expected a floating-point"):
+            store.init("a", torch.zeros(3, dtype=torch.int64))
+        with pytest.raises(PolicyError, match="a store is flat"):
+            Store("add", comm=comm, hierarchy="host")
+
+    run_ranks(body, 1)
+
+
 def test_a_key_that_workers_give_other_values_is_refused() -> None:
     def body(comm: ringred.Communicator) -> str:
         with Store("add", comm=comm) as store:

@@ -6,6 +6,7 @@ More frames: python -m tests.threads.test_parameter_wire 100000
 from __future__ import annotations
 
 import gc
+import os
 import random
 import resource
 import socket
@@ -25,6 +26,7 @@ from ringred.parameter_server.keys import Keys, load_keys, make_keys, save_keys
 from ringred.parameter_server.policies import Gradient, KAsync
 from ringred.parameter_server.rules import Rule
 from ringred.parameter_server.server import Server
+from ringred.parameter_server.shared import place
 from ringred.parameter_server.wire import Malformed, pack, unpack
 from ringred.parameter_server.worker import Worker
 
@@ -87,11 +89,17 @@ def messages() -> list[Any]:
         m.State('{"version": 7, "rate": 1.0, "policy": "", "rule": null, "figures": {}, "tensors": []}'),
         m.State('{"version": 7, "rule": null, "pieces": [[0, [100], "float64", 0]], "kept": [], "stepper": {}}'),
         m.Save("/dev/null/nowhere"),
+        m.Meet(0, 1, 1 << 40, 5, place()),
+        m.Meet(0, 1, os.getpid(), 0, place()),
+        m.Declare(
+            0, '{"rule": {"kind": "add", "groups": [{}], "schedule": null}, "tensors": [["z", [1], "\\ud800", 0, ""]]}'
+        ),
+        m.Attend(0, 4242),
         m.Collect((1, 2, 3)),
         m.Collect((1,)),
         m.Show(0, "w0/1", 1),
         m.Write(0, "/dev/null/nowhere", "s"),
-        m.Written("x"),
+        m.Written(0, "x"),
         m.Discard(()),
         m.Values(3),
         m.Failed("x", "y"),
