@@ -125,7 +125,7 @@ def main(task):
             time.sleep(0.3)
             say(killed=time.time())
             os.kill(hosts.ranks[-1].pid, signal.SIGKILL)
-        for printed in hosts.wait(60):
+        for printed in hosts.wait(100):
             said += printed.splitlines()
         for line in said:
             print(line.strip(), flush=True)
