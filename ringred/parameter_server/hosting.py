@@ -16,11 +16,12 @@ from ringred.parameter_server.agreeing import gathered, together
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
 from ringred.parameter_server.encoding import encoding_of
 from ringred.parameter_server.keys import Keys, make_keys
+from ringred.parameter_server.meeting import find_servers
 from ringred.parameter_server.messages import Apply
 from ringred.parameter_server.policies import Async, Policy
 from ringred.parameter_server.price import cheaper
 from ringred.parameter_server.server import Server
-from ringred.parameter_server.serving import check_every, find_servers
+from ringred.parameter_server.serving import check_every
 from ringred.parameter_server.worker import Worker
 from ringred.runtime import lifetime
 from ringred.runtime.select import machine_model

@@ -1,50 +1,27 @@
-"""Servers in processes of their own: `ringred serve`, and how workers find them.
-
-They meet in a folder that all of them see (each server writes its address there, and server 0 the keys), or at
-addresses that everybody is told.
-"""
+"""Servers in processes of their own: `ringred serve`. They meet in a folder that all of them see (`meeting.py`), or at
+addresses that everybody is told."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ringred.errors import CollectiveTimeout, PolicyError, TransportUnavailable
+from ringred.errors import PolicyError
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
-from ringred.parameter_server.keys import Keys, load_keys, make_keys, save_keys
+from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.meeting import card_in, find_servers, keys_in
 from ringred.parameter_server.policies import Policy
 from ringred.parameter_server.server import Server
 
-__all__ = ["check_every", "find_servers", "serve"]
+__all__ = ["check_every", "serve"]
 
-_KEYS = "keys.json"
-_PATIENCE = 60.0  # seconds to wait for the other servers
 _RETURN = 60.0  # seconds in which workers that died may come back when none is left
-
-
-def find_servers(folder: str | Path, timeout: float = _PATIENCE) -> tuple[list[str], Keys]:
-    """The addresses of the servers that meet in `folder`, and their keys. Waits until all are there; raises
-    `CollectiveTimeout` after `timeout` seconds."""
-    folder, deadline = Path(folder), time.monotonic() + timeout
-    while True:
-        found = [json.loads(path.read_text()) for path in sorted(folder.glob("server-*.json"))]
-        expected = found[0]["shards"] if found else 0
-        addresses = {card["number"]: card["address"] for card in found if card["shards"] == expected}
-        if found and len(addresses) == expected and (folder / _KEYS).exists():
-            return [addresses[number] for number in range(expected)], load_keys(folder / _KEYS)
-        if time.monotonic() > deadline:
-            missing = sorted(set(range(expected)) - addresses.keys()) if found else "all"
-            raise CollectiveTimeout(
-                f"no servers in {folder} after {timeout:g} s: missing {missing}; is ringred serve up?"
-            )
-        time.sleep(0.05)
 
 
 def serve(
@@ -76,8 +53,10 @@ def serve(
         raise PolicyError(f"serve: {policy} needs {policy.fewest} workers, and there are {workers}")
     check_every(every, snapshots)
     place = None if snapshots is None else str(snapshots.absolute())
+    if folder is not None and keys is not None:
+        raise PolicyError("serve: in a folder server 0 makes the keys; --keys goes with --addresses")
     if folder is not None:
-        keys = _keys_in(folder, number) if keys is None else keys
+        keys = keys_in(folder, number)
     elif keys is None:
         raise PolicyError("serve: at given addresses, --keys has to name a file of keys; ringred keys makes one")
 
@@ -94,21 +73,15 @@ def serve(
     try:
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, lambda *_: ended.set())
-        if folder is not None:
-            _write(folder / f"server-{number}.json", {"number": number, "shards": shards, "address": server.address})
-            addresses, _ = find_servers(folder)
-        server.start(addresses)
-        told(f"ringred: server {number} of {shards} listens on {server.address}")
-        while not ended.wait(0.1) and not server.done(_RETURN):
-            pass
-        if server.coordinator is not None:
-            told(f"ringred: {json.dumps(server.coordinator.report())}")
+        with nullcontext() if folder is None else card_in(folder, number, shards, server.address):
+            server.start(addresses if folder is None else find_servers(folder)[0])
+            told(f"ringred: server {number} of {shards} listens on {server.address}")
+            while not ended.wait(0.1) and not server.done(_RETURN):
+                pass
+            if server.coordinator is not None:
+                told(f"ringred: {json.dumps(server.coordinator.report())}")
     finally:
         server.close("was ended" if ended.is_set() else "")
-        if folder is not None:
-            (folder / f"server-{number}.json").unlink(missing_ok=True)
-            if number == 0:
-                (folder / _KEYS).unlink(missing_ok=True)
     return 0
 
 
@@ -121,26 +94,3 @@ def check_every(every: int | None, snapshots: object) -> None:
 def _own(addresses: Sequence[str], number: int) -> str:
     """The address to listen on: that which others were given, or a free port of the loopback."""
     return addresses[number] if addresses else "tcp://127.0.0.1:*"
-
-
-def _keys_in(folder: Path, number: int) -> Keys:
-    """The keys that server 0 puts into the folder."""
-    if number == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _KEYS).unlink(missing_ok=True)
-        keys = make_keys()
-        save_keys(keys, folder / f".{_KEYS}.{os.getpid()}")
-        (folder / f".{_KEYS}.{os.getpid()}").rename(folder / _KEYS)
-        return keys
-    deadline = time.monotonic() + _PATIENCE
-    while not (folder / _KEYS).exists():
-        if time.monotonic() > deadline:
-            raise TransportUnavailable(f"server {number}: no keys in {folder} after {_PATIENCE:g} s: is server 0 up?")
-        time.sleep(0.05)
-    return load_keys(folder / _KEYS)
-
-
-def _write(path: Path, card: dict[str, object]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(card))
-    unfinished.rename(path)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_FAST = 100e6  # bytes per second that encryption should do
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -230,7 +231,7 @@ def _topology(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    checks = [_check_torch, _check_machine, _check_mpi, _check_threads, _check_gloo]
+    checks = [_check_torch, _check_machine, _check_mpi, _check_threads, _check_gloo, _check_encryption]
     results = [check() for check in checks]
     print(tabulate([(("ok" if good else "FAILED"), what, remedy) for good, what, remedy in results], tablefmt="plain"))
     failed = [what for good, what, _ in results if not good]
@@ -309,6 +310,21 @@ def _check_threads() -> tuple[bool, str, str]:
 
 def _check_gloo() -> tuple[bool, str, str]:
     return _checked("Gloo over the loopback", "torch_p2p", "is the loopback interface up, and not filtered?")
+
+
+def _check_encryption() -> tuple[bool, str, str]:
+    from ringred.parameter_server.keys import encryption_rate
+
+    try:
+        rate = encryption_rate()
+    except RingredError as failure:
+        return False, f"encryption of a parameter server's messages: {failure}", ""
+    remedy = "this pyzmq brings a slow libsodium: apt install libsodium23, and start with LD_PRELOAD=libsodium.so.23"
+    return (
+        True,
+        f"encryption of a parameter server's messages between hosts: {rate / 1e6:.0f} MB/s",
+        "" if rate > _FAST else remedy,
+    )
 
 
 if __name__ == "__main__":

@@ -83,6 +83,11 @@ def test_a_server_that_is_ended_is_named_and_leaves_nothing(tmp_path: Path) -> N
     command = [str(Path(sys.executable).with_name("ringred")), "serve", "--workers", "1", "--folder", str(tmp_path)]
     program = [sys.executable, str(ROOT / "tests" / "procs" / "programs" / "ps_waits.py"), str(tmp_path)]
     quiet = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as killed:  # what it leaves in the folder misleads nobody
+        assert killed.stdout is not None
+        assert b"listens on" in killed.stdout.readline()
+        killed.kill()
+    assert len(list(tmp_path.iterdir())) == 2
     with (
         subprocess.Popen(command, stdout=subprocess.DEVNULL) as server,
         subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=quiet) as worker,
