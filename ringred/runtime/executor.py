@@ -8,17 +8,20 @@ made when a plan is bound, and code that uses a buffer repeatedly (a gradient bu
 from __future__ import annotations
 
 import time
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ringred.runtime.folds import Folder
+from ringred.runtime.tape import compiled
 from ringred.runtime.trace import Tracer
 from ringred.schedule.program import Fold, PostReceive, PostSend, Program, Snapshot, Take, WaitSent
-from ringred.transports.base import Request, Transport, Windowed
+from ringred.transports.base import Player, Request, Tape, Transport, Windowed
 
 __all__ = ["Piece", "Plan", "bind", "run"]
 
@@ -32,7 +35,8 @@ class Piece(NamedTuple):
     tensor: Tensor
 
 
-class Plan(NamedTuple):
+@dataclass(slots=True)
+class Plan:
     """A program bound to memory: each operation as a tuple of its code, its request numbers and its views."""
 
     operations: tuple[tuple[Any, ...], ...]
@@ -42,6 +46,10 @@ class Plan(NamedTuple):
     """The tensor that holds all the data, if there is only one and peers may write into it (puts); else None."""
     own_bytes: int = 0
     """Bytes of memory that the plan allocated for itself."""
+    tape: Tape | None = None
+    """The operations in the form that the transport's player plays, once they were played."""
+    by_hand: bool = False
+    """Whether the player does not have what the plan needs."""
 
 
 def bind(
@@ -91,6 +99,9 @@ def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None
     """Runs `plan` over `transport`. Raises `Fault` like `Transport.wait`; after that the transport is unusable."""
     if transport.windows:
         cast(Windowed, transport).expose(plan.exposed)
+    player = transport.player
+    if player is not None and not plan.by_hand and player.ready() and _played(plan, player, deadline, tracer):
+        return
     requests: list[Request] = [None] * plan.requests
     isend, irecv, wait, release = transport.isend, transport.irecv, transport.wait, transport.release
     folder = plan.folder
@@ -131,3 +142,30 @@ def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None
                 wait(requests[operation[1]], deadline)
         else:
             operation[1].copy_(operation[2])
+
+
+def _played(plan: Plan, player: Player, deadline: float, tracer: Tracer | None) -> bool:
+    """Whether `player` ran the plan."""
+    tape = plan.tape
+    if tape is None:
+        tape = plan.tape = compiled(plan.operations, plan.requests, plan.folder, player.links)
+        if tape is None:
+            plan.by_hand = True
+            return False
+    if tracer is None:
+        player.play(tape, deadline, None)
+        return True
+    times = array("q", bytes(24 * tape.timed))
+    player.play(tape, deadline, times)
+    at = 0
+    for operation in plan.operations:
+        if operation[0] == _FOLD:
+            _, _, _, _, _, step, peers = operation
+            tracer.span("wait", f"step {step}: from {peers}", times[at], times[at + 1])
+            tracer.span("fold", f"step {step}: fold", times[at + 1], times[at + 2])
+        elif operation[0] == _TAKE:
+            tracer.span("wait", f"step {operation[2]}: from {operation[3]}", times[at], times[at + 1])
+        else:
+            continue
+        at += 3
+    return True

@@ -109,6 +109,10 @@ class Folder:
         """Divides this rank's contribution by the group's size before the collective, if `scales_first` is true."""
         own.div_(self.size)
 
+    def divisor(self, final: bool) -> int:
+        """What a fold divides by: the group's size, or 0 if it does not divide."""
+        return self.size if final and self._scales_last else 0
+
     def __call__(self, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
         """Writes to `out` the operands combined from left to right, divided by the group's size if `final` and avg.
 

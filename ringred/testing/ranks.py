@@ -32,6 +32,7 @@ class Faulty:
         self.inner, self.seconds = inner, seconds
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.windows, self.buffers, self.segment_bytes = inner.windows, inner.buffers, inner.segment_bytes
+        self.player = None  # every send and wait comes by here
         self._random = random.Random(f"{seed}/{inner.rank}")
 
     @property

@@ -12,7 +12,8 @@ collective, so that two ranks in different collectives detect it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -26,7 +27,9 @@ __all__ = [
     "Fault",
     "FaultKind",
     "Gather",
+    "Player",
     "Request",
+    "Tape",
     "Transport",
     "Windowed",
     "mixed",
@@ -56,6 +59,38 @@ class Counters:
     bytes_received: int = 0
     contract_bytes_sent: int = 0
     contract_bytes_received: int = 0
+
+
+class Tape:
+    """A plan's instructions as numbers, `words` (runtime/tape.py), with what the player notes while it plays them.
+
+    `timed`: how many of them are timed; `element`: bytes of an element; then the messages and bytes that it moves.
+    """
+
+    __slots__ = ("address", "element", "moved", "requests", "timed", "words")
+
+    HEAD = 8  # words before the instructions; those of the last fault are the last three
+    REQUEST_WORDS = 12
+
+    def __init__(self, words: list[int], requests: int, timed: int, element: int, *moved: int) -> None:
+        self.requests = array("q", bytes(8 * self.REQUEST_WORDS * max(1, requests)))
+        self.words = array("q", [0, self.requests.buffer_info()[0], requests, 0, 0, 0, 0, 0, *words])
+        self.address = self.words.buffer_info()[0]
+        self.timed, self.element, self.moved = timed, element, moved
+
+
+class Player(Protocol):
+    """Plays tapes over its transport, in one call without the GIL."""
+
+    links: Mapping[int, int]
+    """The number of the link to each peer."""
+
+    def ready(self) -> bool:
+        """Whether nothing is under way that it does not know of."""
+
+    def play(self, tape: Tape, deadline: float, times: array[int] | None) -> None:
+        """Plays it. `times` get, for each fold and take, when it began to wait, had its data and ended, in ns. Raises
+        `Fault` as `Transport.wait` does."""
 
 
 def mixed(contract: int) -> int:
@@ -97,6 +132,10 @@ class Transport(Protocol):
     """Whether at least one segment can be buffered between every two ranks (see `schedule.lower`)."""
     segment_bytes: int
     """The greatest useful message: the executor splits a larger one, and overlaps the parts with folds."""
+
+    @property
+    def player(self) -> Player | None:
+        """Plays compiled plans, where there is such a thing."""
 
     def begin(self, contract: int, turn: int) -> None:
         """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.

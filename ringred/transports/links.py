@@ -2,10 +2,14 @@
 
 A rank's control block lies in its window. Other ranks write only three things there: its alarm, the word SLEEPING
 when they wake it, and, each on a cache line of its own, that they will not read the block any more.
+
+What a rank counts for itself (messages sent, slots used) lies in words of its own memory, which the compiled player
+reads and writes too; `native/layout.h` has the same numbers.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 
 from torch import Tensor
@@ -14,7 +18,7 @@ from ringred.transports import futex
 from ringred.transports.futex import fence
 from ringred.transports.windows import Window
 
-__all__ = ["Layout", "Link", "Receive", "Send", "Slots"]
+__all__ = ["LAYOUT", "Layout", "Link", "Receive", "Send", "Slots", "State"]
 
 SLOT_BYTES = 512 << 10
 """The size of a large slot, and so of a segment: large enough to hide Python's overhead, small enough for a cache."""
@@ -38,6 +42,16 @@ CONTRACT, LENGTH, PLACE, NUMBER = 0, 1, 2, 3  # words of a descriptor
 AT, PUT, PART = 0, 1, 2
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
 
+# Words of a rank's own state: first its own, then those of each link.
+OWN_WINDOW, OWN_END, OWN_BLOCK, OWN_CONTRACT, EXPOSED, EXPOSED_END, CROWDED, LOST, LINKS = range(9)
+WINDOW, WINDOW_END, BLOCK, ACKED_WORD, TAKEN_WORD, ENTRIES_IN, ENTRIES_OUT, SMALL, LARGE = range(9)
+SENT, ACKED, TAKEN, AWAITED, SMALL_NEXT, LARGE_NEXT, SMALL_USED = range(9, 16)
+LARGE_USED = SMALL_USED + SMALL_SLOTS
+OWN_WORDS, LINK_WORDS = 16, 40
+LAYOUT: tuple[int, ...] = (1, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES)
+LAYOUT += (SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, OWN_WORDS, LINK_WORDS)
+"""What the compiled player has to agree on: a version, and these numbers."""
+
 
 class Layout:
     """Where things lie in the control block of a rank among `size`: offsets in bytes from its start."""
@@ -50,24 +64,43 @@ class Layout:
         self.nbytes = self.large + size * SLOTS * SLOT_BYTES
 
 
+class State:
+    """The words of one rank's own state: `own`, and those of each of `links` links."""
+
+    def __init__(self, window: Window, block: int, crowded: bool, links: int) -> None:
+        words = array("q", bytes(8 * (OWN_WORDS + LINK_WORDS * links)))
+        self.address, _ = words.buffer_info()
+        self._words = memoryview(words)
+        self.own = self._words[:OWN_WORDS]
+        self.own[OWN_WINDOW], self.own[OWN_END] = window.address, window.address + window.nbytes
+        self.own[OWN_BLOCK], self.own[CROWDED], self.own[LINKS] = window.address + block, crowded, links
+
+    def of(self, number: int) -> memoryview[int]:
+        """The words of a link."""
+        start = OWN_WORDS + LINK_WORDS * number
+        return self._words[start : start + LINK_WORDS]
+
+
 class Slots:
-    """A ring of `count` slots of `nbytes` bytes in this rank's window, from offset `start`, `stride` bytes apart."""
+    """A ring of `count` slots of `nbytes` bytes in this rank's window, from offset `start`, `stride` bytes apart.
 
-    __slots__ = ("nbytes", "next", "start", "stride", "used")
+    In the words of the link lie, at `next_at`, which slot is next, and from `used_at` on the number of the message that
+    each was last used for."""
 
-    def __init__(self, start: int, nbytes: int, stride: int, count: int) -> None:
-        self.start, self.nbytes, self.stride = start, nbytes, stride
-        self.next, self.used = 0, [0] * count  # the number of the message that each was last used for
+    __slots__ = ("count", "nbytes", "next_at", "start", "stride", "used_at")
+
+    def __init__(self, start: int, nbytes: int, stride: int, count: int, next_at: int, used_at: int) -> None:
+        self.start, self.nbytes, self.stride, self.count = start, nbytes, stride, count
+        self.next_at, self.used_at = next_at, used_at
 
 
 class Link:
-    """Both directions between this rank and one peer."""
+    """Both directions between this rank and one peer. `state` has the numbers of the last message (or part of one) that
+    was SENT, that the peer has consumed (ACKED), and that was TAKEN here."""
 
     __slots__ = (
-        "acked",
         "acked_at",
         "acked_words",
-        "awaited",
         "block",
         "entries_in",
         "entries_out",
@@ -75,36 +108,49 @@ class Link:
         "pending",
         "queue",
         "rank",
-        "sent",
         "sleep_address",
         "small",
-        "taken",
+        "state",
         "taken_at",
         "window",
         "words",
         "words_at",
     )
 
-    def __init__(self, rank: int, index: int, window: Window, block: int, own_block: int, own: int, size: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        index: int,
+        window: Window,
+        block: int,
+        own_window: Window,
+        own_block: int,
+        own: int,
+        size: int,
+        state: memoryview[int],
+    ) -> None:
         layout = Layout(size)
-        self.rank, self.window, self.block = rank, window, block
+        self.rank, self.window, self.block, self.state = rank, window, block, state
         self.words, self.words_at = window.words, block // 8
         self.sleep_address = window.address + block + 8 * SLEEPING
         # What this rank sends: entries and slots are in its own block, the count of what is consumed in the peer's.
         self.entries_out = (own_block + layout.entries) // 8 + index * ENTRIES * 4
         small = own_block + layout.small + index * SMALL_SLOTS * SMALL_STRIDE
         large = own_block + layout.large + index * SLOTS * SLOT_BYTES
-        self.small = Slots(small, SMALL_BYTES, SMALL_STRIDE, SMALL_SLOTS)
-        self.large = Slots(large, SLOT_BYTES, SLOT_BYTES, SLOTS)
+        self.small = Slots(small, SMALL_BYTES, SMALL_STRIDE, SMALL_SLOTS, SMALL_NEXT, SMALL_USED)
+        self.large = Slots(large, SLOT_BYTES, SLOT_BYTES, SLOTS, LARGE_NEXT, LARGE_USED)
         self.acked_words, self.acked_at = window.words, block // 8 + CONSUMED + 8 * own
-        self.sent = self.acked = 0  # numbers of the last message (or part of one) sent, and consumed
         self.queue: deque[Send] = deque()
-        self.awaited = 0  # contract of the last collective that this rank waited for the peer to begin
         # What it receives: the other way round.
         self.entries_in = (block + layout.entries) // 8 + own * ENTRIES * 4
         self.taken_at = own_block // 8 + CONSUMED + 8 * index
-        self.taken = 0
         self.pending: deque[Receive] = deque()
+        state[WINDOW], state[WINDOW_END] = window.address, window.address + window.nbytes
+        state[BLOCK], state[SMALL], state[LARGE] = window.address + block, small, large
+        state[ACKED_WORD] = window.address + 8 * self.acked_at
+        state[TAKEN_WORD] = own_window.address + 8 * self.taken_at
+        state[ENTRIES_IN] = window.address + 8 * self.entries_in
+        state[ENTRIES_OUT] = own_window.address + 8 * self.entries_out
 
     def wake(self) -> None:
         """Wakes the peer, if it sleeps, to see what was just written."""

@@ -93,6 +93,7 @@ class LocalTransport:
     name = "local"
     windows = False
     buffers = False
+    player = None
 
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank, self.size = hub, rank, hub.size

@@ -126,6 +126,7 @@ class MpiTransport:
     name = "mpi"
     windows = False
     buffers = False
+    player = None
 
     def __init__(self, comm: Any) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

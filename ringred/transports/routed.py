@@ -79,6 +79,7 @@ class RoutedTransport:
         far.counters = near.counters
         self._near_peers = frozenset(near.peers)
         self._all_near = self.buffers = len(self._near_peers) == self.size - 1
+        self.player = near.player if self._all_near else None
         self.name = near.name if self._all_near else f"{near.name}+{far.name}"
         if self._all_near:
             # All peers are near: calls go to `near` directly.

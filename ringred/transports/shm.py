@@ -24,6 +24,7 @@ from ringred.transports.base import SETTLING_SECONDS, Counters, Fault, FaultKind
 from ringred.transports.futex import fence
 from ringred.transports.links import (
     ABORTED,
+    ACKED,
     ALARM,
     AT,
     CLOSED,
@@ -31,21 +32,26 @@ from ringred.transports.links import (
     ENTRIES,
     LEFT,
     LENGTH,
+    LOST,
     NUMBER,
     PART,
     PLACE,
     PUT,
     REPORT_BYTES,
     REPORT_LENGTH,
+    SENT,
     SETTLES,
     SLEEPING,
     SLOT_BYTES,
+    TAKEN,
     Layout,
     Link,
     Receive,
     Send,
+    State,
 )
 from ringred.transports.neighbours import Neighbours
+from ringred.transports.shm_player import ShmPlayer, usable
 from ringred.transports.shm_sending import SPIN_NS, Sender
 from ringred.transports.windows import Views
 
@@ -95,23 +101,27 @@ class ShmTransport:
         except OSError as failure:
             self._heap.give_back(self._block, self._layout.nbytes)
             raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
-        self._links = {
-            names[index]: Link(
-                names[index], index, neighbours.windows[member], blocks[member], self._block, own, len(members)
-            )
-            for index, member in enumerate(members)
-            if index != own
-        }
+        self._crowded = len(members) > neighbours.cores(members)
+        self._state = State(self.window, self._block, self._crowded, len(members) - 1)
+        self._links: dict[int, Link] = {}
+        for index, (name, member) in enumerate(zip(names, members, strict=True)):
+            if index != own:
+                theirs, words = neighbours.windows[member], self._state.of(len(self._links))
+                here = (self.window, self._block, own, len(members), words)
+                self._links[name] = Link(name, index, theirs, blocks[member], *here)
         self._words, self._at = self.window.words, self._block // 8
         self._base, self._end = self.window.address, self.window.address + self.window.nbytes
         self._contract = 0
         self.begun = (0, 0)  # contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
         self._views = Views()
-        self._crowded = len(members) > neighbours.cores(members)
-        self._sender = Sender(self.rank, self.window, self._block, self._links, self._views, self._crowded)
+        self._sender = Sender(self.rank, self.window, self._block, self._links, self._views, self._crowded, self._state)
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
         self._closed = False
+        self.player: ShmPlayer | None = None
+        if usable() is None:
+            links = list(self._links.values())
+            self.player = ShmPlayer(self._state, links, self._sender, self._check_aborted, self._left)
         neighbours.hold(self)
 
     @property
@@ -168,12 +178,12 @@ class ShmTransport:
         if request.until < 0:
             self.drain()
         while request.until < 0:
-            self._until(link, link.acked_words, link.acked_at, link.acked + 1, deadline)
+            self._until(link, link.acked_words, link.acked_at, link.state[ACKED] + 1, deadline)
             self.drain()
-        if request.until > link.acked:
+        if request.until > link.state[ACKED]:
             if link.acked_words[link.acked_at] < request.until:
                 self._until(link, link.acked_words, link.acked_at, request.until, deadline)
-            link.acked = link.acked_words[link.acked_at]
+            link.state[ACKED] = link.acked_words[link.acked_at]
         return None
 
     def _take(self, link: Link, request: Receive, deadline: float, wanted: bool) -> None:
@@ -181,7 +191,7 @@ class ShmTransport:
         dst, got = request.dst, 0
         staging: Tensor | None = None
         while True:
-            number = link.taken + 1
+            number = link.state[TAKEN] + 1
             entry = link.entries_in + (number % ENTRIES) * 4
             words = link.words
             if words[entry + NUMBER] != number:
@@ -193,7 +203,7 @@ class ShmTransport:
                 raise Fault(
                     FaultKind.MISMATCH, link.rank, f"expected {expected // size} elements, got {nbytes // size}"
                 )
-            link.taken = number
+            link.state[TAKEN] = number
             offset, kind = place >> 2, place & 3
             if kind == AT and request.lend and not got and wanted and nbytes:
                 request.view = self._views.of(link.rank, link.window, offset, nbytes, dst.dtype)
@@ -273,18 +283,19 @@ class ShmTransport:
         """Lets a sleeping wait look again."""
         if self._closed:
             return
+        self._state.own[LOST] = 1
         self._words[self._at + SLEEPING] = 0
         futex.wake(self._base + self._block + 8 * SLEEPING)
 
     def settle(self, deadline: float) -> None:
         self._words[self._at + SETTLES] = 1
         for link in self._links.values():
-            while link.queue or link.acked_words[link.acked_at] < link.sent:
+            while link.queue or link.acked_words[link.acked_at] < link.state[SENT]:
                 self.drain()
                 settles = link.words[link.words_at + SETTLES]  # then it receives nothing more
                 try:
                     soon = min(deadline, time.monotonic() + SETTLING_SECONDS)
-                    self._until(link, link.acked_words, link.acked_at, link.sent, soon)
+                    self._until(link, link.acked_words, link.acked_at, link.state[SENT], soon)
                 except Fault as fault:
                     if fault.kind == FaultKind.TIMEOUT and settles:
                         raise Fault(FaultKind.UNRECEIVED, link.rank) from None

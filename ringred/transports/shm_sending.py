@@ -11,22 +11,29 @@ from ringred.transports import futex
 from ringred.transports.base import Counters
 from ringred.transports.futex import fence
 from ringred.transports.links import (
+    ACKED,
     AT,
+    AWAITED,
     ENTRIES,
+    EXPOSED,
     EXPOSED_AT,
     EXPOSED_CONTRACT,
+    EXPOSED_END,
     LENGTH,
     NOWHERE,
     NUMBER,
+    OWN_CONTRACT,
     PART,
     PLACE,
     PUT,
+    SENT,
     SLEEPING,
     SMALL_BYTES,
     SMALL_SLOTS,
     SMALL_STRIDE,
     Link,
     Send,
+    State,
 )
 from ringred.transports.windows import Views, Window
 
@@ -44,28 +51,35 @@ class Sender:
     """
 
     def __init__(
-        self, rank: int, window: Window, block: int, links: Mapping[int, Link], views: Views, crowded: bool
+        self,
+        rank: int,
+        window: Window,
+        block: int,
+        links: Mapping[int, Link],
+        views: Views,
+        crowded: bool,
+        state: State,
     ) -> None:
         self._rank, self._window, self._links, self._views, self._crowded = rank, window, links, views, crowded
+        self._own = state.own
         self._words, self._at = window.words, block // 8
         self._base, self._end = window.address, window.address + window.nbytes
-        self._exposed = self._exposed_end = 0
         self.counters = Counters()
         self._contract = 0
         self.queued = 0
         """Sends without a descriptor or a slot yet."""
 
     def begin(self, contract: int) -> None:
-        self._contract = contract
+        self._contract = self._own[OWN_CONTRACT] = contract
 
     def expose(self, memory: Tensor | None) -> None:
         """Tells the peers where this rank's `memory` of the collective lies, so that they can put into it."""
         address = 0 if memory is None else memory.data_ptr()
         if memory is None or not self._base <= address < self._end:
-            self._exposed = self._exposed_end = 0
+            self._own[EXPOSED] = self._own[EXPOSED_END] = 0
             self._words[self._at + EXPOSED_AT] = NOWHERE
         else:
-            self._exposed, self._exposed_end = address, address + memory.nbytes
+            self._own[EXPOSED], self._own[EXPOSED_END] = address, address + memory.nbytes
             self._words[self._at + EXPOSED_AT] = address - self._base
         self._words[self._at + EXPOSED_CONTRACT] = self._contract
 
@@ -92,12 +106,12 @@ class Sender:
 
     def _send_small(self, link: Link, address: int, nbytes: int) -> bool:
         """Sends by a small slot, if there is room now."""
-        number, slots = link.sent + 1, link.small
-        slot = slots.next
-        needed = max(number - ENTRIES, slots.used[slot])
-        if needed > link.acked and needed > self._refresh(link):
+        state, slots = link.state, link.small
+        number, slot = state[SENT] + 1, state[slots.next_at]
+        needed = max(number - ENTRIES, state[slots.used_at + slot])
+        if needed > state[ACKED] and needed > self._refresh(link):
             return False
-        slots.used[slot], slots.next = number, (slot + 1) % SMALL_SLOTS
+        state[slots.used_at + slot], state[slots.next_at] = number, (slot + 1) % SMALL_SLOTS
         offset = slots.start + slot * SMALL_STRIDE
         futex.copy_short(self._base + offset, address, nbytes)
         self._post(link, number, self._contract, nbytes, offset << 2)
@@ -106,19 +120,21 @@ class Sender:
     def _start(self, request: Send) -> bool:
         """Posts as much of a send as there is room for; returns whether that is all."""
         link, nbytes = request.link, request.nbytes
+        state = link.state
         slots = link.small if nbytes <= SMALL_BYTES else link.large
         while True:
-            number = link.sent + 1
-            if number - ENTRIES > link.acked and number - ENTRIES > self._refresh(link):
+            number = state[SENT] + 1
+            if number - ENTRIES > state[ACKED] and number - ENTRIES > self._refresh(link):
                 return False
             if request.place >= 0:
                 request.until = 0 if request.place == PUT else number
                 self._post(link, number, request.contract, nbytes, request.place)
                 return True
-            slot = slots.next
-            if slots.used[slot] > link.acked and slots.used[slot] > self._refresh(link):
+            slot = state[slots.next_at]
+            used = state[slots.used_at + slot]
+            if used > state[ACKED] and used > self._refresh(link):
                 return False
-            slots.used[slot], slots.next = number, (slot + 1) % len(slots.used)
+            state[slots.used_at + slot], state[slots.next_at] = number, (slot + 1) % slots.count
             offset = slots.start + slot * slots.stride
             part = min(nbytes - request.done, slots.nbytes)
             if _BY_ADDRESS < part == nbytes:
@@ -134,16 +150,16 @@ class Sender:
 
     def _refresh(self, link: Link) -> int:
         """The last message that the peer has finished with."""
-        link.acked = link.acked_words[link.acked_at]
-        return link.acked
+        acked = link.state[ACKED] = link.acked_words[link.acked_at]
+        return acked
 
     def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
         """The offset in the peer's window to which a put from `address` goes; −1 if a put is not possible."""
-        if not self._exposed <= address < self._exposed_end:
+        if not self._own[EXPOSED] <= address < self._own[EXPOSED_END]:
             return -1
         if not self._entered(link):
             return -1
-        offset = link.words[link.words_at + EXPOSED_AT] + address - self._exposed
+        offset = link.words[link.words_at + EXPOSED_AT] + address - self._own[EXPOSED]
         return offset if offset + nbytes <= link.window.nbytes else -1
 
     def _entered(self, link: Link) -> bool:
@@ -151,9 +167,9 @@ class Sender:
         words, at = link.words, link.words_at + EXPOSED_CONTRACT
         if words[at] == self._contract:
             return True
-        if link.awaited == self._contract:
+        if link.state[AWAITED] == self._contract:
             return False
-        link.awaited = self._contract
+        link.state[AWAITED] = self._contract
         patience = time.monotonic_ns() + SPIN_NS
         while words[at] != self._contract:
             if time.monotonic_ns() >= patience:
@@ -174,7 +190,7 @@ class Sender:
         words[entry + LENGTH] = nbytes
         words[entry + PLACE] = place
         words[entry + NUMBER] = number  # written last: the descriptor is now complete
-        link.sent = number
+        link.state[SENT] = number
         fence()
         if link.words[link.words_at + SLEEPING]:  # `_wake`, inlined: a call costs a tenth of a small message
             link.rouse()

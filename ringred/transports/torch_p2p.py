@@ -158,6 +158,7 @@ class TorchP2PTransport:
     name = "torch_p2p"
     windows = False
     buffers = False
+    player = None
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float = 300.0, address: str | None = None) -> None:
         self.rank, self.size = rank, size

@@ -72,7 +72,7 @@ def floor(room: str, above: tuple[str, ...] = ()) -> int:
 
 def test_rooms_floors_and_no_circle() -> None:
     floors = {room: floor(room) for room in imports()}
-    assert len(floors) <= 16, sorted(floors)
+    assert len(floors) <= 17, sorted(floors)
     assert max(floors.values()) <= 9, floors
     used = frozenset[str]().union(*imports().values())
     assert [room for room in floors if not imports()[room] and room not in used] == [], "nothing stands alone"
@@ -80,7 +80,7 @@ def test_rooms_floors_and_no_circle() -> None:
 
 def test_the_room_reads_as_few_names() -> None:
     entries = [path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")]
-    assert len(entries) <= 16, sorted(entries)
+    assert len(entries) <= 17, sorted(entries)
 
 
 def test_no_file_is_long() -> None:

@@ -1,0 +1,242 @@
+/* Folds: operands of one dtype combined from left to right, element by element, as torch's kernels do.
+ *
+ * 16-bit floats are added and multiplied in 32 bits and rounded once, to the nearest even. A minimum or maximum keeps a
+ * NaN. All is written for a compiler that vectorises; on x86-64 it is compiled twice, and AVX2 is used where it is. */
+#include <string.h>
+
+#include "layout.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAS_AVX2 1
+#endif
+
+enum { BLOCK = 512 }; /* elements that are accumulated at a time, in the first-level cache */
+
+static inline float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float widened_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
+
+static inline uint16_t rounded_bf16(float value) {
+    uint32_t bits = bits_of_float(value);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+/* IEEE 754 binary16 without instructions for it. */
+static inline float widened_f16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00) /* infinite, or NaN, which becomes a quiet one */
+        return float_of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000 : 0));
+    if (rest >= 0x400) return float_of_bits(sign | (rest + 0x1c000) << 13);
+    return float_of_bits(sign | bits_of_float((float)rest * 0x1p-24f));
+}
+
+static inline uint16_t rounded_f16(float value) {
+    uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+    if (rest >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 and more round to infinity */
+    if (rest < 0x38800000) /* below the smallest normal number: let an addition round */
+        return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+
+/* Expressions of each operation. */
+#define ADD(a, b) ((a) + (b))
+#define MULTIPLY(a, b) ((a) * (b))
+#define WRAPPING_MULTIPLY(a, b) (1u * (a) * (b)) /* of uint16_t, which C would multiply as int */
+#define LESS(a, b) ((a) < (b) ? (a) : (b))
+#define GREATER(a, b) ((a) > (b) ? (a) : (b))
+#define LESS_OR_NAN(a, b) ((a) != (a) ? (a) : (a) < (b) ? (a) : (b))
+#define GREATER_OR_NAN(a, b) ((a) != (a) ? (a) : (a) > (b) ? (a) : (b))
+#define AND(a, b) ((a) & (b))
+#define OR(a, b) ((a) | (b))
+#define XOR(a, b) ((a) ^ (b))
+
+/* A fold of T in T. Overflow of integers wraps: T is then unsigned, or narrower than int. */
+#define NARROW(NAME, TARGET, T, OP, DIVIDES)                                                                    \
+    TARGET static void NAME(void *out, const void *const *operands, int64_t count, int64_t n, double divisor) { \
+        T *to = out;                                                                                            \
+        const T *first = operands[0], *second = operands[1];                                                    \
+        if (count == 2) {                                                                                       \
+            _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) to[i] = (T)OP(first[i], second[i]);            \
+        } else {                                                                                                \
+            T sum[BLOCK];                                                                                       \
+            for (int64_t start = 0; start < n; start += BLOCK) {                                                \
+                int64_t m = n - start < BLOCK ? n - start : BLOCK;                                              \
+                for (int64_t i = 0; i < m; i++) sum[i] = (T)OP(first[start + i], second[start + i]);            \
+                for (int64_t k = 2; k < count; k++) {                                                           \
+                    const T *next = (const T *)operands[k] + start;                                             \
+                    for (int64_t i = 0; i < m; i++) sum[i] = (T)OP(sum[i], next[i]);                            \
+                }                                                                                               \
+                memcpy(to + start, sum, (size_t)m * sizeof(T));                                                 \
+            }                                                                                                   \
+        }                                                                                                       \
+        if (DIVIDES && divisor != 0)                                                                            \
+            for (int64_t i = 0; i < n; i++) to[i] = (T)(to[i] / (T)divisor);                                    \
+    }
+
+/* A fold of 16-bit floats, in 32 bits. */
+#define WIDENED(NAME, KIND, OP)                                                                          \
+    static void NAME(void *out, const void *const *operands, int64_t count, int64_t n, double divisor) { \
+        float sum[BLOCK];                                                                                \
+        for (int64_t start = 0; start < n; start += BLOCK) {                                             \
+            int64_t m = n - start < BLOCK ? n - start : BLOCK;                                           \
+            for (int64_t k = 0; k < count; k++) {                                                        \
+                const uint16_t *next = (const uint16_t *)operands[k] + start;                            \
+                if (k == 0)                                                                              \
+                    for (int64_t i = 0; i < m; i++) sum[i] = widened_##KIND(next[i]);                    \
+                else                                                                                     \
+                    for (int64_t i = 0; i < m; i++) sum[i] = OP(sum[i], widened_##KIND(next[i]));        \
+            }                                                                                            \
+            if (divisor != 0)                                                                            \
+                for (int64_t i = 0; i < m; i++) sum[i] = sum[i] / (float)divisor;                        \
+            for (int64_t i = 0; i < m; i++) ((uint16_t *)out)[start + i] = rounded_##KIND(sum[i]);       \
+        }                                                                                                \
+    }
+
+/* The same sixteen elements at a time in registers. */
+#define IN_REGISTERS(NAME, KIND, OP)                                                                          \
+    AVX2 static void NAME##_avx2(void *out, const void *const *operands, int64_t count, int64_t n, double divisor) { \
+        const __m256 divisors = _mm256_set1_ps((float)divisor);                                               \
+        int64_t i = 0;                                                                                        \
+        for (; i + 16 <= n; i += 16) {                                                                        \
+            const uint16_t *next = (const uint16_t *)operands[0] + i;                                         \
+            __m256 low = load_##KIND(next), high = load_##KIND(next + 8);                                     \
+            for (int64_t k = 1; k < count; k++) {                                                             \
+                next = (const uint16_t *)operands[k] + i;                                                     \
+                low = OP(low, load_##KIND(next));                                                             \
+                high = OP(high, load_##KIND(next + 8));                                                       \
+            }                                                                                                 \
+            if (divisor != 0) low = _mm256_div_ps(low, divisors), high = _mm256_div_ps(high, divisors);       \
+            store_##KIND((uint16_t *)out + i, low, high);                                                     \
+        }                                                                                                     \
+        if (i == n) return;                                                                                   \
+        const void *rest[count];                                                                              \
+        for (int64_t k = 0; k < count; k++) rest[k] = (const uint16_t *)operands[k] + i;                      \
+        NAME##_plain((uint16_t *)out + i, rest, count, n - i, divisor);                                       \
+    }
+
+#define INTEGERS(ISA, TARGET, KIND, T, U)                    \
+    NARROW(sum_##KIND##ISA, TARGET, U, ADD, 0)               \
+    NARROW(prod_##KIND##ISA, TARGET, U, WRAPPING_MULTIPLY, 0) \
+    NARROW(min_##KIND##ISA, TARGET, T, LESS, 0)              \
+    NARROW(max_##KIND##ISA, TARGET, T, GREATER, 0)
+
+#define BITS(ISA, TARGET, BYTES, U)              \
+    NARROW(and_##BYTES##ISA, TARGET, U, AND, 0)  \
+    NARROW(or_##BYTES##ISA, TARGET, U, OR, 0)    \
+    NARROW(xor_##BYTES##ISA, TARGET, U, XOR, 0)
+
+#define FLOATS(ISA, TARGET, KIND, T)                       \
+    NARROW(sum_##KIND##ISA, TARGET, T, ADD, 1)             \
+    NARROW(prod_##KIND##ISA, TARGET, T, MULTIPLY, 1)       \
+    NARROW(min_##KIND##ISA, TARGET, T, LESS_OR_NAN, 0)     \
+    NARROW(max_##KIND##ISA, TARGET, T, GREATER_OR_NAN, 0)
+
+#define ALL(ISA, TARGET)                                                                                    \
+    INTEGERS(ISA, TARGET, u8, uint8_t, uint8_t)                                                             \
+    INTEGERS(ISA, TARGET, i8, int8_t, uint8_t)                                                              \
+    INTEGERS(ISA, TARGET, i16, int16_t, uint16_t)                                                           \
+    INTEGERS(ISA, TARGET, i32, int32_t, uint32_t)                                                           \
+    INTEGERS(ISA, TARGET, i64, int64_t, uint64_t)                                                           \
+    BITS(ISA, TARGET, 1, uint8_t)                                                                           \
+    BITS(ISA, TARGET, 2, uint16_t)                                                                          \
+    BITS(ISA, TARGET, 4, uint32_t)                                                                          \
+    BITS(ISA, TARGET, 8, uint64_t)                                                                          \
+    FLOATS(ISA, TARGET, f32, float)                                                                         \
+    FLOATS(ISA, TARGET, f64, double)                                                                        \
+    static const Fold table##ISA[KINDS][OPS] = {                                                            \
+        [U8] = {sum_u8##ISA, prod_u8##ISA, min_u8##ISA, max_u8##ISA, and_1##ISA, or_1##ISA, xor_1##ISA},      \
+        [I8] = {sum_i8##ISA, prod_i8##ISA, min_i8##ISA, max_i8##ISA, and_1##ISA, or_1##ISA, xor_1##ISA},      \
+        [I16] = {sum_i16##ISA, prod_i16##ISA, min_i16##ISA, max_i16##ISA, and_2##ISA, or_2##ISA, xor_2##ISA}, \
+        [I32] = {sum_i32##ISA, prod_i32##ISA, min_i32##ISA, max_i32##ISA, and_4##ISA, or_4##ISA, xor_4##ISA}, \
+        [I64] = {sum_i64##ISA, prod_i64##ISA, min_i64##ISA, max_i64##ISA, and_8##ISA, or_8##ISA, xor_8##ISA}, \
+        [F16] = {sum_f16##ISA, prod_f16##ISA, min_f16##ISA, max_f16##ISA},                                    \
+        [BF16] = {sum_bf16##ISA, prod_bf16##ISA, min_bf16##ISA, max_bf16##ISA},                               \
+        [F32] = {sum_f32##ISA, prod_f32##ISA, min_f32##ISA, max_f32##ISA},                                    \
+        [F64] = {sum_f64##ISA, prod_f64##ISA, min_f64##ISA, max_f64##ISA},                                    \
+        [BOOL] = {or_1##ISA, and_1##ISA, and_1##ISA, or_1##ISA, and_1##ISA, or_1##ISA, xor_1##ISA},           \
+    };
+
+#define HALVES(KIND)                                   \
+    WIDENED(sum_##KIND##_plain, KIND, ADD)             \
+    WIDENED(prod_##KIND##_plain, KIND, MULTIPLY)       \
+    WIDENED(min_##KIND##_plain, KIND, LESS_OR_NAN)     \
+    WIDENED(max_##KIND##_plain, KIND, GREATER_OR_NAN)
+
+HALVES(bf16)
+HALVES(f16)
+#define NOTHING
+ALL(_plain, NOTHING)
+
+#ifdef HAS_AVX2
+#define AVX2 __attribute__((target("avx2,f16c")))
+
+AVX2 static inline __m256 load_f16(const uint16_t *from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+}
+
+AVX2 static inline void store_f16(uint16_t *to, __m256 low, __m256 high) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(to + 8), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+}
+
+AVX2 static inline __m256 load_bf16(const uint16_t *from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
+}
+
+AVX2 static inline __m256i rounded_bf16_avx2(__m256 value) {
+    __m256i bits = _mm256_castps_si256(value), half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), 16);
+    __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
+}
+
+AVX2 static inline void store_bf16(uint16_t *to, __m256 low, __m256 high) {
+    __m256i packed = _mm256_packus_epi32(rounded_bf16_avx2(low), rounded_bf16_avx2(high));
+    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+AVX2 static inline __m256 less_or_nan(__m256 a, __m256 b) {
+    return _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+
+AVX2 static inline __m256 greater_or_nan(__m256 a, __m256 b) {
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+
+#define HALVES_IN_REGISTERS(KIND)                    \
+    IN_REGISTERS(sum_##KIND, KIND, _mm256_add_ps)    \
+    IN_REGISTERS(prod_##KIND, KIND, _mm256_mul_ps)   \
+    IN_REGISTERS(min_##KIND, KIND, less_or_nan)      \
+    IN_REGISTERS(max_##KIND, KIND, greater_or_nan)
+
+HALVES_IN_REGISTERS(bf16)
+HALVES_IN_REGISTERS(f16)
+ALL(_avx2, AVX2)
+#endif
+
+Fold fold_of(int kind, int op) {
+    if (kind < 0 || kind >= KINDS || op < 0 || op >= OPS) return 0;
+#ifdef HAS_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return table_avx2[kind][op];
+#endif
+    return table_plain[kind][op];
+}
+
+int64_t kind_bytes(int kind) {
+    static const int64_t bytes[KINDS] = {1, 1, 2, 4, 8, 2, 2, 4, 8, 1};
+    return bytes[kind];
+}

@@ -1,0 +1,100 @@
+/* The extension module ringred.native._player: plays tapes without the GIL. All arguments are plain numbers and addresses. */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+#include "layout.h"
+
+static int numbers(PyObject *const *args, Py_ssize_t given, long long *out, Py_ssize_t expected) {
+    if (given != expected) {
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, given);
+        return 0;
+    }
+    for (Py_ssize_t at = 0; at < expected; at++) {
+        out[at] = PyLong_AsLongLong(args[at]);
+        if (out[at] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
+
+PyDoc_STRVAR(play_doc,
+             "play(rank, tape, deadline_ns, times, last_look) -> how it ended\n\n"
+             "Addresses of the structures of layout.h; `times` may be 0. Raises what a signal handler raises.");
+
+static PyObject *module_play(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    long long in[5];
+    if (!numbers(args, given, in, 5)) return NULL;
+    for (;;) {
+        int result;
+        Py_BEGIN_ALLOW_THREADS
+        result = play((Rank *)in[0], (Tape *)in[1], in[2], (int64_t *)in[3], (int)in[4]);
+        Py_END_ALLOW_THREADS
+        if (result == NO_MEMORY) return PyErr_NoMemory();
+        if (result != SIGNAL) return PyLong_FromLong(result);
+        if (PyErr_CheckSignals()) return NULL;
+    }
+}
+
+PyDoc_STRVAR(drop_doc, "drop(tape)\n\nForgets a tape that was not played to its end.");
+
+static PyObject *module_drop(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    long long in[1];
+    if (!numbers(args, given, in, 1)) return NULL;
+    drop((Tape *)in[0]);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(kernel_doc, "kernel(kind, op) -> the address of a fold, 0 if there is none");
+
+static PyObject *module_kernel(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    long long in[2];
+    if (!numbers(args, given, in, 2)) return NULL;
+    return PyLong_FromLongLong((long long)(intptr_t)fold_of((int)in[0], (int)in[1]));
+}
+
+PyDoc_STRVAR(fold_doc,
+             "fold(kernel, divisor, elements, out, operands...)\n\n"
+             "Runs a fold on memory at these addresses; `divisor` is a number, 0 where nothing is divided.");
+
+static PyObject *module_fold(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    enum { MOST = 64, BEFORE = 4 };
+    long long in[MOST + BEFORE];
+    const void *operands[MOST];
+    if (given < BEFORE + 2 || given > BEFORE + MOST) {
+        PyErr_SetString(PyExc_TypeError, "expected 2 to 64 operands");
+        return NULL;
+    }
+    if (!numbers(args, given, in, given)) return NULL;
+    Py_ssize_t count = given - BEFORE;
+    for (Py_ssize_t at = 0; at < count; at++) operands[at] = (const void *)(intptr_t)in[BEFORE + at];
+    Py_BEGIN_ALLOW_THREADS
+    ((Fold)(intptr_t)in[0])((void *)(intptr_t)in[3], operands, count, in[2], (double)in[1]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(layout_doc, "layout() -> the numbers that Python has to agree on");
+
+static PyObject *module_layout(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return Py_BuildValue("(iiiiiiiiiiiiii)", VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES,
+                         SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, (int)(sizeof(Rank) / 8),
+                         (int)(sizeof(Link) / 8));
+}
+
+static PyMethodDef methods[] = {
+    {"play", (PyCFunction)(void (*)(void))module_play, METH_FASTCALL, play_doc},
+    {"drop", (PyCFunction)(void (*)(void))module_drop, METH_FASTCALL, drop_doc},
+    {"kernel", (PyCFunction)(void (*)(void))module_kernel, METH_FASTCALL, kernel_doc},
+    {"fold", (PyCFunction)(void (*)(void))module_fold, METH_FASTCALL, fold_doc},
+    {"layout", module_layout, METH_NOARGS, layout_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_player", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__player(void) { return PyModule_Create(&module); }

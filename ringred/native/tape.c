@@ -1,0 +1,350 @@
+/* Plays a tape: the instructions of one rank's plan, over the shared memory that shm.py describes.
+ *
+ * It does what executor.py does by means of shm.py and shm_sending.py, instruction by instruction, and leaves the same
+ * state behind. A wait that cannot end here returns to Python; what is played again goes on where it was. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "layout.h"
+#include "waits.h"
+
+enum { FUSED_BYTES = 16 << 10, MOST_PUTS = 16 }; /* a result is put while it is in the first-level cache */
+
+typedef struct {
+    Rank *rank;
+    Link *links;
+    Tape *tape;
+    Request *requests;
+    int64_t deadline;
+    int last_look; /* a peer is gone: what it wrote before still counts */
+} Player;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---------------------------------------------------------------- sending */
+
+static void post(Player *player, Link *link, int64_t number, int64_t nbytes, int64_t place) {
+    int64_t entry = link->entries_out + 8 * ENTRY_WORDS * (number % ENTRIES);
+    set_word(entry, CONTRACT, player->rank->contract);
+    set_word(entry, LENGTH, nbytes);
+    set_word(entry, PLACE, place);
+    set_word(entry, NUMBER, number); /* last: the descriptor is now complete */
+    link->sent = number;
+    wake(link->block);
+}
+
+static int consumed(Link *link, int64_t number) {
+    if (number > link->acked) link->acked = word_of(link->acked_at, 0);
+    return number <= link->acked;
+}
+
+/* Posts as much of a send as there is room for; whether that is all. */
+static int start(Player *player, Request *request) {
+    Link *link = player->links + request->link;
+    int small = request->nbytes <= SMALL_BYTES;
+    for (;;) {
+        int64_t number = link->sent + 1;
+        if (!consumed(link, number - ENTRIES)) return 0;
+        if (request->place >= 0) {
+            request->until = request->place == PUT ? 0 : number;
+            post(player, link, number, request->nbytes, request->place);
+            return 1;
+        }
+        int64_t *next = small ? &link->small_next : &link->large_next;
+        int64_t *used = (small ? link->small_used : link->large_used) + *next;
+        if (!consumed(link, *used)) return 0;
+        int64_t offset = small ? link->small + *next * SMALL_STRIDE : link->large + *next * SLOT_BYTES;
+        *used = number;
+        *next = (*next + 1) % (small ? SMALL_SLOTS : SLOTS);
+        int64_t part = least(request->nbytes - request->done, small ? SMALL_BYTES : SLOT_BYTES);
+        memcpy((char *)player->rank->window + offset, (char *)request->address + request->done, (size_t)part);
+        request->done += part;
+        int last = request->done == request->nbytes;
+        if (last) request->until = 0;
+        post(player, link, number, request->nbytes, offset << 2 | (last ? AT : PART));
+        if (last) return 1;
+    }
+}
+
+/* Posts the sends that wait for room, in order, as far as there is room now. */
+static void drain(Player *player) {
+    for (int64_t at = 0; at < player->rank->links; at++) {
+        Link *link = player->links + at;
+        while (link->sends >= 0 && start(player, player->requests + link->sends))
+            link->sends = player->requests[link->sends].next;
+    }
+}
+
+/* Whether the peer has begun this collective. The first question waits a moment for that. */
+static int entered(Player *player, Link *link) {
+    int64_t contract = player->rank->contract;
+    if (word_of(link->block, EXPOSED_CONTRACT) == contract) return 1;
+    if (link->awaited == contract) return 0;
+    link->awaited = contract;
+    for (int64_t patience = now() + SPIN_NS; now() < patience;) {
+        if (word_of(link->block, EXPOSED_CONTRACT) == contract) return 1;
+        if (player->rank->crowded) sched_yield();
+        else pause_core();
+    }
+    return 0;
+}
+
+/* Where in the peer's window a put from `address` goes, or 0. */
+static char *put_target(Player *player, Link *link, int64_t address, int64_t nbytes) {
+    Rank *rank = player->rank;
+    if (address < rank->exposed || address >= rank->exposed_end || !entered(player, link)) return 0;
+    int64_t offset = word_of(link->block, EXPOSED_AT) + address - rank->exposed;
+    if (offset < 0 || offset + nbytes > link->window_end - link->window) return 0;
+    return (char *)link->window + offset;
+}
+
+/* `is_put`: the message already lies in the peer's window. */
+static void send(Player *player, int64_t number, const int64_t *words, int is_put) {
+    Request *request = player->requests + number;
+    Link *link = player->links + words[2];
+    int64_t address = words[3], nbytes = words[4], put = words[5] & 1, buffered = words[5] & 2;
+    *request = (Request){.link = words[2], .address = address, .nbytes = nbytes, .place = -1, .until = -1, .next = -1};
+    char *target;
+    if (is_put) {
+        request->place = PUT;
+    } else if (nbytes > SMALL_BYTES && put && (target = put_target(player, link, address, nbytes)) != 0) {
+        memcpy(target, (char *)address, (size_t)nbytes);
+        request->place = PUT;
+    } else if (nbytes > SMALL_BYTES && !buffered && address >= player->rank->window
+               && address < player->rank->window_end) {
+        request->place = (address - player->rank->window) << 2 | AT;
+    }
+    if (link->sends < 0 && start(player, request)) return;
+    if (link->sends < 0) link->sends = number;
+    else player->requests[link->last_send].next = number;
+    link->last_send = number;
+}
+
+/* ---------------------------------------------------------------- waiting */
+
+/* Returns once the word at `address` has reached `value`: DONE, or why it has to return before. */
+static int until(Player *player, int64_t link, int64_t address, int64_t value) {
+    Rank *rank = player->rank;
+    if (word_of(address, 0) >= value) return DONE;
+    drain(player);
+    for (int64_t spin = now() + SPIN_NS; now() < spin;)
+        for (int look = 0; look < (rank->crowded ? 1 : LOOKS); look++) {
+            if (word_of(address, 0) >= value) return DONE;
+            if (rank->crowded) sched_yield();
+            else pause_core();
+        }
+    player->tape->fault_link = link;
+    for (int interrupted = 0;;) {
+        set_word(rank->block, SLEEPING, 1);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST); /* a peer that writes after this sees that it must wake this rank */
+        drain(player);
+        int64_t left = player->deadline - now();
+        int result = word_of(address, 0) >= value                                    ? DONE
+                     : word_of(rank->block, ALARM) || player->last_look              ? LOOK
+                     : word_of((int64_t)&rank->lost, 0)                              ? LOOK
+                     : word_of(player->links[link].block, CLOSED)                    ? LOOK
+                     : left <= 0                                                     ? LATE
+                     : interrupted                                                   ? SIGNAL
+                                                                                     : -1;
+        if (result >= 0) {
+            set_word(rank->block, SLEEPING, 0);
+            return result;
+        }
+        interrupted = sleep_on(rank->block + 8 * SLEEPING, least(left, LONGEST_SLEEP_NS));
+    }
+}
+
+/* ---------------------------------------------------------------- receiving */
+
+static void consume(Link *link, int64_t number) {
+    set_word(link->taken_at, 0, number);
+    wake(link->block);
+}
+
+/* Finishes the next receive from a peer, or lends what came for it. */
+static int take(Player *player, Request *request, int wanted) {
+    Link *link = player->links + request->link;
+    for (;;) {
+        int64_t number = link->taken + 1;
+        int64_t entry = link->entries_in + 8 * ENTRY_WORDS * (number % ENTRIES);
+        if (word_of(entry, NUMBER) != number) {
+            int result = until(player, request->link, entry + 8 * NUMBER, number);
+            if (result != DONE) return result;
+        }
+        int64_t nbytes = word_of(entry, LENGTH), place = word_of(entry, PLACE);
+        int64_t offset = place >> 2, kind = place & 3;
+        if (word_of(entry, CONTRACT) != player->rank->contract || nbytes != request->nbytes) {
+            player->tape->fault_link = request->link;
+            player->tape->fault_expected = request->nbytes;
+            player->tape->fault_got = nbytes;
+            return MISMATCH;
+        }
+        if (request->lend && kind != AT && !request->staging && nbytes) {
+            request->staging = (int64_t)malloc((size_t)nbytes);
+            if (!request->staging) return NO_MEMORY;
+        }
+        link->taken = number;
+        if (kind == AT && request->lend && !request->staging && wanted && nbytes) {
+            request->view = link->window + offset;
+            request->number = number;
+            return DONE;
+        }
+        if (kind != PUT && nbytes) {
+            if (request->lend && !request->staging) {
+                request->staging = (int64_t)malloc((size_t)nbytes);
+                if (!request->staging) return NO_MEMORY;
+            }
+            int64_t part = kind == PART || request->done ? least(nbytes - request->done, SLOT_BYTES) : nbytes;
+            char *target = (char *)(request->staging ? request->staging : request->address) + request->done;
+            memcpy(target, (char *)link->window + offset, (size_t)part);
+            request->done += part;
+        }
+        consume(link, number);
+        if (kind != PART) {
+            request->number = -1;
+            request->view = request->staging;
+            return DONE;
+        }
+    }
+}
+
+static void receive(Player *player, int64_t number, const int64_t *words) {
+    Request *request = player->requests + number;
+    Link *link = player->links + words[2];
+    *request = (Request){.link = words[2], .address = words[3], .nbytes = words[4], .lend = words[5], .next = -1};
+    if (link->receives < 0) link->receives = number;
+    else player->requests[link->last_receive].next = number;
+    link->last_receive = number;
+}
+
+static int wait_received(Player *player, int64_t number) {
+    Request *request = player->requests + number;
+    Link *link = player->links + request->link;
+    while (request->number == 0) {
+        Request *first = player->requests + link->receives;
+        int result = take(player, first, first == request);
+        if (result != DONE) return result;
+        link->receives = first->next;
+    }
+    return DONE;
+}
+
+static void release(Player *player, Request *request) {
+    if (request->number > 0) consume(player->links + request->link, request->number);
+    free((void *)request->staging);
+    request->staging = request->view = 0;
+    request->number = -1;
+}
+
+static int wait_sent(Player *player, int64_t number) {
+    Request *request = player->requests + number;
+    Link *link = player->links + request->link;
+    drain(player);
+    while (request->until < 0) {
+        int result = until(player, request->link, link->acked_at, link->acked + 1);
+        if (result != DONE) return result;
+        drain(player);
+    }
+    if (consumed(link, request->until)) return DONE;
+    int result = until(player, request->link, link->acked_at, request->until);
+    if (result == DONE) consumed(link, request->until);
+    return result;
+}
+
+/* ---------------------------------------------------------------- folding */
+
+/* FOLD, out, elements, element size, kernel, divisor (the bits of a double), own operand, n, requests...
+ * Sends of the result that follow and may be puts are put here, block by block; returns how many. */
+static int64_t fold(Player *player, const int64_t *words, const int64_t *following) {
+    int64_t elements = words[2], size = words[3], own = words[6], n = words[7];
+    Fold kernel = (Fold)words[4];
+    double divisor;
+    memcpy(&divisor, words + 5, 8);
+    char *out = (char *)words[1], *targets[MOST_PUTS];
+    const char *operands[n + 1];
+    const void *parts[n + 1];
+    for (int64_t k = 0, request = 8; k <= n; k++)
+        operands[k] = k == own ? out : (char *)player->requests[words[request++]].view;
+    int64_t puts = 0;
+    for (; puts < MOST_PUTS && following[0] == SEND && following[3] == words[1] && following[4] == elements * size
+           && (following[5] & 1) && following[4] > SMALL_BYTES; following += 6) {
+        targets[puts] = put_target(player, player->links + following[2], following[3], following[4]);
+        if (!targets[puts]) break;
+        puts++;
+    }
+    int64_t block = puts ? FUSED_BYTES / size : elements;
+    for (int64_t start = 0; start < elements; start += block) {
+        int64_t count = least(block, elements - start);
+        for (int64_t k = 0; k <= n; k++) parts[k] = operands[k] + start * size;
+        kernel(out + start * size, parts, n + 1, count, divisor);
+        for (int64_t k = 0; k < puts; k++) memcpy(targets[k] + start * size, out + start * size, (size_t)(count * size));
+    }
+    return puts;
+}
+
+/* ---------------------------------------------------------------- playing */
+
+/* When a fold or take began to wait, had what it waited for, and ended: three words each. */
+static void note(int64_t *times, const Tape *tape, int which) {
+    if (times && (which || !times[3 * tape->timed])) times[3 * tape->timed + which] = now();
+}
+
+int play(Rank *rank, Tape *tape, int64_t deadline, int64_t *times, int last_look) {
+    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, deadline, last_look};
+    if (tape->at == 0) {
+        memset(player.requests, 0, (size_t)tape->count * sizeof(Request));
+        for (int64_t at = 0; at < rank->links; at++) player.links[at].sends = player.links[at].receives = -1;
+        tape->timed = tape->puts = 0;
+    }
+    for (;;) {
+        const int64_t *words = tape->words + tape->at;
+        int result = DONE;
+        switch (words[0]) {
+        case SEND:
+            send(&player, words[1], words, tape->puts > 0);
+            tape->puts -= tape->puts > 0;
+            tape->at += 6;
+            break;
+        case RECEIVE:
+            receive(&player, words[1], words);
+            tape->at += 6;
+            break;
+        case FOLD:
+            note(times, tape, 0);
+            for (int64_t k = 0; k < words[7]; k++)
+                if ((result = wait_received(&player, words[8 + k])) != DONE) return result;
+            note(times, tape, 1);
+            tape->puts = fold(&player, words, words + 8 + words[7]);
+            for (int64_t k = 0; k < words[7]; k++) release(&player, player.requests + words[8 + k]);
+            note(times, tape, 2);
+            tape->timed++;
+            tape->at += 8 + words[7];
+            break;
+        case TAKE:
+            note(times, tape, 0);
+            if ((result = wait_received(&player, words[1])) != DONE) return result;
+            note(times, tape, 1);
+            tape->timed++;
+            tape->at += 2;
+            break;
+        case WAIT_SENT:
+            if ((result = wait_sent(&player, words[1])) != DONE) return result;
+            tape->at += 2;
+            break;
+        case SNAPSHOT:
+            memcpy((void *)words[1], (void *)words[2], (size_t)words[3]);
+            tape->at += 4;
+            break;
+        default:
+            tape->at = 0;
+            return DONE;
+        }
+    }
+}
+
+/* Forgets a tape that was not played to its end. */
+void drop(Tape *tape) {
+    Request *requests = (Request *)tape->requests;
+    for (int64_t at = 0; at < tape->count && tape->at; at++) free((void *)requests[at].staging);
+    tape->at = 0;
+}

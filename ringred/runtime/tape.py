@@ -1,0 +1,98 @@
+"""Compiles a plan to a tape, which the compiled player plays: the same instructions as numbers and addresses.
+
+`native/layout.h` has the form of a tape and its instructions, `native/tape.c` plays it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ringred.native import player
+from ringred.runtime.folds import Folder, ReduceOp
+from ringred.transports.base import Tape
+
+__all__ = ["compiled"]
+
+_SEND, _RECEIVE, _FOLD, _TAKE, _WAIT_SENT, _SNAPSHOT, _END = range(7)  # the first six as in executor.py
+_PUT, _BUFFERED = 1, 2
+_KINDS = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.bfloat16: 6,
+    torch.float32: 7,
+    torch.float64: 8,
+    torch.bool: 9,
+}
+_PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+_OPERATIONS = {op: at for at, op in enumerate(("sum", "prod", "min", "max", "band", "bor", "bxor"))} | {"avg": 0}
+
+
+def _kernel(folder: Folder) -> tuple[int, int] | None:
+    """The address of the fold, and how many of its elements are one of the tensor's; None if there is none."""
+    dtype, parts = folder.dtype, 1
+    if dtype in _PARTS:
+        if folder.op is not ReduceOp.SUM:
+            return None
+        dtype, parts = _PARTS[dtype], 2
+    assert player is not None, "tapes are compiled for a player"
+    address = player.kernel(_KINDS[dtype], _OPERATIONS[folder.op.value]) if dtype in _KINDS else 0
+    return (address, parts) if address else None
+
+
+def compiled(
+    operations: Sequence[tuple[Any, ...]], requests: int, folder: Folder | None, links: Mapping[int, int]
+) -> Tape | None:
+    """The tape of a plan's operations; `links` are the numbers of the links to the peers. None if the player does not
+    have the plan's fold."""
+    kernel = None if folder is None else _kernel(folder)
+    if folder is not None and kernel is None:
+        return None
+    words: list[int] = []
+    sent, received, timed = [], [], 0
+    element = 1
+    for operation in operations:
+        code = operation[0]
+        if code == _SEND:
+            _, request, peer, source, put, buffered = operation
+            flags = _PUT * put | _BUFFERED * buffered
+            words += (code, request, links[peer], source.data_ptr(), source.nbytes, flags)
+            sent.append(source.nbytes)
+            element = source.element_size()
+        elif code == _RECEIVE:
+            _, request, peer, destination, lend = operation
+            words += (code, request, links[peer], destination.data_ptr(), destination.nbytes, lend)
+            received.append(destination.nbytes)
+            element = destination.element_size()
+        elif code == _FOLD:
+            assert folder is not None, "only reducing collectives fold"
+            assert kernel is not None, "looked up above"
+            _, numbers, out, own, final, _, _ = operation
+            address, parts = kernel
+            size = out.element_size() // parts
+            divisor = _bits(folder.divisor(final))
+            words += (code, out.data_ptr(), out.numel() * parts, size, address, divisor, own, len(numbers), *numbers)
+            timed += 1
+        elif code == _TAKE:
+            words += (code, operation[1])
+            timed += 1
+        elif code == _WAIT_SENT:
+            words += (code, operation[1])
+        else:
+            _, target, source = operation
+            words += (code, target.data_ptr(), source.data_ptr(), source.nbytes)
+    words.append(_END)
+    return Tape(words, requests, timed, element, len(sent), sum(sent), len(received), sum(received))
+
+
+def _bits(value: float) -> int:
+    """The bits of a double as a signed number."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
