@@ -235,8 +235,3 @@ Fold fold_of(int kind, int op) {
 #endif
     return table_plain[kind][op];
 }
-
-int64_t kind_bytes(int kind) {
-    static const int64_t bytes[KINDS] = {1, 1, 2, 4, 8, 2, 2, 4, 8, 1};
-    return bytes[kind];
-}

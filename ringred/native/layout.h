@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define VERSION 1
+#define VERSION 2
 
 /* Words of a control block, of 8 bytes. */
 enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT = 25 };
@@ -13,7 +13,9 @@ enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT =
 enum { CONTRACT = 0, LENGTH = 1, PLACE = 2, NUMBER = 3, ENTRY_WORDS = 4, ENTRIES = 256 };
 /* Kinds of place: in the sender's window; in the receiver's; in the sender's, and more parts follow. */
 enum { AT = 0, PUT = 1, PART = 2 };
-enum { SMALL_BYTES = 4 << 10, SMALL_SLOTS = 16, SMALL_STRIDE = SMALL_BYTES + 64, SLOT_BYTES = 512 << 10, SLOTS = 4 };
+enum { SMALL_BYTES = 4 << 10, SMALL_SLOTS = 16, SMALL_STRIDE = SMALL_BYTES + 64 };
+enum { SLOT_BYTES = 64 << 10, SLOTS = 32, PART_BYTES = 512 << 10 };
+#define NOWHERE (INT64_C(1) << 62)
 
 /* A rank's own state, in words that Python reads and writes too. */
 typedef struct {
@@ -24,7 +26,10 @@ typedef struct {
     int64_t crowded;               /* more ranks than cores: who waits gives way */
     int64_t lost;                  /* Python knows of a peer that is gone */
     int64_t links;
-    int64_t unused[7];
+    int64_t forked;                /* this process is a child of the rank's own */
+    int64_t queued;                /* sends of Python's that wait for room */
+    int64_t messages_sent, bytes_sent, messages_received, bytes_received; /* that Python has not counted yet */
+    int64_t unused;
 } Rank;
 
 typedef struct {
@@ -33,23 +38,23 @@ typedef struct {
     int64_t acked_at;                /* address of the word that counts what the peer has consumed */
     int64_t taken_at;                /* of that which counts what this rank has consumed */
     int64_t entries_in, entries_out; /* addresses of the rings of descriptors */
-    int64_t small, large;            /* offsets of the slots in this rank's window */
+    int64_t small, large;            /* offsets of both rings of slots in this rank's window */
     int64_t sent, acked, taken;      /* numbers of the last message sent, consumed there, taken here */
     int64_t awaited;                 /* the contract of the last collective that the peer was waited for to begin */
     int64_t small_next, large_next;
     int64_t small_used[SMALL_SLOTS], large_used[SLOTS];
     int64_t sends, last_send, receives, last_receive; /* requests that wait their turn, while a tape plays */
-    int64_t unused;
+    int64_t unused[5];
 } Link;
 
 typedef struct {
     int64_t link, address, nbytes;
-    int64_t place;  /* of a send: where the receiver finds it without a slot; -1: in slots */
+    int64_t place;  /* of a send: where the receiver finds it; -1: in slots that are not taken yet */
     int64_t done;   /* bytes that went into slots, or came out of them */
     int64_t until;  /* of a send: its source is free once the peer has consumed this message; -1 unknown, 0 at once */
     int64_t number; /* of a receive: the message that is lent; -1 once all is done */
     int64_t view;   /* where the message that is lent lies */
-    int64_t staging, lend, next, buffered;
+    int64_t staging, lend, next, unused;
 } Request;
 
 enum { SEND, RECEIVE, FOLD, TAKE, WAIT_SENT, SNAPSHOT, END };
@@ -58,13 +63,17 @@ typedef struct {
     int64_t at;       /* the word of the next instruction */
     int64_t requests; /* the address of `count` requests */
     int64_t count;
-    int64_t timed; /* folds and takes that were played */
-    int64_t puts;  /* so many sends that come next are put already */
+    int64_t exposed, exposed_end; /* the memory into which peers may put, as addresses; 0 if there is none */
+    int64_t messages_sent, bytes_sent, messages_received, bytes_received; /* by all of it */
+    int64_t playing;  /* it was begun */
+    int64_t deadline; /* of CLOCK_MONOTONIC, in ns */
+    int64_t timed;    /* folds and takes that were played */
+    int64_t put;      /* so many sends that come next have their data in place already */
     int64_t fault_link, fault_expected, fault_got;
     int64_t words[];
 } Tape;
 
-/* How playing a tape ends; LOOK: Python has to look whether a rank aborted or is gone, and may play on. */
+/* How playing a tape ends. LOOK: Python has to look whether a rank aborted or is gone, and may play on. */
 enum { DONE, LOOK, LATE, MISMATCH, SIGNAL, NO_MEMORY };
 
 typedef void (*Fold)(void *out, const void *const *operands, int64_t count, int64_t elements, double divisor);
@@ -72,9 +81,11 @@ typedef void (*Fold)(void *out, const void *const *operands, int64_t count, int6
 Fold fold_of(int kind, int op);
 enum { U8, I8, I16, I32, I64, F16, BF16, F32, F64, BOOL, KINDS };
 enum { SUM, PROD, MIN, MAX, BAND, BOR, BXOR, OPS };
-int64_t kind_bytes(int kind);
 
-int play(Rank *rank, Tape *tape, int64_t deadline, int64_t *times, int last_look);
+/* Plays on, or begins: as the collective `contract`, which may take `timeout` ns. `times`, if not 0, get three words for
+ * each fold and take: when it began to wait, had its data, and ended. */
+int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int last_look);
+/* Forgets a tape that was not played to its end. */
 void drop(Tape *tape);
 
 #endif

@@ -5,12 +5,12 @@
 
 #include "layout.h"
 
-static int numbers(PyObject *const *args, Py_ssize_t given, long long *out, Py_ssize_t expected) {
-    if (given != expected) {
-        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, given);
+static int numbers(PyObject *const *args, Py_ssize_t given, long long *out, Py_ssize_t least, Py_ssize_t most) {
+    if (given < least || given > most) {
+        PyErr_Format(PyExc_TypeError, "expected %zd to %zd arguments, got %zd", least, most, given);
         return 0;
     }
-    for (Py_ssize_t at = 0; at < expected; at++) {
+    for (Py_ssize_t at = 0; at < given; at++) {
         out[at] = PyLong_AsLongLong(args[at]);
         if (out[at] == -1 && PyErr_Occurred()) return 0;
     }
@@ -18,17 +18,17 @@ static int numbers(PyObject *const *args, Py_ssize_t given, long long *out, Py_s
 }
 
 PyDoc_STRVAR(play_doc,
-             "play(rank, tape, deadline_ns, times, last_look) -> how it ended\n\n"
-             "Addresses of the structures of layout.h; `times` may be 0. Raises what a signal handler raises.");
+             "play(rank, tape, contract, timeout_ns, times=0, last_look=0) -> how it ended\n\n"
+             "As in layout.h; `rank`, `tape` and `times` are addresses. Raises what a signal handler raises.");
 
 static PyObject *module_play(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
-    long long in[5];
-    if (!numbers(args, given, in, 5)) return NULL;
+    long long in[6] = {0};
+    if (!numbers(args, given, in, 4, 6)) return NULL;
     for (;;) {
         int result;
         Py_BEGIN_ALLOW_THREADS
-        result = play((Rank *)in[0], (Tape *)in[1], in[2], (int64_t *)in[3], (int)in[4]);
+        result = play((Rank *)in[0], (Tape *)in[1], in[2], in[3], (int64_t *)in[4], (int)in[5]);
         Py_END_ALLOW_THREADS
         if (result == NO_MEMORY) return PyErr_NoMemory();
         if (result != SIGNAL) return PyLong_FromLong(result);
@@ -41,7 +41,7 @@ PyDoc_STRVAR(drop_doc, "drop(tape)\n\nForgets a tape that was not played to its 
 static PyObject *module_drop(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
     long long in[1];
-    if (!numbers(args, given, in, 1)) return NULL;
+    if (!numbers(args, given, in, 1, 1)) return NULL;
     drop((Tape *)in[0]);
     Py_RETURN_NONE;
 }
@@ -51,7 +51,7 @@ PyDoc_STRVAR(kernel_doc, "kernel(kind, op) -> the address of a fold, 0 if there 
 static PyObject *module_kernel(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
     long long in[2];
-    if (!numbers(args, given, in, 2)) return NULL;
+    if (!numbers(args, given, in, 2, 2)) return NULL;
     return PyLong_FromLongLong((long long)(intptr_t)fold_of((int)in[0], (int)in[1]));
 }
 
@@ -64,11 +64,7 @@ static PyObject *module_fold(PyObject *self, PyObject *const *args, Py_ssize_t g
     enum { MOST = 64, BEFORE = 4 };
     long long in[MOST + BEFORE];
     const void *operands[MOST];
-    if (given < BEFORE + 2 || given > BEFORE + MOST) {
-        PyErr_SetString(PyExc_TypeError, "expected 2 to 64 operands");
-        return NULL;
-    }
-    if (!numbers(args, given, in, given)) return NULL;
+    if (!numbers(args, given, in, BEFORE + 2, BEFORE + MOST)) return NULL;
     Py_ssize_t count = given - BEFORE;
     for (Py_ssize_t at = 0; at < count; at++) operands[at] = (const void *)(intptr_t)in[BEFORE + at];
     Py_BEGIN_ALLOW_THREADS
@@ -81,9 +77,9 @@ PyDoc_STRVAR(layout_doc, "layout() -> the numbers that Python has to agree on");
 
 static PyObject *module_layout(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return Py_BuildValue("(iiiiiiiiiiiiii)", VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES,
-                         SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, (int)(sizeof(Rank) / 8),
-                         (int)(sizeof(Link) / 8));
+    return Py_BuildValue("(iiiiiiiiiiiiiii)", VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES,
+                         SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES,
+                         (int)(sizeof(Rank) / 8), (int)(sizeof(Link) / 8));
 }
 
 static PyMethodDef methods[] = {

@@ -8,14 +8,13 @@
 #include "layout.h"
 #include "waits.h"
 
-enum { FUSED_BYTES = 16 << 10, MOST_PUTS = 16 }; /* a result is put while it is in the first-level cache */
+enum { FUSED_BYTES = 16 << 10, MOST_FUSED = 16 }; /* a result is copied while it is in the first-level cache */
 
 typedef struct {
     Rank *rank;
     Link *links;
     Tape *tape;
     Request *requests;
-    int64_t deadline;
     int last_look; /* a peer is gone: what it wrote before still counts */
 } Player;
 
@@ -38,25 +37,39 @@ static int consumed(Link *link, int64_t number) {
     return number <= link->acked;
 }
 
+/* Takes slots for a message, or part of one, that gets this number: their offset in this rank's window; -1 if the peer
+ * has not read what was last in them. */
+static int64_t room(Link *link, int64_t number, int64_t nbytes) {
+    if (nbytes <= SMALL_BYTES) {
+        int64_t at = link->small_next;
+        if (!consumed(link, link->small_used[at])) return -1;
+        link->small_used[at] = number;
+        link->small_next = (at + 1) % SMALL_SLOTS;
+        return link->small + at * SMALL_STRIDE;
+    }
+    int64_t count = (nbytes + SLOT_BYTES - 1) / SLOT_BYTES;
+    int64_t first = link->large_next + count > SLOTS ? 0 : link->large_next;
+    for (int64_t at = first; at < first + count; at++)
+        if (!consumed(link, link->large_used[at])) return -1;
+    for (int64_t at = first; at < first + count; at++) link->large_used[at] = number;
+    link->large_next = (first + count) % SLOTS;
+    return link->large + first * SLOT_BYTES;
+}
+
 /* Posts as much of a send as there is room for; whether that is all. */
 static int start(Player *player, Request *request) {
     Link *link = player->links + request->link;
-    int small = request->nbytes <= SMALL_BYTES;
     for (;;) {
         int64_t number = link->sent + 1;
         if (!consumed(link, number - ENTRIES)) return 0;
         if (request->place >= 0) {
-            request->until = request->place == PUT ? 0 : number;
+            request->until = request->place == PUT || request->done ? 0 : number;
             post(player, link, number, request->nbytes, request->place);
             return 1;
         }
-        int64_t *next = small ? &link->small_next : &link->large_next;
-        int64_t *used = (small ? link->small_used : link->large_used) + *next;
-        if (!consumed(link, *used)) return 0;
-        int64_t offset = small ? link->small + *next * SMALL_STRIDE : link->large + *next * SLOT_BYTES;
-        *used = number;
-        *next = (*next + 1) % (small ? SMALL_SLOTS : SLOTS);
-        int64_t part = least(request->nbytes - request->done, small ? SMALL_BYTES : SLOT_BYTES);
+        int64_t part = least(request->nbytes - request->done, PART_BYTES);
+        int64_t offset = room(link, number, part);
+        if (offset < 0) return 0;
         memcpy((char *)player->rank->window + offset, (char *)request->address + request->done, (size_t)part);
         request->done += part;
         int last = request->done == request->nbytes;
@@ -98,26 +111,43 @@ static char *put_target(Player *player, Link *link, int64_t address, int64_t nby
     return (char *)link->window + offset;
 }
 
-/* `is_put`: the message already lies in the peer's window. */
-static void send(Player *player, int64_t number, const int64_t *words, int is_put) {
-    Request *request = player->requests + number;
+/* SEND, request, link, address, bytes, flags.
+ * What is to be sent, and where its data is to be copied before it is posted; 0 if nowhere yet. */
+static char *begin_send(Player *player, const int64_t *words) {
+    Request *request = player->requests + words[1];
     Link *link = player->links + words[2];
+    Rank *rank = player->rank;
     int64_t address = words[3], nbytes = words[4], put = words[5] & 1, buffered = words[5] & 2;
     *request = (Request){.link = words[2], .address = address, .nbytes = nbytes, .place = -1, .until = -1, .next = -1};
-    char *target;
-    if (is_put) {
+    if (nbytes <= SMALL_BYTES) return 0;
+    char *target = put ? put_target(player, link, address, nbytes) : 0;
+    if (target) {
         request->place = PUT;
-    } else if (nbytes > SMALL_BYTES && put && (target = put_target(player, link, address, nbytes)) != 0) {
-        memcpy(target, (char *)address, (size_t)nbytes);
-        request->place = PUT;
-    } else if (nbytes > SMALL_BYTES && !buffered && address >= player->rank->window
-               && address < player->rank->window_end) {
-        request->place = (address - player->rank->window) << 2 | AT;
+    } else if (!buffered && address >= rank->window && address < rank->window_end) {
+        request->place = (address - rank->window) << 2 | AT;
+    } else if (nbytes <= PART_BYTES && link->sends < 0) {
+        int64_t offset = room(link, link->sent + 1, nbytes);
+        if (offset < 0) return 0;
+        request->place = offset << 2 | AT;
+        request->done = nbytes;
+        target = (char *)rank->window + offset;
+    }
+    return target;
+}
+
+static void send(Player *player, const int64_t *words) {
+    Request *request = player->requests + words[1];
+    Link *link = player->links + words[2];
+    if (player->tape->put) {
+        player->tape->put--;
+    } else {
+        char *target = begin_send(player, words);
+        if (target) memcpy(target, (char *)request->address, (size_t)request->nbytes);
     }
     if (link->sends < 0 && start(player, request)) return;
-    if (link->sends < 0) link->sends = number;
-    else player->requests[link->last_send].next = number;
-    link->last_send = number;
+    if (link->sends < 0) link->sends = words[1];
+    else player->requests[link->last_send].next = words[1];
+    link->last_send = words[1];
 }
 
 /* ---------------------------------------------------------------- waiting */
@@ -138,7 +168,7 @@ static int until(Player *player, int64_t link, int64_t address, int64_t value) {
         set_word(rank->block, SLEEPING, 1);
         __atomic_thread_fence(__ATOMIC_SEQ_CST); /* a peer that writes after this sees that it must wake this rank */
         drain(player);
-        int64_t left = player->deadline - now();
+        int64_t left = player->tape->deadline - now();
         int result = word_of(address, 0) >= value                                    ? DONE
                      : word_of(rank->block, ALARM) || player->last_look              ? LOOK
                      : word_of((int64_t)&rank->lost, 0)                              ? LOOK
@@ -194,7 +224,7 @@ static int take(Player *player, Request *request, int wanted) {
                 request->staging = (int64_t)malloc((size_t)nbytes);
                 if (!request->staging) return NO_MEMORY;
             }
-            int64_t part = kind == PART || request->done ? least(nbytes - request->done, SLOT_BYTES) : nbytes;
+            int64_t part = kind == PART || request->done ? least(nbytes - request->done, PART_BYTES) : nbytes;
             char *target = (char *)(request->staging ? request->staging : request->address) + request->done;
             memcpy(target, (char *)link->window + offset, (size_t)part);
             request->done += part;
@@ -208,13 +238,14 @@ static int take(Player *player, Request *request, int wanted) {
     }
 }
 
-static void receive(Player *player, int64_t number, const int64_t *words) {
-    Request *request = player->requests + number;
+/* RECEIVE, request, link, address, bytes, whether to lend. */
+static void receive(Player *player, const int64_t *words) {
+    Request *request = player->requests + words[1];
     Link *link = player->links + words[2];
     *request = (Request){.link = words[2], .address = words[3], .nbytes = words[4], .lend = words[5], .next = -1};
-    if (link->receives < 0) link->receives = number;
-    else player->requests[link->last_receive].next = number;
-    link->last_receive = number;
+    if (link->receives < 0) link->receives = words[1];
+    else player->requests[link->last_receive].next = words[1];
+    link->last_receive = words[1];
 }
 
 static int wait_received(Player *player, int64_t number) {
@@ -253,33 +284,40 @@ static int wait_sent(Player *player, int64_t number) {
 
 /* ---------------------------------------------------------------- folding */
 
+/* Whether one of the sends from `first` to `next` goes to the same peer as that. */
+static int again(const int64_t *first, const int64_t *next) {
+    for (; first < next; first += 6)
+        if (first[2] == next[2]) return 1;
+    return 0;
+}
+
 /* FOLD, out, elements, element size, kernel, divisor (the bits of a double), own operand, n, requests...
- * Sends of the result that follow and may be puts are put here, block by block; returns how many. */
-static int64_t fold(Player *player, const int64_t *words, const int64_t *following) {
-    int64_t elements = words[2], size = words[3], own = words[6], n = words[7];
+ * Where sends of the result follow, it is copied to where they need it block by block. */
+static void fold(Player *player, const int64_t *words) {
+    int64_t elements = words[2], size = words[3], own = words[6], n = words[7], sends = 0;
     Fold kernel = (Fold)words[4];
     double divisor;
     memcpy(&divisor, words + 5, 8);
-    char *out = (char *)words[1], *targets[MOST_PUTS];
+    char *out = (char *)words[1], *targets[MOST_FUSED];
     const char *operands[n + 1];
     const void *parts[n + 1];
     for (int64_t k = 0, request = 8; k <= n; k++)
         operands[k] = k == own ? out : (char *)player->requests[words[request++]].view;
-    int64_t puts = 0;
-    for (; puts < MOST_PUTS && following[0] == SEND && following[3] == words[1] && following[4] == elements * size
-           && (following[5] & 1) && following[4] > SMALL_BYTES; following += 6) {
-        targets[puts] = put_target(player, player->links + following[2], following[3], following[4]);
-        if (!targets[puts]) break;
-        puts++;
+    const int64_t *first = words + 8 + n, *next = first; /* a second message to one peer has no number yet */
+    while (sends < MOST_FUSED && next[0] == SEND && next[3] == words[1] && next[4] == elements * size
+           && !again(first, next) && (targets[sends] = begin_send(player, next)) != 0) {
+        sends++;
+        next += 6;
     }
-    int64_t block = puts ? FUSED_BYTES / size : elements;
+    int64_t block = sends ? FUSED_BYTES / size : elements;
     for (int64_t start = 0; start < elements; start += block) {
         int64_t count = least(block, elements - start);
         for (int64_t k = 0; k <= n; k++) parts[k] = operands[k] + start * size;
         kernel(out + start * size, parts, n + 1, count, divisor);
-        for (int64_t k = 0; k < puts; k++) memcpy(targets[k] + start * size, out + start * size, (size_t)(count * size));
+        for (int64_t k = 0; k < sends; k++)
+            memcpy(targets[k] + start * size, out + start * size, (size_t)(count * size));
     }
-    return puts;
+    player->tape->put = sends;
 }
 
 /* ---------------------------------------------------------------- playing */
@@ -289,24 +327,45 @@ static void note(int64_t *times, const Tape *tape, int which) {
     if (times && (which || !times[3 * tape->timed])) times[3 * tape->timed + which] = now();
 }
 
-int play(Rank *rank, Tape *tape, int64_t deadline, int64_t *times, int last_look) {
-    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, deadline, last_look};
-    if (tape->at == 0) {
-        memset(player.requests, 0, (size_t)tape->count * sizeof(Request));
-        for (int64_t at = 0; at < rank->links; at++) player.links[at].sends = player.links[at].receives = -1;
-        tape->timed = tape->puts = 0;
-    }
+/* Makes a collective the one under way, and tells the peers where they may put; LOOK if it cannot begin. */
+static int begin(Rank *rank, Tape *tape, int64_t contract, int64_t timeout) {
+    if (word_of(rank->block, ALARM) || rank->forked || rank->queued) return LOOK;
+    Link *links = (Link *)(rank + 1);
+    rank->contract = contract;
+    int shared = tape->exposed >= rank->window && tape->exposed < rank->window_end;
+    rank->exposed = shared ? tape->exposed : 0;
+    rank->exposed_end = shared ? tape->exposed_end : 0;
+    set_word(rank->block, EXPOSED_AT, shared ? tape->exposed - rank->window : NOWHERE);
+    set_word(rank->block, EXPOSED_CONTRACT, contract); /* last: peers read the other once they see this */
+    for (int64_t at = 0; at < rank->links; at++) links[at].sends = links[at].receives = -1;
+    memset((void *)tape->requests, 0, (size_t)tape->count * sizeof(Request));
+    tape->at = tape->timed = tape->put = 0;
+    tape->deadline = now() + timeout;
+    tape->playing = 1;
+    return DONE;
+}
+
+static void end(Rank *rank, Tape *tape) {
+    rank->messages_sent += tape->messages_sent;
+    rank->bytes_sent += tape->bytes_sent;
+    rank->messages_received += tape->messages_received;
+    rank->bytes_received += tape->bytes_received;
+    tape->playing = 0;
+}
+
+int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int last_look) {
+    int result = tape->playing ? DONE : begin(rank, tape, contract, timeout);
+    if (result != DONE) return result;
+    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, last_look};
     for (;;) {
         const int64_t *words = tape->words + tape->at;
-        int result = DONE;
         switch (words[0]) {
         case SEND:
-            send(&player, words[1], words, tape->puts > 0);
-            tape->puts -= tape->puts > 0;
+            send(&player, words);
             tape->at += 6;
             break;
         case RECEIVE:
-            receive(&player, words[1], words);
+            receive(&player, words);
             tape->at += 6;
             break;
         case FOLD:
@@ -314,7 +373,7 @@ int play(Rank *rank, Tape *tape, int64_t deadline, int64_t *times, int last_look
             for (int64_t k = 0; k < words[7]; k++)
                 if ((result = wait_received(&player, words[8 + k])) != DONE) return result;
             note(times, tape, 1);
-            tape->puts = fold(&player, words, words + 8 + words[7]);
+            fold(&player, words);
             for (int64_t k = 0; k < words[7]; k++) release(&player, player.requests + words[8 + k]);
             note(times, tape, 2);
             tape->timed++;
@@ -336,15 +395,14 @@ int play(Rank *rank, Tape *tape, int64_t deadline, int64_t *times, int last_look
             tape->at += 4;
             break;
         default:
-            tape->at = 0;
+            end(rank, tape);
             return DONE;
         }
     }
 }
 
-/* Forgets a tape that was not played to its end. */
 void drop(Tape *tape) {
     Request *requests = (Request *)tape->requests;
-    for (int64_t at = 0; at < tape->count && tape->at; at++) free((void *)requests[at].staging);
-    tape->at = 0;
+    for (int64_t at = 0; at < tape->count && tape->playing; at++) free((void *)requests[at].staging);
+    tape->playing = 0;
 }

@@ -7,6 +7,7 @@
 | RINGRED_TRANSPORT | the one transport to use: shm, mpi or torch_p2p | shm within a host, else by the launcher |
 | RINGRED_INTERFACE | address that torch_p2p binds, where the host has several | the host's own |
 | RINGRED_TUNING | file of measured costs that "auto" uses; off: built-in costs | ~/.cache/ringred/tuning.json |
+| RINGRED_COMPILED | off: plans on shared memory are run by Python, not by the compiled player | on |
 | RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
 """
 
@@ -31,6 +32,7 @@ class Config:
     interface: str | None = None
     trace: str | None = None
     tuning: Path | None = None
+    compiled: bool = True
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -44,6 +46,7 @@ class Config:
             interface=env.get("RINGRED_INTERFACE"),
             trace=env.get("RINGRED_TRACE"),
             tuning=_tuning_file(env),
+            compiled=_choice("RINGRED_COMPILED", env.get("RINGRED_COMPILED"), ("on", "off")) != "off",
         )
 
 

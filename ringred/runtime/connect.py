@@ -117,8 +117,9 @@ def _nearest(
         return far()
     only_near = config.transport == "shm"
     # MPI is connected even if shared memory reaches all ranks, because MPI's own all-reduce is one of the algorithms.
+    keep_far = name == "mpi" and not only_near
     return routed.join(
-        gather, rank, size, far, config.timeout, only_near=only_near, keep_far=name == "mpi" and not only_near
+        gather, rank, size, far, config.timeout, only_near=only_near, keep_far=keep_far, compiled=config.compiled
     )
 
 

@@ -95,13 +95,20 @@ def bind(
     return Plan(tuple(operations), program.requests, folder, exposed, slots.nbytes)
 
 
-def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None = None) -> None:
-    """Runs `plan` over `transport`. Raises `Fault` like `Transport.wait`; after that the transport is unusable."""
+def run(
+    plan: Plan, transport: Transport, contract: int, turn: int, timeout_ns: int, tracer: Tracer | None = None
+) -> None:
+    """Runs `plan` over `transport` as the collective `contract`, see `Transport.begin`, in at most `timeout_ns`.
+
+    Raises `Fault` like `Transport.wait`; after that the transport is unusable.
+    """
+    player = transport.player
+    if player is not None and player.ready() and _played(plan, player, contract, timeout_ns, tracer):
+        return
+    transport.begin(contract, turn)
     if transport.windows:
         cast(Windowed, transport).expose(plan.exposed)
-    player = transport.player
-    if player is not None and not plan.by_hand and player.ready() and _played(plan, player, deadline, tracer):
-        return
+    deadline = time.monotonic() + timeout_ns / 1e9
     requests: list[Request] = [None] * plan.requests
     isend, irecv, wait, release = transport.isend, transport.irecv, transport.wait, transport.release
     folder = plan.folder
@@ -144,19 +151,20 @@ def run(plan: Plan, transport: Transport, deadline: float, tracer: Tracer | None
             operation[1].copy_(operation[2])
 
 
-def _played(plan: Plan, player: Player, deadline: float, tracer: Tracer | None) -> bool:
+def _played(plan: Plan, player: Player, contract: int, timeout_ns: int, tracer: Tracer | None) -> bool:
     """Whether `player` ran the plan."""
     tape = plan.tape
     if tape is None:
-        tape = plan.tape = compiled(plan.operations, plan.requests, plan.folder, player.links)
+        if not plan.by_hand:
+            tape = plan.tape = compiled(plan.operations, plan.requests, plan.folder, plan.exposed, player.links)
         if tape is None:
             plan.by_hand = True
             return False
     if tracer is None:
-        player.play(tape, deadline, None)
+        player.play(tape, contract, timeout_ns, None)
         return True
     times = array("q", bytes(24 * tape.timed))
-    player.play(tape, deadline, times)
+    player.play(tape, contract, timeout_ns, times)
     at = 0
     for operation in plan.operations:
         if operation[0] == _FOLD:

@@ -92,7 +92,8 @@ class Operations:
             prepared = None
         if prepared is None:
             prepared = self._prepare(symmetric.all_reduce_again, tensor, op, algorithm, key)
-        return self._runner.launch(prepared, holding=tensor)
+        self._runner.launch_again(prepared, holding=tensor)
+        return None
 
     def all_reduce_init(
         self,

@@ -49,7 +49,9 @@ class Runner:
     """Puts the calls of a communicator in one order, and runs one at a time; each may take `timeout` seconds."""
 
     def __init__(self, transport: Transport, timeout: float, name: str) -> None:
-        self.transport, self.timeout = transport, timeout
+        self.transport = transport
+        self.timeout_ns = int(timeout * 1e9)
+        self._attempt = None if transport.player is None else transport.player.attempt
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
         self.closed = False
@@ -104,6 +106,34 @@ class Runner:
         work.wait()
         return None
 
+    def launch_again(self, prepared: Prepared, holding: object) -> None:
+        """As `launch(prepared, holding=holding)`, in the fewest steps where a tape is all there is to play."""
+        plan = prepared.plan
+        if type(plan) is not Plan or plan.tape is None or prepared.scaled is not None or self._attempt is None:
+            self.launch(prepared, holding=holding)
+            return
+        with self.order:
+            if (
+                self._failure is None
+                and not (self.closed or self.purpose or self._one_way)
+                and self.tracer is None
+                and self._progress.idle()
+            ):
+                number = self._sequence = self._sequence + 1
+                frame = sys._getframe(1)
+                self._current = (number, prepared.call, frame, False)
+                try:
+                    left = self._attempt(plan.tape.address, contract(prepared.call.digest, number), self.timeout_ns)
+                except BaseException as failure:
+                    self.abort(failure)
+                    raise
+                finally:
+                    self._current = None
+                if left:
+                    self._run(prepared, number, frame)
+                return
+        self.launch(prepared, holding=holding)
+
     def abort(self, cause: BaseException) -> None:
         """Tells every rank that this one failed with `cause` and takes no further part."""
         if self._failure is None and not self.closed:
@@ -145,7 +175,7 @@ class Runner:
             return None
         began = time.monotonic()
         try:
-            self.transport.settle(began + self.timeout)
+            self.transport.settle(self._deadline())
         except Fault as fault:
             if fault.kind == FaultKind.TIMEOUT:  # the peer may still come, and finds what was sent to it
                 return None
@@ -155,7 +185,7 @@ class Runner:
         return None
 
     def _wait_sent(self, requests: Sequence[Request]) -> None:
-        deadline = time.monotonic() + self.timeout
+        deadline = self._deadline()
         for request in requests:
             self.transport.wait(request, deadline)
 
@@ -181,13 +211,12 @@ class Runner:
         if self._failure is not None:
             self._refuse(call)
         self._current = (number, call, site, of_a_pair)
-        sent = self.transport.counters.messages_sent
+        sent = self.transport.counters.messages_sent if prepared.one_way else 0
         began = time.monotonic()
         try:
-            self.transport.begin(contract(call.digest, number), -1 if of_a_pair else number)
             for target, source in prepared.fill:
                 target.copy_(source)
-            self._play(prepared, began + self.timeout)
+            self._play(prepared, contract(call.digest, number), -1 if of_a_pair else number)
             for target, source in prepared.back:
                 target.copy_(source)
         except Fault as fault:
@@ -210,20 +239,25 @@ class Runner:
         finally:
             self._current = None
 
-    def _play(self, prepared: Prepared, deadline: float) -> None:
+    def _play(self, prepared: Prepared, contract: int, turn: int) -> None:
         plan = prepared.plan
         if type(plan) is Plan:
             if prepared.scaled is not None:
                 assert plan.folder is not None, "only a reduction scales"
                 plan.folder.scale_first(prepared.scaled)
-            run(plan, self.transport, deadline, self.tracer)
-        elif isinstance(plan, Native):
+            run(plan, self.transport, contract, turn, self.timeout_ns, self.tracer)
+            return
+        self.transport.begin(contract, turn)
+        if isinstance(plan, Native):
             native: Any = self.transport
-            native.native_all_reduce(plan.tensor, plan.op.value, deadline)
+            native.native_all_reduce(plan.tensor, plan.op.value, self._deadline())
         elif isinstance(plan, Post):
             self._outgoing.append([self.transport.isend(plan.peer, part) for part in plan.parts])
             if len(self._outgoing) > _OUTGOING:
                 self._wait_sent(self._outgoing.popleft())
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout_ns / 1e9
 
     def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
         """Publishes this rank's report, reads those of the other ranks and combines them into one exception."""

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ringred.native import player
 from ringred.runtime.folds import Folder, ReduceOp
 from ringred.transports.base import Tape
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "kernel"]
 
 _SEND, _RECEIVE, _FOLD, _TAKE, _WAIT_SENT, _SNAPSHOT, _END = range(7)  # the first six as in executor.py
 _PUT, _BUFFERED = 1, 2
@@ -35,7 +36,7 @@ _PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 _OPERATIONS = {op: at for at, op in enumerate(("sum", "prod", "min", "max", "band", "bor", "bxor"))} | {"avg": 0}
 
 
-def _kernel(folder: Folder) -> tuple[int, int] | None:
+def kernel(folder: Folder) -> tuple[int, int] | None:
     """The address of the fold, and how many of its elements are one of the tensor's; None if there is none."""
     dtype, parts = folder.dtype, 1
     if dtype in _PARTS:
@@ -48,12 +49,16 @@ def _kernel(folder: Folder) -> tuple[int, int] | None:
 
 
 def compiled(
-    operations: Sequence[tuple[Any, ...]], requests: int, folder: Folder | None, links: Mapping[int, int]
+    operations: Sequence[tuple[Any, ...]],
+    requests: int,
+    folder: Folder | None,
+    exposed: Tensor | None,
+    links: Mapping[int, int],
 ) -> Tape | None:
     """The tape of a plan's operations; `links` are the numbers of the links to the peers. None if the player does not
     have the plan's fold."""
-    kernel = None if folder is None else _kernel(folder)
-    if folder is not None and kernel is None:
+    fold = None if folder is None else kernel(folder)
+    if folder is not None and fold is None:
         return None
     words: list[int] = []
     sent, received, timed = [], [], 0
@@ -73,9 +78,9 @@ def compiled(
             element = destination.element_size()
         elif code == _FOLD:
             assert folder is not None, "only reducing collectives fold"
-            assert kernel is not None, "looked up above"
+            assert fold is not None, "looked up above"
             _, numbers, out, own, final, _, _ = operation
-            address, parts = kernel
+            address, parts = fold
             size = out.element_size() // parts
             divisor = _bits(folder.divisor(final))
             words += (code, out.data_ptr(), out.numel() * parts, size, address, divisor, own, len(numbers), *numbers)
@@ -89,7 +94,9 @@ def compiled(
             _, target, source = operation
             words += (code, target.data_ptr(), source.data_ptr(), source.nbytes)
     words.append(_END)
-    return Tape(words, requests, timed, element, len(sent), sum(sent), len(received), sum(received))
+    bounds = (0, 0) if exposed is None else (exposed.data_ptr(), exposed.data_ptr() + exposed.nbytes)
+    moved = (len(sent), sum(sent), len(received), sum(received))
+    return Tape(words, requests, bounds, moved, timed, element)
 
 
 def _bits(value: float) -> int:

@@ -103,11 +103,11 @@ def run_ranks(
 ) -> list[T]:
     """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
 
-    The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm"
-    (windows, as between processes of one host) or "torch_p2p" (Gloo over the loopback). Ranks that are processes
-    need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds. `delay=(seconds, seed)` puts
-    random delays into sends and waits. The exception of the first rank that raised one is raised, after all have
-    ended; with `return_exceptions` each rank's is returned as its result.
+    The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm" (windows, as
+    between processes of one host), "shm:python" (the same without the compiled player) or "torch_p2p" (Gloo over the
+    loopback). Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in
+    seconds. `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that
+    raised one is raised, after all have ended; with `return_exceptions` each rank's is returned as its result.
     """
     config = Config(timeout=timeout, segment_bytes=segment_bytes)
     make = connect(transport, size, slots=slots, timeout=timeout)
@@ -146,17 +146,16 @@ def connect(
     transport: str, size: int, *, slots: int | None = None, timeout: float = 30.0
 ) -> Callable[[int], Transport]:
     """Returns a function that makes a rank's transport; each of `size` threads calls it. See `run_ranks`."""
-    makers = {"local": _local, "torch_p2p": _torch_p2p, "shm": _shm}
-    if transport not in makers:
-        raise ValueError(f"run_ranks: transport is 'local', 'shm' or 'torch_p2p', got {transport!r}")
-    return makers[transport](size, slots, timeout)
+    if transport == "local":
+        return Hub(size, slots).transport
+    if transport == "torch_p2p":
+        return _torch_p2p(size, timeout)
+    if transport in ("shm", "shm:python"):
+        return _shm(size, timeout, transport == "shm")
+    raise ValueError(f"run_ranks: transport is 'local', 'shm', 'shm:python' or 'torch_p2p', got {transport!r}")
 
 
-def _local(size: int, slots: int | None, timeout: float) -> Callable[[int], Transport]:
-    return Hub(size, slots).transport
-
-
-def _torch_p2p(size: int, slots: int | None, timeout: float) -> Callable[[int], Transport]:
+def _torch_p2p(size: int, timeout: float) -> Callable[[int], Transport]:
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     from ringred.transports.torch_p2p import TorchP2PTransport
@@ -165,8 +164,8 @@ def _torch_p2p(size: int, slots: int | None, timeout: float) -> Callable[[int], 
     return lambda rank: TorchP2PTransport(store, rank, size, timeout, "127.0.0.1")
 
 
-def _shm(size: int, slots: int | None, timeout: float) -> Callable[[int], Transport]:
-    from ringred.transports import neighbours
+def _shm(size: int, timeout: float, compiled: bool) -> Callable[[int], Transport]:
+    from ringred.transports import neighbours, shm_player
     from ringred.transports.shm import ShmTransport
 
     if size == 1:
@@ -182,7 +181,7 @@ def _shm(size: int, slots: int | None, timeout: float) -> Callable[[int], Transp
             meeting.wait(timeout)
             return everyone
 
-        found, reason = neighbours.connect(gather, rank)
+        found, reason = neighbours.connect(gather, rank, compiled and shm_player.unusable() is None)
         if found is None:
             raise TransportUnavailable(f"rank {rank}: no shared memory: {reason}")
         return ShmTransport(found, range(size), "world", timeout)

@@ -64,19 +64,30 @@ class Counters:
 class Tape:
     """A plan's instructions as numbers, `words` (runtime/tape.py), with what the player notes while it plays them.
 
-    `timed`: how many of them are timed; `element`: bytes of an element; then the messages and bytes that it moves.
+    `exposed` are the bounds, as addresses, of the memory into which peers may put; `moved` the messages and bytes that
+    it sends and receives; `timed` how many instructions are timed, and `element` the bytes of an element.
     """
 
-    __slots__ = ("address", "element", "moved", "requests", "timed", "words")
+    __slots__ = ("address", "element", "requests", "timed", "words")
 
-    HEAD = 8  # words before the instructions; those of the last fault are the last three
+    # Words before the instructions, as in native/layout.h.
+    PLAYING, FAULT_LINK, EXPECTED, GOT, HEAD = 9, 13, 14, 15, 16
     REQUEST_WORDS = 12
 
-    def __init__(self, words: list[int], requests: int, timed: int, element: int, *moved: int) -> None:
+    def __init__(
+        self,
+        words: list[int],
+        requests: int,
+        exposed: tuple[int, int],
+        moved: tuple[int, int, int, int],
+        timed: int,
+        element: int,
+    ) -> None:
         self.requests = array("q", bytes(8 * self.REQUEST_WORDS * max(1, requests)))
-        self.words = array("q", [0, self.requests.buffer_info()[0], requests, 0, 0, 0, 0, 0, *words])
+        head = [0, self.requests.buffer_info()[0], requests, *exposed, *moved]
+        self.words = array("q", [*head, *[0] * (self.HEAD - len(head)), *words])
         self.address = self.words.buffer_info()[0]
-        self.timed, self.element, self.moved = timed, element, moved
+        self.timed, self.element = timed, element
 
 
 class Player(Protocol):
@@ -84,12 +95,15 @@ class Player(Protocol):
 
     links: Mapping[int, int]
     """The number of the link to each peer."""
+    attempt: Callable[[int, int, int], int]
+    """Plays the tape at an address, for a contract and a timeout in ns; 0 if it is done, else `play` goes on."""
 
     def ready(self) -> bool:
         """Whether nothing is under way that it does not know of."""
 
-    def play(self, tape: Tape, deadline: float, times: array[int] | None) -> None:
-        """Plays it. `times` get, for each fold and take, when it began to wait, had its data and ended, in ns. Raises
+    def play(self, tape: Tape, contract: int, timeout_ns: int, times: array[int] | None) -> None:
+        """Begins the collective `contract` as `Transport.begin` does, exposes memory as `Windowed.expose` does, and
+        plays `tape`. `times` get, for each fold and take, when it began to wait, had its data and ended, in ns. Raises
         `Fault` as `Transport.wait` does."""
 
 

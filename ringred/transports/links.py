@@ -20,9 +20,11 @@ from ringred.transports.windows import Window
 
 __all__ = ["LAYOUT", "Layout", "Link", "Receive", "Send", "Slots", "State"]
 
-SLOT_BYTES = 512 << 10
-"""The size of a large slot, and so of a segment: large enough to hide Python's overhead, small enough for a cache."""
-SLOTS = 4
+PART_BYTES = 512 << 10
+"""The most bytes that go into slots at once, and so a segment: it hides Python's overhead, and fits into a cache."""
+SLOT_BYTES = 64 << 10
+"""The size of a large slot; a message takes as many as it needs, one after the other."""
+SLOTS = 32
 SMALL_BYTES = 4 << 10
 """A message up to this goes into a small slot, even if it lies in the window: it is quickly copied, and its sender then
 need not wait until it is read."""
@@ -43,13 +45,14 @@ AT, PUT, PART = 0, 1, 2
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
 
 # Words of a rank's own state: first its own, then those of each link.
-OWN_WINDOW, OWN_END, OWN_BLOCK, OWN_CONTRACT, EXPOSED, EXPOSED_END, CROWDED, LOST, LINKS = range(9)
+OWN_WINDOW, OWN_END, OWN_BLOCK, OWN_CONTRACT, EXPOSED, EXPOSED_END, CROWDED, LOST, LINKS, FORKED, QUEUED = range(11)
+MESSAGES_SENT, BYTES_SENT, MESSAGES_RECEIVED, BYTES_RECEIVED = range(11, 15)
 WINDOW, WINDOW_END, BLOCK, ACKED_WORD, TAKEN_WORD, ENTRIES_IN, ENTRIES_OUT, SMALL, LARGE = range(9)
 SENT, ACKED, TAKEN, AWAITED, SMALL_NEXT, LARGE_NEXT, SMALL_USED = range(9, 16)
 LARGE_USED = SMALL_USED + SMALL_SLOTS
-OWN_WORDS, LINK_WORDS = 16, 40
-LAYOUT: tuple[int, ...] = (1, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES)
-LAYOUT += (SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, OWN_WORDS, LINK_WORDS)
+OWN_WORDS, LINK_WORDS = 16, 72
+LAYOUT: tuple[int, ...] = (2, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES)
+LAYOUT += (SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES, OWN_WORDS, LINK_WORDS)
 """What the compiled player has to agree on: a version, and these numbers."""
 
 
@@ -82,15 +85,15 @@ class State:
 
 
 class Slots:
-    """A ring of `count` slots of `nbytes` bytes in this rank's window, from offset `start`, `stride` bytes apart.
+    """A ring of `count` slots in this rank's window, from offset `start`, `stride` bytes apart.
 
     In the words of the link lie, at `next_at`, which slot is next, and from `used_at` on the number of the message that
     each was last used for."""
 
-    __slots__ = ("count", "nbytes", "next_at", "start", "stride", "used_at")
+    __slots__ = ("count", "next_at", "start", "stride", "used_at")
 
-    def __init__(self, start: int, nbytes: int, stride: int, count: int, next_at: int, used_at: int) -> None:
-        self.start, self.nbytes, self.stride, self.count = start, nbytes, stride, count
+    def __init__(self, start: int, stride: int, count: int, next_at: int, used_at: int) -> None:
+        self.start, self.stride, self.count = start, stride, count
         self.next_at, self.used_at = next_at, used_at
 
 
@@ -137,8 +140,8 @@ class Link:
         self.entries_out = (own_block + layout.entries) // 8 + index * ENTRIES * 4
         small = own_block + layout.small + index * SMALL_SLOTS * SMALL_STRIDE
         large = own_block + layout.large + index * SLOTS * SLOT_BYTES
-        self.small = Slots(small, SMALL_BYTES, SMALL_STRIDE, SMALL_SLOTS, SMALL_NEXT, SMALL_USED)
-        self.large = Slots(large, SLOT_BYTES, SLOT_BYTES, SLOTS, LARGE_NEXT, LARGE_USED)
+        self.small = Slots(small, SMALL_STRIDE, SMALL_SLOTS, SMALL_NEXT, SMALL_USED)
+        self.large = Slots(large, SLOT_BYTES, SLOTS, LARGE_NEXT, LARGE_USED)
         self.acked_words, self.acked_at = window.words, block // 8 + CONSUMED + 8 * own
         self.queue: deque[Send] = deque()
         # What it receives: the other way round.

@@ -40,9 +40,12 @@ _live: weakref.WeakSet[Neighbours] = weakref.WeakSet()
 class _Transport(Protocol):
     def peer_lost(self) -> None: ...
 
+    def forget(self) -> None: ...
 
-def connect(gather: Gather, rank: int) -> tuple[Neighbours | None, str | None]:
-    """The neighbours of `rank`, or None and the reason. Collective: all ranks of the job call it.
+
+def connect(gather: Gather, rank: int, compiled: bool = True) -> tuple[Neighbours | None, str | None]:
+    """The neighbours of `rank`, or None and the reason. Collective: all ranks of the job call it. `compiled` says
+    whether this one can play compiled plans.
 
     Ranks are neighbours if one kernel runs them for one user, in one network namespace. None if this rank
     has no neighbours, or if the ranks of this host could not all connect to each other.
@@ -57,12 +60,12 @@ def connect(gather: Gather, rank: int) -> tuple[Neighbours | None, str | None]:
         except OSError as failure:
             reason = f"no Unix socket: {failure}"
     place = "-" if reason is not None else _place()
-    cards = [card.split(" ") for card in gather(f"{place} {name} {secret.hex()}")]
+    cards = [card.split(" ") for card in gather(f"{place} {name} {secret.hex()} {compiled:d}")]
     members = [peer for peer, card in enumerate(cards) if card[0] == place and place != "-"]
     found: Neighbours | None = None
     if len(members) > 1 and listener is not None:
         try:
-            found = Neighbours(rank, members)
+            found = Neighbours(rank, members, all(cards[peer][3] == "1" for peer in members))
             found.meet(listener, {peer: (cards[peer][1], bytes.fromhex(cards[peer][2])) for peer in members})
         except (OSError, MemoryError) as failure:
             reason = str(failure)[:200]
@@ -90,11 +93,11 @@ class Neighbours:
 
     `windows` are the windows of all members as this process maps them, and `heap` manages this rank's own. `gone` has
     the reason for each member that is no longer there. When a member goes, `peer_lost` of all transports is called, on
-    a thread of this object's own.
+    a thread of this object's own. `compiled`: all members play compiled plans.
     """
 
-    def __init__(self, rank: int, members: list[int]) -> None:
-        self.rank, self.members = rank, members
+    def __init__(self, rank: int, members: list[int], compiled: bool) -> None:
+        self.rank, self.members, self.compiled = rank, members, compiled
         self._descriptor, own = create(len(members))
         self.windows: dict[int, Window] = {rank: own}
         self.heap = Heap(own)
@@ -296,6 +299,8 @@ class Neighbours:
     def forget(self) -> None:
         """In a forked child: closes its copies of the connections, which must end with the parent, the real rank."""
         self.forked = self._closed = True
+        for transport in self._transports:
+            transport.forget()
         for connection in self._sockets.values():
             with contextlib.suppress(OSError):
                 connection.close()

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.transports import neighbours
+from ringred.transports import neighbours, shm_player
 from ringred.transports.base import Gather, Request, Transport
 from ringred.transports.shm import ShmTransport
 
@@ -34,13 +34,15 @@ def join(
     *,
     only_near: bool = False,
     keep_far: bool = False,
+    compiled: bool = True,
 ) -> Transport:
     """The transport of `rank` among `size`: shared memory where it reaches, `far()` elsewhere. Collective.
 
     `keep_far` calls `far()` even if shared memory reaches all ranks, for its other abilities; `only_near` requires that
-    shared memory reaches all ranks. Raises `TransportUnavailable`.
+    shared memory reaches all ranks; with `compiled` plans are played by the compiled player, where there is one. Raises
+    `TransportUnavailable`.
     """
-    found, reason = neighbours.connect(gather, rank)
+    found, reason = neighbours.connect(gather, rank, compiled and shm_player.unusable() is None)
     reach = 1 if found is None else len(found.members)
     if only_near and reach < size:
         if found is not None:

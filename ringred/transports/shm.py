@@ -30,11 +30,13 @@ from ringred.transports.links import (
     CLOSED,
     CONTRACT,
     ENTRIES,
+    FORKED,
     LEFT,
     LENGTH,
     LOST,
     NUMBER,
     PART,
+    PART_BYTES,
     PLACE,
     PUT,
     REPORT_BYTES,
@@ -42,7 +44,6 @@ from ringred.transports.links import (
     SENT,
     SETTLES,
     SLEEPING,
-    SLOT_BYTES,
     TAKEN,
     Layout,
     Link,
@@ -51,7 +52,7 @@ from ringred.transports.links import (
     State,
 )
 from ringred.transports.neighbours import Neighbours
-from ringred.transports.shm_player import ShmPlayer, usable
+from ringred.transports.shm_player import ShmPlayer
 from ringred.transports.shm_sending import SPIN_NS, Sender
 from ringred.transports.windows import Views
 
@@ -86,7 +87,7 @@ class ShmTransport:
         own = list(members).index(neighbours.rank)
         self.rank, self.size = names[own], len(members) if size is None else size
         self._froze = False
-        self.segment_bytes = SLOT_BYTES
+        self.segment_bytes = PART_BYTES
         self._neighbours, self._timeout = neighbours, timeout
         self._heap, self.window = neighbours.heap, neighbours.windows[neighbours.rank]
         self._layout = Layout(len(members))
@@ -119,9 +120,8 @@ class ShmTransport:
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
         self._closed = False
         self.player: ShmPlayer | None = None
-        if usable() is None:
-            links = list(self._links.values())
-            self.player = ShmPlayer(self._state, links, self._sender, self._check_aborted, self._left)
+        if neighbours.compiled:
+            self.player = ShmPlayer(self._state, list(self._links.values()), self._check, self._left)
         neighbours.hold(self)
 
     @property
@@ -152,9 +152,13 @@ class ShmTransport:
     def begin(self, contract: int, turn: int) -> None:
         self._contract, self.begun = contract, (contract, turn)
         self._sender.begin(contract)
+        self._check()
+
+    def _check(self) -> None:
+        """Raises `Fault` if this rank cannot begin a collective."""
         if self._words[self._at + ALARM]:
             self._check_aborted()
-        if self._neighbours.forked:
+        if self._state.own[FORKED]:
             raise Fault(FaultKind.PEER, self.rank, "a forked child has no part in what its parent is a rank of")
 
     # ------------------------------------------------------------------ receiving
@@ -208,25 +212,20 @@ class ShmTransport:
             if kind == AT and request.lend and not got and wanted and nbytes:
                 request.view = self._views.of(link.rank, link.window, offset, nbytes, dst.dtype)
                 request.number = number
-                self._count(nbytes)
+                self._sender.received(nbytes)
                 return
             if request.lend and staging is None:
                 staging = torch.empty_like(dst)
             if kind != PUT and nbytes:
-                part = min(nbytes - got, SLOT_BYTES) if kind == PART or got else nbytes
+                part = min(nbytes - got, PART_BYTES) if kind == PART or got else nbytes
                 target = dst if staging is None else staging
                 futex.copy(target.data_ptr() + got, link.window.address + offset, part)
                 got += part
             self._consume(link, number)
             if kind != PART:
                 request.number, request.view = -1, staging
-                self._count(nbytes)
+                self._sender.received(nbytes)
                 return
-
-    def _count(self, nbytes: int) -> None:
-        counters = self.counters
-        counters.messages_received += 1
-        counters.bytes_received += nbytes
 
     def _consume(self, link: Link, number: int) -> None:
         self._words[link.taken_at] = number
@@ -286,6 +285,10 @@ class ShmTransport:
         self._state.own[LOST] = 1
         self._words[self._at + SLEEPING] = 0
         futex.wake(self._base + self._block + 8 * SLEEPING)
+
+    def forget(self) -> None:
+        """This process is a fork of the rank's own."""
+        self._state.own[FORKED] = 1
 
     def settle(self, deadline: float) -> None:
         self._words[self._at + SETTLES] = 1

@@ -14,18 +14,24 @@ from ringred.transports.links import (
     ACKED,
     AT,
     AWAITED,
+    BYTES_RECEIVED,
+    BYTES_SENT,
     ENTRIES,
     EXPOSED,
     EXPOSED_AT,
     EXPOSED_CONTRACT,
     EXPOSED_END,
     LENGTH,
+    MESSAGES_RECEIVED,
+    MESSAGES_SENT,
     NOWHERE,
     NUMBER,
     OWN_CONTRACT,
     PART,
+    PART_BYTES,
     PLACE,
     PUT,
+    QUEUED,
     SENT,
     SLEEPING,
     SMALL_BYTES,
@@ -64,10 +70,34 @@ class Sender:
         self._own = state.own
         self._words, self._at = window.words, block // 8
         self._base, self._end = window.address, window.address + window.nbytes
-        self.counters = Counters()
+        self._counters = Counters()
         self._contract = 0
-        self.queued = 0
+
+    @property
+    def queued(self) -> int:
         """Sends without a descriptor or a slot yet."""
+        return self._own[QUEUED]
+
+    def received(self, nbytes: int) -> None:
+        """Counts a message."""
+        self._counters.messages_received += 1
+        self._counters.bytes_received += nbytes
+
+    @property
+    def counters(self) -> Counters:
+        """What was sent and received: here, and by the compiled player, which counts in words of the state."""
+        counters, own = self._counters, self._own
+        counters.messages_sent += own[MESSAGES_SENT]
+        counters.bytes_sent += own[BYTES_SENT]
+        counters.messages_received += own[MESSAGES_RECEIVED]
+        counters.bytes_received += own[BYTES_RECEIVED]
+        own[MESSAGES_SENT] = own[BYTES_SENT] = own[MESSAGES_RECEIVED] = own[BYTES_RECEIVED] = 0
+        return counters
+
+    @counters.setter
+    def counters(self, value: Counters) -> None:
+        _ = self.counters  # what came before counts there
+        self._counters = value
 
     def begin(self, contract: int) -> None:
         self._contract = self._own[OWN_CONTRACT] = contract
@@ -86,7 +116,7 @@ class Sender:
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Send | None:
         link = self._links[peer]
         nbytes = src.nbytes
-        counters = self.counters
+        counters = self._counters
         counters.messages_sent += 1
         counters.bytes_sent += nbytes
         address = src.data_ptr()
@@ -101,7 +131,7 @@ class Sender:
             request.place = (address - self._base) << 2
         if link.queue or not self._start(request):
             link.queue.append(request)
-            self.queued += 1
+            self._own[QUEUED] += 1
         return request
 
     def _send_small(self, link: Link, address: int, nbytes: int) -> bool:
@@ -121,7 +151,6 @@ class Sender:
         """Posts as much of a send as there is room for; returns whether that is all."""
         link, nbytes = request.link, request.nbytes
         state = link.state
-        slots = link.small if nbytes <= SMALL_BYTES else link.large
         while True:
             number = state[SENT] + 1
             if number - ENTRIES > state[ACKED] and number - ENTRIES > self._refresh(link):
@@ -130,13 +159,10 @@ class Sender:
                 request.until = 0 if request.place == PUT else number
                 self._post(link, number, request.contract, nbytes, request.place)
                 return True
-            slot = state[slots.next_at]
-            used = state[slots.used_at + slot]
-            if used > state[ACKED] and used > self._refresh(link):
+            part = min(nbytes - request.done, PART_BYTES)
+            offset = self._room(link, number, part)
+            if offset < 0:
                 return False
-            state[slots.used_at + slot], state[slots.next_at] = number, (slot + 1) % slots.count
-            offset = slots.start + slot * slots.stride
-            part = min(nbytes - request.done, slots.nbytes)
             if _BY_ADDRESS < part == nbytes:
                 self._views.of(self._rank, self._window, offset, nbytes, request.source.dtype).copy_(request.source)
             elif part:
@@ -147,6 +173,23 @@ class Sender:
             if last:
                 request.until = 0
                 return True
+
+    def _room(self, link: Link, number: int, nbytes: int) -> int:
+        """Takes slots for a message, or part of one, that gets this `number`: their offset in this rank's window; −1 if
+        the peer has not read what was last in them."""
+        state, slots = link.state, link.small if nbytes <= SMALL_BYTES else link.large
+        count = max(1, -(-nbytes // slots.stride))
+        first = state[slots.next_at]
+        if first + count > slots.count:
+            first = 0
+        taken = range(slots.used_at + first, slots.used_at + first + count)
+        needed = max(state[at] for at in taken)
+        if needed > state[ACKED] and needed > self._refresh(link):
+            return -1
+        for at in taken:
+            state[at] = number
+        state[slots.next_at] = (first + count) % slots.count
+        return slots.start + first * slots.stride
 
     def _refresh(self, link: Link) -> int:
         """The last message that the peer has finished with."""
@@ -200,4 +243,4 @@ class Sender:
         for link in self._links.values():
             while link.queue and self._start(link.queue[0]):
                 link.queue.popleft()
-                self.queued -= 1
+                self._own[QUEUED] -= 1

@@ -61,10 +61,20 @@ def mixed(comm: Communicator, count: int, seed: int) -> int:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize(("transport", "slots"), [("local", None), ("local", 1), ("shm", None)])
-def test_two_hundred_mixed_collectives(size: int, transport: str, slots: int | None) -> None:
+@pytest.mark.parametrize(
+    ("transport", "slots", "delayed"),
+    [
+        ("local", None, True),
+        ("local", 1, True),
+        ("shm:python", None, True),
+        ("shm:python", None, False),
+        ("shm", None, False),
+    ],
+)
+def test_two_hundred_mixed_collectives(size: int, transport: str, slots: int | None, delayed: bool) -> None:
     body = functools.partial(mixed, count=200, seed=size)
-    done = run_ranks(body, size, transport, slots=slots, segment_bytes=8, delay=(0.0005, size))
+    delay = (0.0005, size) if delayed else None
+    done = run_ranks(body, size, transport, slots=slots, segment_bytes=8, delay=delay)
     assert done == [200] * size
 
 

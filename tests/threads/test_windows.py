@@ -19,6 +19,8 @@ from ringred.testing import run_ranks
 from ringred.transports.neighbours import Neighbours
 from ringred.transports.windows import Heap, adopt, create
 
+BOTH = pytest.mark.parametrize("transport", ["shm", "shm:python"])
+
 
 def test_blocks_are_taken_first_fit_and_merge_when_given_back() -> None:
     descriptor, window = create(2)
@@ -87,9 +89,10 @@ def test_a_freed_pointer_may_come_back_as_another_tensor() -> None:
     assert run_ranks(body, 2, "shm") == [True, True]
 
 
+@BOTH
 @pytest.mark.parametrize("algorithm", ["ring", "direct", "one_shot", "halving_doubling", "tree", "torus"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_windows_and_ordinary_tensors_meet(algorithm: str, size: int) -> None:
+def test_windows_and_ordinary_tensors_meet(algorithm: str, size: int, transport: str) -> None:
     """Some ranks in windows, at other places of them, some not; many segments; twice the same memory."""
 
     def body(comm: Communicator) -> bool:
@@ -104,7 +107,7 @@ def test_windows_and_ordinary_tensors_meet(algorithm: str, size: int) -> None:
                 return False
         return True
 
-    assert all(run_ranks(body, size, "shm"))
+    assert all(run_ranks(body, size, transport))
 
 
 def test_kinds_of_memory_that_decide_otherwise_are_named() -> None:
@@ -146,7 +149,7 @@ def test_communicators_come_and_go_without_filling_the_window() -> None:
     assert max(run_ranks(body, 3, "shm")) <= 24 << 20, "control blocks of closed communicators are used again"
 
 
-@pytest.mark.parametrize("transport", ["local", "shm"])
+@pytest.mark.parametrize("transport", ["local", "shm", "shm:python"])
 @pytest.mark.parametrize("algorithm", ["double_tree", "tree", "ring", "direct", "halving_doubling", "torus"])
 def test_data_of_very_many_segments(transport: str, algorithm: str) -> None:
     def body(comm: Communicator) -> bool:
@@ -157,13 +160,14 @@ def test_data_of_very_many_segments(transport: str, algorithm: str) -> None:
     assert all(run_ranks(body, 4, transport, segment_bytes=64))
 
 
-def test_segments_longer_than_all_slots_do_not_deadlock() -> None:
+@BOTH
+def test_segments_longer_than_all_slots_do_not_deadlock(transport: str) -> None:
     def body(comm: Communicator) -> bool:
         tensor = torch.full((3 << 20,), 1.0)
         comm.all_reduce(tensor, algorithm="one_shot")
         return bool((tensor == 2).all())
 
-    assert run_ranks(body, 2, "shm", segment_bytes=8 << 20, timeout=20) == [True, True]
+    assert run_ranks(body, 2, transport, segment_bytes=8 << 20, timeout=20) == [True, True]
 
 
 def test_memory_that_was_dirty_is_clean_for_a_new_communicator() -> None:
@@ -229,9 +233,10 @@ def test_a_finalizer_that_runs_while_a_block_is_taken_gives_its_own_back() -> No
         gc.enable()
 
 
+@BOTH
 @pytest.mark.parametrize("memory", ["window", "tensor"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_broadcast_arrives_whoever_copies(memory: str, ranks: int) -> None:
+def test_a_broadcast_arrives_whoever_copies(memory: str, ranks: int, transport: str) -> None:
     """The root puts every second segment if the others have begun, and they fetch the rest."""
 
     def body(comm: Communicator) -> bool:
@@ -245,14 +250,14 @@ def test_a_broadcast_arrives_whoever_copies(memory: str, ranks: int) -> None:
             tensor.fill_(-2.0)  # a put that came too late would show
         return right
 
-    assert run_ranks(body, ranks, "shm") == [True] * ranks
+    assert run_ranks(body, ranks, transport) == [True] * ranks
 
 
 def test_ranks_that_are_bound_to_cores_of_their_own_have_them_all() -> None:
     cores = sorted(os.sched_getaffinity(0))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as elsewhere:
         os.sched_setaffinity(elsewhere.pid, {cores[-1]})
-        neighbours = Neighbours(0, [0, 1])
+        neighbours = Neighbours(0, [0, 1], compiled=True)
         try:
             os.sched_setaffinity(0, {cores[0]})
             neighbours._processes[1] = elsewhere.pid
