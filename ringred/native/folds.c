@@ -1,14 +1,14 @@
 /* Folds: operands of one dtype combined from left to right, element by element, as torch's kernels do.
  *
  * 16-bit floats are added and multiplied in 32 bits and rounded once, to the nearest even. A minimum or maximum keeps a
- * NaN. All is written for a compiler that vectorises; on x86-64 it is compiled twice, and AVX2 is used where it is. */
+ * NaN. All is written for a compiler that vectorises. On x86-64 it is compiled for three levels, of which the highest that
+ * the processor has is used: 0, any; 1, AVX2 with F16C; 2, AVX-512 with BF16. */
 #include <string.h>
 
 #include "layout.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HAS_AVX2 1
+#define HAS_LEVELS 1
 #endif
 
 enum { BLOCK = 512 }; /* elements that are accumulated at a time, in the first-level cache */
@@ -33,6 +33,20 @@ static inline uint16_t rounded_bf16(float value) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+#if defined(__aarch64__)
+static inline float widened_f16(uint16_t half) {
+    __fp16 value;
+    memcpy(&value, &half, 2);
+    return (float)value;
+}
+
+static inline uint16_t rounded_f16(float value) {
+    __fp16 rounded = (__fp16)value;
+    uint16_t half;
+    memcpy(&half, &rounded, 2);
+    return half;
+}
+#else
 /* IEEE 754 binary16 without instructions for it. */
 static inline float widened_f16(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
@@ -50,6 +64,7 @@ static inline uint16_t rounded_f16(float value) {
         return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) + 0.5f) - 0x3f000000));
     return (uint16_t)(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
+#endif
 
 /* Expressions of each operation. */
 #define ADD(a, b) ((a) + (b))
@@ -105,28 +120,6 @@ static inline uint16_t rounded_f16(float value) {
         }                                                                                                \
     }
 
-/* The same sixteen elements at a time in registers. */
-#define IN_REGISTERS(NAME, KIND, OP)                                                                          \
-    AVX2 static void NAME##_avx2(void *out, const void *const *operands, int64_t count, int64_t n, double divisor) { \
-        const __m256 divisors = _mm256_set1_ps((float)divisor);                                               \
-        int64_t i = 0;                                                                                        \
-        for (; i + 16 <= n; i += 16) {                                                                        \
-            const uint16_t *next = (const uint16_t *)operands[0] + i;                                         \
-            __m256 low = load_##KIND(next), high = load_##KIND(next + 8);                                     \
-            for (int64_t k = 1; k < count; k++) {                                                             \
-                next = (const uint16_t *)operands[k] + i;                                                     \
-                low = OP(low, load_##KIND(next));                                                             \
-                high = OP(high, load_##KIND(next + 8));                                                       \
-            }                                                                                                 \
-            if (divisor != 0) low = _mm256_div_ps(low, divisors), high = _mm256_div_ps(high, divisors);       \
-            store_##KIND((uint16_t *)out + i, low, high);                                                     \
-        }                                                                                                     \
-        if (i == n) return;                                                                                   \
-        const void *rest[count];                                                                              \
-        for (int64_t k = 0; k < count; k++) rest[k] = (const uint16_t *)operands[k] + i;                      \
-        NAME##_plain((uint16_t *)out + i, rest, count, n - i, divisor);                                       \
-    }
-
 #define INTEGERS(ISA, TARGET, KIND, T, U)                    \
     NARROW(sum_##KIND##ISA, TARGET, U, ADD, 0)               \
     NARROW(prod_##KIND##ISA, TARGET, U, WRAPPING_MULTIPLY, 0) \
@@ -180,58 +173,20 @@ HALVES(f16)
 #define NOTHING
 ALL(_plain, NOTHING)
 
-#ifdef HAS_AVX2
-#define AVX2 __attribute__((target("avx2,f16c")))
-
-AVX2 static inline __m256 load_f16(const uint16_t *from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-}
-
-AVX2 static inline void store_f16(uint16_t *to, __m256 low, __m256 high) {
-    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128((__m128i *)(to + 8), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
-}
-
-AVX2 static inline __m256 load_bf16(const uint16_t *from) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
-}
-
-AVX2 static inline __m256i rounded_bf16_avx2(__m256 value) {
-    __m256i bits = _mm256_castps_si256(value), half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), 16);
-    __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
-}
-
-AVX2 static inline void store_bf16(uint16_t *to, __m256 low, __m256 high) {
-    __m256i packed = _mm256_packus_epi32(rounded_bf16_avx2(low), rounded_bf16_avx2(high));
-    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(packed, 0xd8));
-}
-
-AVX2 static inline __m256 less_or_nan(__m256 a, __m256 b) {
-    return _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-}
-
-AVX2 static inline __m256 greater_or_nan(__m256 a, __m256 b) {
-    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-}
-
-#define HALVES_IN_REGISTERS(KIND)                    \
-    IN_REGISTERS(sum_##KIND, KIND, _mm256_add_ps)    \
-    IN_REGISTERS(prod_##KIND, KIND, _mm256_mul_ps)   \
-    IN_REGISTERS(min_##KIND, KIND, less_or_nan)      \
-    IN_REGISTERS(max_##KIND, KIND, greater_or_nan)
-
-HALVES_IN_REGISTERS(bf16)
-HALVES_IN_REGISTERS(f16)
+#ifdef HAS_LEVELS
+#include "halves.h"
 ALL(_avx2, AVX2)
+ALL(_avx512, AVX512)
 #endif
 
-Fold fold_of(int kind, int op) {
+Fold fold_of(int kind, int op, int level) {
     if (kind < 0 || kind >= KINDS || op < 0 || op >= OPS) return 0;
-#ifdef HAS_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return table_avx2[kind][op];
+#ifdef HAS_LEVELS
+    if (level > 1 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return table_avx512[kind][op];
+    if (level > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return table_avx2[kind][op];
 #endif
+    (void)level;
     return table_plain[kind][op];
 }

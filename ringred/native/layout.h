@@ -77,8 +77,9 @@ typedef struct {
 enum { DONE, LOOK, LATE, MISMATCH, SIGNAL, NO_MEMORY };
 
 typedef void (*Fold)(void *out, const void *const *operands, int64_t count, int64_t elements, double divisor);
-/* `kind` is one of KINDS, `op` one of OPS; 0 if they do not go together. The divisor is 0 where nothing is divided. */
-Fold fold_of(int kind, int op);
+/* `kind` is one of KINDS, `op` one of OPS, `level` the highest one of folds.c that may be used; 0 if there is none. The
+ * divisor is 0 where nothing is divided. */
+Fold fold_of(int kind, int op, int level);
 enum { U8, I8, I16, I32, I64, F16, BF16, F32, F64, BOOL, KINDS };
 enum { SUM, PROD, MIN, MAX, BAND, BOR, BXOR, OPS };
 

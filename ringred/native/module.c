@@ -46,13 +46,13 @@ static PyObject *module_drop(PyObject *self, PyObject *const *args, Py_ssize_t g
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(kernel_doc, "kernel(kind, op) -> the address of a fold, 0 if there is none");
+PyDoc_STRVAR(kernel_doc, "kernel(kind, op, level=2) -> the address of a fold, 0 if there is none");
 
 static PyObject *module_kernel(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
-    long long in[2];
-    if (!numbers(args, given, in, 2, 2)) return NULL;
-    return PyLong_FromLongLong((long long)(intptr_t)fold_of((int)in[0], (int)in[1]));
+    long long in[3] = {0, 0, 2};
+    if (!numbers(args, given, in, 2, 3)) return NULL;
+    return PyLong_FromLongLong((long long)(intptr_t)fold_of((int)in[0], (int)in[1], (int)in[2]));
 }
 
 PyDoc_STRVAR(fold_doc,

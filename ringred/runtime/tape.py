@@ -36,15 +36,17 @@ _PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 _OPERATIONS = {op: at for at, op in enumerate(("sum", "prod", "min", "max", "band", "bor", "bxor"))} | {"avg": 0}
 
 
-def kernel(folder: Folder) -> tuple[int, int] | None:
-    """The address of the fold, and how many of its elements are one of the tensor's; None if there is none."""
+def kernel(folder: Folder, level: int = 2) -> tuple[int, int] | None:
+    """The address of the fold, and how many of its elements are one of the tensor's; None if there is none.
+
+    `level` is the highest set of instructions that it may use, see native/folds.c."""
     dtype, parts = folder.dtype, 1
     if dtype in _PARTS:
         if folder.op is not ReduceOp.SUM:
             return None
         dtype, parts = _PARTS[dtype], 2
     assert player is not None, "tapes are compiled for a player"
-    address = player.kernel(_KINDS[dtype], _OPERATIONS[folder.op.value]) if dtype in _KINDS else 0
+    address = player.kernel(_KINDS[dtype], _OPERATIONS[folder.op.value], level) if dtype in _KINDS else 0
     return (address, parts) if address else None
 
 

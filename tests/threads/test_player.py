@@ -79,12 +79,13 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("count", [2, 5])
 @pytest.mark.parametrize(("dtype", "op"), FOLDS, ids=lambda value: str(getattr(value, "value", value)))
-def test_folds_have_the_bits_of_torch(dtype: torch.dtype, op: ReduceOp, count: int) -> None:
-    """Every dtype, operation and length, at any alignment, with the result in place of an operand or not."""
+def test_folds_have_the_bits_of_torch(dtype: torch.dtype, op: ReduceOp, count: int, level: int) -> None:
+    """Every dtype, operation, length and set of instructions, at any alignment, with the result in place of an operand or not."""
     folder = Folder(op, dtype, count)
-    found = kernel(folder)
+    found = kernel(folder, level)
     if found is None:
         assert dtype.is_complex, "the rest is compiled"
         return
@@ -108,11 +109,12 @@ def test_folds_have_the_bits_of_torch(dtype: torch.dtype, op: ReduceOp, count: i
                 assert torch.equal(bits(out), bits(expected)), f"{length} elements, shift {shift}, own {own}"
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_sum_of_a_16_bit_number_and_some_others_is_rounded_as_torch_does(dtype: torch.dtype) -> None:
+def test_every_sum_of_a_16_bit_number_and_some_others_is_rounded_as_torch_does(dtype: torch.dtype, level: int) -> None:
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
     folder = Folder(ReduceOp.SUM, dtype, 2)
-    found = kernel(folder)
+    found = kernel(folder, level)
     assert found is not None
     assert native.player is not None
     others = [*specials(dtype), 0.1, -0.3, 1e-4, 3.14, 1e3]
