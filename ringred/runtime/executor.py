@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -50,6 +50,11 @@ class Plan:
     """The operations in the form that the transport's player plays, once they were played."""
     by_hand: bool = False
     """Whether the player does not have what the plan needs."""
+
+    def surround(self, before: Iterable[tuple[Tensor, Tensor]], after: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copies between flat tensors, (target, source), at the beginning and at the end."""
+        first, last = (tuple((_SNAPSHOT, *pair) for pair in pairs) for pairs in (before, after))
+        self.operations = (*first, *self.operations, *last)
 
 
 def bind(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Concatenate, Literal, ParamSpec, overload
+from typing import Any, Concatenate, Literal, ParamSpec, overload
 
 import torch
 from torch import Tensor
@@ -85,13 +85,14 @@ class Operations:
         """
         if async_op or grid is not None or not tensors.is_plain(tensor):
             return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
-        key = (tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm)
+        # The key of `tensors.identity`, and its way, in fewer steps.
+        key = (symmetric.all_reduce, tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm, None)
         try:
             prepared = self._planner.ready.get(key)
         except TypeError:  # `op` is no operation, and not even hashable
             prepared = None
         if prepared is None:
-            prepared = self._prepare(symmetric.all_reduce_again, tensor, op, algorithm, key)
+            return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
         self._runner.launch_again(prepared, holding=tensor)
         return None
 
@@ -211,7 +212,9 @@ class Operations:
         With `async_op` the tensor is copied and the call done at once, so that ranks may send to each other
         before they receive. Without, they wait for each other: one thread does everything, in order.
         """
-        return self._launch(async_op, rooted.send_later if async_op else rooted.send, tensor, dst)
+        if async_op:
+            return self._runner.launch(self._prepare(rooted.send_later, tensor, dst), async_op)
+        return self._launch(async_op, rooted.send, tensor, dst)
 
     def recv(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work[None] | None:
         """Receives into `tensor` the data that rank `src` sends."""
@@ -238,11 +241,23 @@ class Operations:
             self.abort(failure)
             raise
 
-    def _launch(
-        self,
-        async_op: bool,
-        prepare: Callable[Concatenate[Planner, _P], Prepared],
-        *arguments: _P.args,
-        **options: _P.kwargs,
-    ) -> Work[None] | None:
-        return self._runner.launch(self._prepare(prepare, *arguments, **options), async_op)
+    def _launch(self, async_op: bool, prepare: Callable[..., Prepared], *arguments: Any) -> Work[None] | None:
+        """Runs what `prepare` makes of `arguments`, or what it made of the same ones before.
+
+        What is kept for the next time does not hold the memory of tensors: it is found again by their addresses, by
+        somebody who holds them.
+        """
+        planner = self._planner
+        try:
+            key = tensors.identity(prepare, arguments)
+            prepared = None if key is None else planner.ready.get(key)
+        except TypeError:  # an argument that cannot be right, and is not even hashable
+            key = prepared = None
+        if prepared is None:
+            if key is None:
+                return self._runner.launch(self._prepare(prepare, *arguments), async_op)
+            prepared = planner.remember(key, self._prepare(prepare, *tensors.borrowed(arguments)))
+        if async_op:
+            return self._runner.launch(prepared, async_op, holding=arguments)
+        self._runner.launch_again(prepared, holding=arguments)
+        return None

@@ -74,7 +74,7 @@ class Planner:
         self.native: Costs | None = None
         """The measured costs of that, where "auto" may choose it."""
         self.ready: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
-        """All-reduces of plain tensors that were made before, by all that distinguishes them."""
+        """Calls that were made before, by all that distinguishes them (`tensors.identity`)."""
 
     def where(self, collective: str) -> str:
         """How messages about a call begin."""
@@ -205,13 +205,20 @@ class Planner:
             slots = self._windows.empty(program.slot_elements, tensor.dtype)
         exposed = None if self._windows is None else tensor
         plan = bind(program, [Piece(0, tensor)], folder, slots, exposed=exposed)
+        plan.own_bytes += sum(work.nbytes for work, _ in around.get("fill", ()))
         scaled = tensor if folder is not None and folder.scales_first and self.size > 1 else None
         return Prepared(call, plan, scaled=scaled, **around)
 
-    def remember(self, key: tuple[Any, ...], prepared: Prepared) -> None:
-        """Makes `prepared` `ready` under `key`, unless its plan holds much memory of its own."""
-        if not isinstance(prepared.plan, Plan) or prepared.plan.own_bytes <= _PLAN_BYTES:
-            _keep(self.ready, key, prepared, _PLANS)
+    def remember(self, key: tuple[Any, ...], prepared: Prepared) -> Prepared:
+        """Makes `prepared` `ready` under `key`, with its copies in the plan, unless it holds much memory of its own."""
+        plan = prepared.plan
+        if isinstance(plan, Plan):
+            if plan.own_bytes > _PLAN_BYTES:
+                return prepared
+            if prepared.scaled is None:
+                plan.surround(prepared.fill, prepared.back)
+                prepared = prepared._replace(fill=(), back=())
+        return _keep(self.ready, key, prepared, _PLANS)
 
     def leaves_others(self, call: Call, op: ReduceOp, dtype: torch.dtype) -> bool:
         """Whether a reduce-scatter writes only to this rank's own share, so that the others need no copy."""

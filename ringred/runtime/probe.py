@@ -70,8 +70,9 @@ def tune(comm: Measured, gather: Gather) -> None:
     """Sets the costs of `comm`: those that rank 0 has in its file, or newly measured ones, which rank 0 then stores."""
     path = comm.config.tuning
     here = machine()
+    played = "" if comm.transport.player is None else ", compiled"
     key = (
-        f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}, {comm.size} ranks on "
+        f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}{played}, {comm.size} ranks on "
         f"{len(set(comm.hosts))} hosts; torch {torch.__version__}"
     )
     known = None if path is None or comm.size == 1 else calibrate.load(path, key)

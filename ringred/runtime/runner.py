@@ -108,8 +108,15 @@ class Runner:
 
     def launch_again(self, prepared: Prepared, holding: object) -> None:
         """As `launch(prepared, holding=holding)`, in the fewest steps where a tape is all there is to play."""
-        plan = prepared.plan
-        if type(plan) is not Plan or plan.tape is None or prepared.scaled is not None or self._attempt is None:
+        call, plan, _, _, scaled, pair, one_way = prepared
+        if (
+            type(plan) is not Plan
+            or plan.tape is None
+            or self._attempt is None
+            or scaled is not None
+            or pair
+            or one_way
+        ):
             self.launch(prepared, holding=holding)
             return
         with self.order:
@@ -121,9 +128,9 @@ class Runner:
             ):
                 number = self._sequence = self._sequence + 1
                 frame = sys._getframe(1)
-                self._current = (number, prepared.call, frame, False)
+                self._current = (number, call, frame, False)
                 try:
-                    left = self._attempt(plan.tape.address, contract(prepared.call.digest, number), self.timeout_ns)
+                    left = self._attempt(plan.tape.address, contract(call.digest, number), self.timeout_ns)
                 except BaseException as failure:
                     self.abort(failure)
                     raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from ringred.runtime.planner import Planner, adjacent
 __all__ = [
     "all_gather",
     "all_reduce",
-    "all_reduce_again",
     "all_reduce_in_place",
     "all_to_all",
     "barrier",
@@ -32,21 +30,6 @@ def all_reduce(planner: Planner, tensor: Tensor, op: object, algorithm: str, gri
     flat = tensors.flat(where, tensor, kind)
     call = planner.call("all_reduce", flat, flat.memory.numel(), kind, algorithm=algorithm, grid=grid)
     return planner.whole(call, flat.memory, kind, back=flat.back)
-
-
-def all_reduce_again(planner: Planner, tensor: Tensor, op: object, algorithm: str, key: tuple[Any, ...]) -> Prepared:
-    """The all-reduce of a plain tensor (`tensors.is_plain`), which is kept as `planner.ready[key]`.
-
-    It does not hold the tensor's memory: `key` names its address, and whoever finds it there holds a tensor of that
-    address.
-    """
-    where = planner.where("all_reduce")
-    kind = reduce_op(op, where)
-    flat = tensors.flat(where, tensor, kind)
-    call = planner.call("all_reduce", flat, flat.memory.numel(), kind, algorithm=algorithm)
-    prepared = planner.whole(call, tensors.unowned(flat.memory), kind)
-    planner.remember(key, prepared)
-    return prepared
 
 
 def all_reduce_in_place(

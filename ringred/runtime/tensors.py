@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +20,16 @@ from ringred.runtime.select import share_bounds
 __all__ = [
     "Flat",
     "Shares",
+    "borrowed",
     "carried",
     "copies",
     "expect",
     "flat",
+    "identity",
     "is_apart",
     "is_plain",
     "outputs",
     "shares",
-    "unowned",
 ]
 
 # A tensor that is only moved, and whose dtype has no kernels, is moved as integers of the same width.
@@ -143,8 +144,39 @@ def is_apart(output: Tensor, shares: Sequence[Tensor], own: int) -> bool:
     return True
 
 
-def unowned(tensor: Tensor) -> Tensor:
-    """A tensor on the memory of the flat `tensor` that does not keep it alive; the caller must know that it stays."""
+def identity(prepare: object, arguments: Sequence[Any]) -> tuple[Any, ...] | None:
+    """All that a call of `prepare` on `arguments` depends on, where every tensor is plain and of a dtype that can be
+    reduced; else None."""
+    key = [prepare]
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            key.append(len(argument))
+            each = argument
+        else:
+            each = (argument,)
+        for one in each:
+            if not isinstance(one, Tensor):
+                key.append(one)
+            elif is_plain(one) and one.dtype in SUPPORTED:
+                key += (one.data_ptr(), one.numel(), one.dtype)
+            else:
+                return None
+    return tuple(key)
+
+
+def borrowed(arguments: Sequence[Any]) -> list[Any]:
+    """`arguments` with plain tensors that do not keep their memory alive; the caller must know that it stays."""
+    return [
+        _unowned(one)
+        if isinstance(one, Tensor)
+        else [_unowned(each) if isinstance(each, Tensor) else each for each in one]
+        if isinstance(one, (list, tuple))
+        else one
+        for one in arguments
+    ]
+
+
+def _unowned(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return torch.empty(0, dtype=tensor.dtype)
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

@@ -83,7 +83,7 @@ def bits(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("count", [2, 5])
 @pytest.mark.parametrize(("dtype", "op"), FOLDS, ids=lambda value: str(getattr(value, "value", value)))
 def test_folds_have_the_bits_of_torch(dtype: torch.dtype, op: ReduceOp, count: int, level: int) -> None:
-    """Every dtype, operation, length and set of instructions, at any alignment, with the result in place of an operand or not."""
+    """Every length and alignment, with the result in place of an operand or not."""
     folder = Folder(op, dtype, count)
     found = kernel(folder, level)
     if found is None:
