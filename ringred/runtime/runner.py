@@ -82,12 +82,7 @@ class Runner:
                     f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
                     "for itself; use async_op=True there"
                 )
-            if pair is None:
-                self._sequence += 1
-                number = self._sequence
-            else:
-                number = self._pair_sequence[pair] = self._pair_sequence.get(pair, 0) + 1
-
+            number = self._next(pair)
             if not async_op and self._progress.idle():
                 self._run(prepared, number, sys._getframe(1))
                 return None
@@ -109,28 +104,18 @@ class Runner:
     def launch_again(self, prepared: Prepared, holding: object) -> None:
         """As `launch(prepared, holding=holding)`, in the fewest steps where a tape is all there is to play."""
         call, plan, _, _, scaled, pair, one_way = prepared
-        if (
-            type(plan) is not Plan
-            or plan.tape is None
-            or self._attempt is None
-            or scaled is not None
-            or pair
-            or one_way
-        ):
+        if self._attempt is None or type(plan) is not Plan or plan.tape is None or scaled is not None:
             self.launch(prepared, holding=holding)
             return
         with self.order:
-            if (
-                self._failure is None
-                and not (self.closed or self.purpose or self._one_way)
-                and self.tracer is None
-                and self._progress.idle()
-            ):
-                number = self._sequence = self._sequence + 1
+            if not (self._failure or self.closed or self.purpose or self.tracer) and self._progress.idle():
                 frame = sys._getframe(1)
-                self._current = (number, call, frame, False)
+                number = self._next(pair)
+                self._current = (number, call, frame, pair is not None)
                 try:
                     left = self._attempt(plan.tape.address, contract(call.digest, number), self.timeout_ns)
+                    if not left and (one_way or self._one_way):
+                        self._note(prepared, plan.tape.sends)
                 except BaseException as failure:
                     self.abort(failure)
                     raise
@@ -140,6 +125,22 @@ class Runner:
                     self._run(prepared, number, frame)
                 return
         self.launch(prepared, holding=holding)
+
+    def _next(self, pair: tuple[int, int] | None) -> int:
+        """The number of a new call."""
+        if pair is None:
+            self._sequence += 1
+            return self._sequence
+        number = self._pair_sequence[pair] = self._pair_sequence.get(pair, 0) + 1
+        return number
+
+    def _note(self, prepared: Prepared, sent: bool) -> None:
+        """Remembers that a collective was done, perhaps before others began it, or that all have come so far."""
+        if prepared.one_way:
+            if sent:
+                self._one_way.append(_OneWay(*self._doing()))
+        elif self._one_way and prepared.pair is None:
+            self._one_way.clear()
 
     def abort(self, cause: BaseException) -> None:
         """Tells every rank that this one failed with `cause` and takes no further part."""
@@ -235,11 +236,7 @@ class Runner:
             self.abort(failure)
             raise
         else:
-            if prepared.one_way:
-                if self.transport.counters.messages_sent > sent:
-                    self._one_way.append(_OneWay(*self._doing()))
-            elif self._one_way and not of_a_pair:
-                self._one_way.clear()
+            self._note(prepared, prepared.one_way and self.transport.counters.messages_sent > sent)
             if self.tracer is not None:
                 _, text, where = self._doing()
                 self.tracer.span("collective", text, int(began * 1e9), time.monotonic_ns(), site=where)

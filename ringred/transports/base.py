@@ -65,10 +65,11 @@ class Tape:
     """A plan's instructions as numbers, `words` (runtime/tape.py), with what the player notes while it plays them.
 
     `exposed` are the bounds, as addresses, of the memory into which peers may put; `moved` the messages and bytes that
-    it sends and receives; `timed` how many instructions are timed, and `element` the bytes of an element.
+    it sends and receives, and `sends` whether it sends any; `timed` how many instructions are timed, and `element` the
+    bytes of an element.
     """
 
-    __slots__ = ("address", "element", "requests", "timed", "words")
+    __slots__ = ("address", "element", "requests", "sends", "timed", "words")
 
     # Words before the instructions, as in native/layout.h.
     PLAYING, FAULT_LINK, EXPECTED, GOT, HEAD = 9, 13, 14, 15, 16
@@ -87,7 +88,7 @@ class Tape:
         head = [0, self.requests.buffer_info()[0], requests, *exposed, *moved]
         self.words = array("q", [*head, *[0] * (self.HEAD - len(head)), *words])
         self.address = self.words.buffer_info()[0]
-        self.timed, self.element = timed, element
+        self.sends, self.timed, self.element = moved[0] > 0, timed, element
 
 
 class Player(Protocol):

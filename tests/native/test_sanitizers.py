@@ -1,0 +1,74 @@
+"""The compiled player under the sanitizers: ranks that are threads over one memory (ranks.c), and mutants of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parents[1] / "ringred" / "native"
+COMPILER = shutil.which("cc")
+FLAGS = ("-g", "-O1", "-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-tsan", "-D_GNU_SOURCE", "-ffp-contract=off")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+
+
+def built(folder: Path, sanitizers: str, sources: Path = NATIVE) -> Path:
+    program = folder / "ranks"
+    sanitize = ["-fsanitize=" + sanitizers, "-fno-sanitize-recover=all"] if sanitizers else []
+    files = [HERE / "ranks.c", sources / "tape.c", sources / "folds.c"]
+    command = [COMPILER, *FLAGS, *sanitize, f"-I{sources}", *files, "-o", program, "-lpthread"]
+    made = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if "cannot find" in made.stderr:
+        pytest.skip(f"this compiler has no library for -fsanitize={sanitizers}")
+    assert made.returncode == 0, made.stderr
+    return program
+
+
+def played(program: Path, ranks: int, turns: int, seed: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [str(program), str(ranks), str(turns), str(seed)]
+    at_once = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=at_once)
+
+
+@pytest.mark.parametrize("sanitizers", ["", "thread", "address,undefined"])
+def test_ranks_play_and_nothing_is_found(tmp_path: Path, sanitizers: str) -> None:
+    program = built(tmp_path, sanitizers)
+    for ranks in (2, 3, 5):
+        ended = played(program, ranks, 60, seed=ranks)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert ended.stdout == f"{ranks} ranks, 60 turns: all right\n"
+
+
+MUTANTS = {
+    "a word is published before what it tells of": ("waits.h", "__ATOMIC_RELEASE", "__ATOMIC_RELAXED"),
+    "a word is looked at after what it tells of": ("waits.h", "__ATOMIC_ACQUIRE", "__ATOMIC_RELAXED"),
+    "a message is given back before it is read": (
+        "tape.c",
+        "memcpy(target, (char *)link->window",
+        "consume(link, number), memcpy(target, (char *)link->window",
+    ),
+    "slots are used again at once": ("tape.c", "if (!consumed(link, link->large_used[at])) return -1;", ";"),
+    "a send is not waited for": ("tape.c", "if (consumed(link, request->until)) return DONE;", "return DONE;"),
+    "a lent message is given back before it is folded": (
+        "tape.c",
+        "fold(&player, words);\n",
+        "for (int64_t k = 0; k < words[7]; k++) consume(player.links + player.requests[words[8 + k]].link, "
+        "player.requests[words[8 + k]].number);\n            fold(&player, words);\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_a_player_with_a_mistake_is_found_out(tmp_path: Path, what: str) -> None:
+    name, right, wrong = MUTANTS[what]
+    copy = tmp_path / "native"
+    shutil.copytree(NATIVE, copy, ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__"))
+    text = (copy / name).read_text()
+    assert right in text
+    (copy / name).write_text(text.replace(right, wrong))
+    program = built(tmp_path, "thread", copy)
+    assert any(played(program, ranks, 60).returncode != 0 for ranks in (2, 3, 5))
