@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check torch-suite install clean
+.PHONY: demo test check wheels torch-suite install clean
 
 install: $(STAMP)
 
@@ -31,6 +31,17 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Wheels for Linux of 2014 and later on both processors.
+wheels: $(STAMP)
+	rm -rf dist
+	for processor in x86_64 aarch64; do \
+	    rm -rf build && \
+	    ZIG_TARGET=$$processor-linux-gnu.2.17 $(BIN)/python -m pip wheel --quiet \
+	        --disable-pip-version-check --no-deps --wheel-dir dist \
+	        --config-settings "--build-option=--plat-name=manylinux_2_17_$$processor" . || exit 1; \
+	done
+	ls dist
 
 torch-suite: $(STAMP)
 	$(BIN)/python tests/torch_suite/compare.py --ranks 2 3 4

@@ -1,6 +1,7 @@
 """Builds the compiled player (`ringred/native`) with the package, which works without it too, and is slower then.
 
-Where there is no C compiler, that of the package `ziglang` is taken.
+Where there is no C compiler, that of the package `ziglang` is taken. `ZIG_TARGET=aarch64-linux-gnu.2.17` takes it to
+compile for another machine or an older libc, as `make wheels` does; then a failure is one.
 """
 
 from __future__ import annotations
@@ -16,26 +17,34 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("ringred") / "native"
+TARGET = os.environ.get("ZIG_TARGET")
 
 
-def compiler() -> str | None:
-    """The C compiler that Python's builds take here, if it is there."""
-    named = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
-    return next((found for name in (shlex.split(named)[0], "cc") if (found := shutil.which(name))), None)
+def compiler() -> list[str] | None:
+    """The C compiler that Python's builds take here (`CC`, or what Python was built with), if it is there."""
+    for named in (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc"):
+        command = shlex.split(named or "")
+        if command and shutil.which(command[0]):
+            return command
+    return None
 
 
 class Build(build_ext):
     """Goes on without the player, and says so in one line, if it cannot be built."""
 
     def build_extension(self, ext: Extension) -> None:
-        found = compiler()
-        command = [found] if found else [sys.executable, "-m", "ziglang", "cc"]
+        command = None if TARGET else compiler()
+        if command is None:
+            command = [sys.executable, "-m", "ziglang", "cc", *(["-target", TARGET] if TARGET else [])]
         linker = [*command, "-shared"]
         self.compiler.set_executables(compiler=command, compiler_so=[*command, "-fPIC"], linker_so=linker)
         try:
             super().build_extension(ext)
         except Exception as failure:
-            print(f"ringred: built without its compiled player, which makes it faster: {failure}", file=sys.stderr)
+            if TARGET:
+                raise SystemExit(f"ringred: no player for {TARGET}: {failure}") from failure
+            why = str(failure).replace("\n", " ")
+            print(f"ringred: built without its compiled player, which makes it faster: {why:.120}...", file=sys.stderr)
 
 
 setup(
@@ -52,5 +61,5 @@ setup(
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    setup_requires=[] if compiler() else ["ziglang>=0.13"],
+    setup_requires=["ziglang>=0.13"] if TARGET or not compiler() else [],
 )

@@ -11,6 +11,13 @@
 #define HAS_LEVELS 1
 #endif
 
+/* The result may be an operand, element by element: no later one depends on it. */
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 enum { BLOCK = 512 }; /* elements that are accumulated at a time, in the first-level cache */
 
 static inline float float_of_bits(uint32_t bits) {
@@ -84,7 +91,7 @@ static inline uint16_t rounded_f16(float value) {
         T *to = out;                                                                                            \
         const T *first = operands[0], *second = operands[1];                                                    \
         if (count == 2) {                                                                                       \
-            _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) to[i] = (T)OP(first[i], second[i]);            \
+            INDEPENDENT for (int64_t i = 0; i < n; i++) to[i] = (T)OP(first[i], second[i]);            \
         } else {                                                                                                \
             T sum[BLOCK];                                                                                       \
             for (int64_t start = 0; start < n; start += BLOCK) {                                                \

@@ -93,7 +93,7 @@ HALF_FOLDS(avx2, AVX2, __m256, 16, f16, _mm256)
 
 /* ---------------------------------------------------------------- AVX-512 */
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 AVX512 static inline void load_f16_avx512(const uint16_t *from, __m512 *low, __m512 *high) {
     *low = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));

@@ -73,6 +73,14 @@ static PyObject *module_fold(PyObject *self, PyObject *const *args, Py_ssize_t g
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(fence_doc, "fence()\n\nOrders all loads and stores before it and all after it.");
+
+static PyObject *module_fence(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(layout_doc, "layout() -> the numbers that Python has to agree on");
 
 static PyObject *module_layout(PyObject *self, PyObject *unused) {
@@ -87,6 +95,7 @@ static PyMethodDef methods[] = {
     {"drop", (PyCFunction)(void (*)(void))module_drop, METH_FASTCALL, drop_doc},
     {"kernel", (PyCFunction)(void (*)(void))module_kernel, METH_FASTCALL, kernel_doc},
     {"fold", (PyCFunction)(void (*)(void))module_fold, METH_FASTCALL, fold_doc},
+    {"fence", module_fence, METH_NOARGS, fence_doc},
     {"layout", module_layout, METH_NOARGS, layout_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -10,11 +10,15 @@ import ctypes
 import platform
 import sys
 import threading
+from collections.abc import Callable
 from typing import Final
 
-__all__ = ["copy", "copy_short", "fence", "sleep", "unavailable", "wake"]
+from ringred import native
 
-_SYS_FUTEX: Final = 202  # on x86-64
+__all__ = ["copy", "copy_short", "fence", "give_way", "order", "sleep", "unavailable", "wake"]
+
+_SYS_FUTEX: Final = {"x86_64": 202, "AMD64": 202, "aarch64": 98, "arm64": 98}.get(platform.machine())
+_IN_ORDER: Final = platform.machine() in ("x86_64", "AMD64")  # a processor that keeps all but a store and a later load
 _FUTEX_WAIT: Final = 0
 _FUTEX_WAKE: Final = 1
 _EVERYONE: Final = 2**31 - 1
@@ -27,11 +31,13 @@ class _Timespec(ctypes.Structure):
 
 
 def unavailable() -> str | None:
-    """Why `shm` cannot work on this machine, or None. docs/design/shared-memory.md shows it correct on x86-64 only."""
+    """Why `shm` cannot work on this machine, or None. docs/design/shared-memory.md argues for these processors only."""
     if not sys.platform.startswith("linux"):
         return f"it needs Linux, this is {sys.platform}"
-    if platform.machine() not in ("x86_64", "AMD64") or sys.maxsize < 2**32:
-        return f"stores are seen in order on x86-64 only, and this processor is {platform.machine()}"
+    if _SYS_FUTEX is None or sys.maxsize < 2**32:
+        return f"it needs x86-64 or arm64 of 64 bits, this processor is {platform.machine()}"
+    if not _IN_ORDER and native.player is None:
+        return f"on {platform.machine()} it needs the compiled player: {native.reason}"
     return None
 
 
@@ -84,11 +90,20 @@ def wake(address: int) -> None:
     _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, None, 0)
 
 
+def _locked_instruction() -> None:
+    _take_barrier()
+    _leave_barrier()
+
+
+def _nothing() -> None:
+    pass
+
+
 _barrier = threading.Lock()
 _take_barrier, _leave_barrier = _barrier.acquire, _barrier.release
 
+fence: Callable[[], None] = _locked_instruction if _IN_ORDER or native.player is None else native.player.fence
+"""Orders all earlier stores before all later loads; on x86-64 by taking a lock, which executes a locked instruction."""
 
-def fence() -> None:
-    """Orders all earlier stores before all later loads, by a locked instruction: taking a lock executes one."""
-    _take_barrier()
-    _leave_barrier()
+order: Callable[[], None] = _nothing if _IN_ORDER else fence
+"""Orders what was written before a word that tells of it, and what is read after it; x86-64 does so by itself."""

@@ -6,7 +6,7 @@ last and says that the rest is there. A message is read in place (a tensor in th
 which its sender copied it, or its sender has put it into the receiver's window. The receiver publishes the number of
 the last message that it has finished with, which frees slots and descriptors.
 
-Why this needs no lock, and one fence only, on x86-64: docs/design/shared-memory.md.
+Why this needs no lock, and on x86-64 one fence only: docs/design/shared-memory.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ringred.errors import TransportUnavailable
 from ringred.transports import futex
 from ringred.transports.base import SETTLING_SECONDS, Counters, Fault, FaultKind
-from ringred.transports.futex import fence
+from ringred.transports.futex import fence, order
 from ringred.transports.links import (
     ABORTED,
     ACKED,
@@ -188,6 +188,7 @@ class ShmTransport:
             if link.acked_words[link.acked_at] < request.until:
                 self._until(link, link.acked_words, link.acked_at, request.until, deadline)
             link.state[ACKED] = link.acked_words[link.acked_at]
+        order()
         return None
 
     def _take(self, link: Link, request: Receive, deadline: float, wanted: bool) -> None:
@@ -200,6 +201,7 @@ class ShmTransport:
             words = link.words
             if words[entry + NUMBER] != number:
                 self._until(link, words, entry + NUMBER, number, deadline)
+            order()
             nbytes, place = words[entry + LENGTH], words[entry + PLACE]
             expected = dst.nbytes
             if words[entry + CONTRACT] != request.contract or nbytes != expected:
@@ -228,6 +230,7 @@ class ShmTransport:
                 return
 
     def _consume(self, link: Link, number: int) -> None:
+        order()
         self._words[link.taken_at] = number
         link.wake()
 
@@ -275,6 +278,7 @@ class ShmTransport:
     def _left(self, link: Link) -> str | None:
         """Why the peer is no longer there, or None."""
         if link.words[link.words_at + CLOSED]:
+            order()
             return "closed its communicator"
         return self._neighbours.gone.get(self._member[link.rank])
 
@@ -320,6 +324,7 @@ class ShmTransport:
         for rank in sorted(blocks):
             window, block = blocks[rank]
             if window.words[block // 8 + ABORTED]:
+                order()
                 length = min(window.words[block // 8 + REPORT_LENGTH], REPORT_BYTES)
                 start = block + self._layout.report
                 found[rank] = window.memory[start : start + length].decode(errors="replace")
@@ -332,7 +337,9 @@ class ShmTransport:
         start = self._block + self._layout.report
         self.window.memory[start : start + len(text)] = text
         self._words[self._at + REPORT_LENGTH] = len(text)
+        order()
         self._words[self._at + ABORTED] = 1
+        order()
         self._words[self._at + ALARM] = 1
         self._heap.freeze()  # a peer that does not know yet may still put into exposed memory, until it leaves
         self._froze = True
@@ -370,9 +377,11 @@ class ShmTransport:
             return
         self._neighbours.let_forget(self)
         self._closed = True
+        order()
         self._words[self._at + CLOSED] = 1
         for link in self._links.values():
             link.wake()
+        order()
         for link in self._links.values():
             link.words[link.acked_at + LEFT] = 1  # the last that this rank writes there
         self._neighbours.retire(self._free_block)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ringred.transports import futex
 from ringred.transports.base import Counters
-from ringred.transports.futex import fence
+from ringred.transports.futex import fence, order
 from ringred.transports.links import (
     ACKED,
     AT,
@@ -111,6 +111,7 @@ class Sender:
         else:
             self._own[EXPOSED], self._own[EXPOSED_END] = address, address + memory.nbytes
             self._words[self._at + EXPOSED_AT] = address - self._base
+        order()
         self._words[self._at + EXPOSED_CONTRACT] = self._contract
 
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Send | None:
@@ -194,6 +195,7 @@ class Sender:
     def _refresh(self, link: Link) -> int:
         """The last message that the peer has finished with."""
         acked = link.state[ACKED] = link.acked_words[link.acked_at]
+        order()
         return acked
 
     def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
@@ -209,6 +211,7 @@ class Sender:
         """Whether the peer has begun this collective. The first call for a collective waits a moment for that."""
         words, at = link.words, link.words_at + EXPOSED_CONTRACT
         if words[at] == self._contract:
+            order()
             return True
         if link.state[AWAITED] == self._contract:
             return False
@@ -219,6 +222,7 @@ class Sender:
                 return False
             if self._crowded:
                 futex.give_way()
+        order()
         return True
 
     def _put(self, link: Link, offset: int, address: int, src: Tensor) -> None:
@@ -232,6 +236,7 @@ class Sender:
         words[entry] = contract
         words[entry + LENGTH] = nbytes
         words[entry + PLACE] = place
+        order()
         words[entry + NUMBER] = number  # written last: the descriptor is now complete
         link.state[SENT] = number
         fence()
