@@ -23,6 +23,7 @@ from ringred.runtime.trace import Tracer
 from ringred.topology.calibrate import Costs, Tuning
 from ringred.topology.model import Topology
 from ringred.transports.base import Counters, Transport, Windowed
+from ringred.transports.shm_player import engine
 
 __all__ = ["Communicator", "default_communicator", "init"]
 
@@ -195,7 +196,8 @@ class Communicator(Operations):
             nbytes,
             self._planner.models[memory],
             self._native_costs(collective),
-            "measured on this machine" if self.tuning else "built-in costs",
+            ("measured on this machine" if self.tuning else "built-in costs")
+            + (f", run by {engine(self.transport.player)}" if self.transport.windows else ""),
             (lambda candidate: probe.seconds_of(self, tensor, candidate.name, 5)) if measured else None,
         )
 

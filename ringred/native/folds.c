@@ -186,13 +186,22 @@ ALL(_avx2, AVX2)
 ALL(_avx512, AVX512)
 #endif
 
+int level_of_processor(void) {
+#ifdef HAS_LEVELS
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("avx512dq"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+    return 0;
+}
+
 Fold fold_of(int kind, int op, int level) {
     if (kind < 0 || kind >= KINDS || op < 0 || op >= OPS) return 0;
 #ifdef HAS_LEVELS
-    if (level > 1 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return table_avx512[kind][op];
-    if (level > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return table_avx2[kind][op];
+    int most = level_of_processor();
+    if (level > 1 && most > 1) return table_avx512[kind][op];
+    if (level > 0 && most > 0) return table_avx2[kind][op];
 #endif
     (void)level;
     return table_plain[kind][op];

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define VERSION 2
+#define VERSION 3 /* raised with every change of this file */
 
 /* Words of a control block, of 8 bytes. */
 enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT = 25 };
@@ -28,8 +28,8 @@ typedef struct {
     int64_t links;
     int64_t forked;                /* this process is a child of the rank's own */
     int64_t queued;                /* sends of Python's that wait for room */
-    int64_t messages_sent, bytes_sent, messages_received, bytes_received; /* that Python has not counted yet */
-    int64_t unused;
+    int64_t counters;              /* the address of four: messages and bytes sent, messages and bytes received */
+    int64_t unused[4];
 } Rank;
 
 typedef struct {
@@ -64,7 +64,7 @@ typedef struct {
     int64_t requests; /* the address of `count` requests */
     int64_t count;
     int64_t exposed, exposed_end; /* the memory into which peers may put, as addresses; 0 if there is none */
-    int64_t messages_sent, bytes_sent, messages_received, bytes_received; /* by all of it */
+    int64_t moved[4]; /* messages and bytes that all of it sends, messages and bytes that it receives */
     int64_t playing;  /* it was begun */
     int64_t deadline; /* of CLOCK_MONOTONIC, in ns */
     int64_t timed;    /* folds and takes that were played */
@@ -80,6 +80,7 @@ typedef void (*Fold)(void *out, const void *const *operands, int64_t count, int6
 /* `kind` is one of KINDS, `op` one of OPS, `level` the highest one of folds.c that may be used; 0 if there is none. The
  * divisor is 0 where nothing is divided. */
 Fold fold_of(int kind, int op, int level);
+int level_of_processor(void);
 enum { U8, I8, I16, I32, I64, F16, BF16, F32, F64, BOOL, KINDS };
 enum { SUM, PROD, MIN, MAX, BAND, BOR, BXOR, OPS };
 

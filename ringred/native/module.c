@@ -81,6 +81,13 @@ static PyObject *module_fence(PyObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(level_doc, "level() -> the highest level of folds that this processor has");
+
+static PyObject *module_level(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyLong_FromLong(level_of_processor());
+}
+
 PyDoc_STRVAR(layout_doc, "layout() -> the numbers that Python has to agree on");
 
 static PyObject *module_layout(PyObject *self, PyObject *unused) {
@@ -96,6 +103,7 @@ static PyMethodDef methods[] = {
     {"kernel", (PyCFunction)(void (*)(void))module_kernel, METH_FASTCALL, kernel_doc},
     {"fold", (PyCFunction)(void (*)(void))module_fold, METH_FASTCALL, fold_doc},
     {"fence", module_fence, METH_NOARGS, fence_doc},
+    {"level", module_level, METH_NOARGS, level_doc},
     {"layout", module_layout, METH_NOARGS, layout_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -49,16 +48,36 @@ Gather: TypeAlias = Callable[[str], list[str]]
 """Sends a text of up to 256 bytes to all ranks of a job and returns the texts of all, by rank. Collective."""
 
 
-@dataclass(slots=True)
-class Counters:
-    """What a transport moved. Bytes are payload; contracts and framing are counted apart."""
+class _Word:
+    """An attribute that lies in one of its object's `words`."""
 
-    messages_sent: int = 0
-    messages_received: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    contract_bytes_sent: int = 0
-    contract_bytes_received: int = 0
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def __get__(self, holder: Counters, kind: object = None) -> int:
+        return holder.words[self._at]
+
+    def __set__(self, holder: Counters, value: int) -> None:
+        holder.words[self._at] = value
+
+
+class Counters:
+    """What a transport moved. Bytes are payload; contracts and framing are counted apart.
+
+    The numbers are `words` at an `address`, to which the compiled player adds."""
+
+    __slots__ = ("address", "words")
+
+    messages_sent = _Word(0)
+    bytes_sent = _Word(1)
+    messages_received = _Word(2)
+    bytes_received = _Word(3)
+    contract_bytes_sent = _Word(4)
+    contract_bytes_received = _Word(5)
+
+    def __init__(self) -> None:
+        self.words = array("q", bytes(48))
+        self.address, _ = self.words.buffer_info()
 
 
 class Tape:

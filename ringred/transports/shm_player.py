@@ -10,8 +10,9 @@ from ringred import native
 from ringred.transports.base import Fault, FaultKind, Tape
 from ringred.transports.links import LAYOUT, LOST, QUEUED, Link, State
 
-__all__ = ["ShmPlayer", "unusable"]
+__all__ = ["ShmPlayer", "engine", "unusable"]
 
+_LEVELS = ("plain C", "AVX2", "AVX-512")
 _DONE, _LOOK, _LATE, _MISMATCH = range(4)
 
 
@@ -22,6 +23,14 @@ def unusable() -> str | None:
     if native.player.layout() != LAYOUT:
         return "it was built for another version of ringred; install ringred again"
     return None
+
+
+def engine(player: object) -> str:
+    """What runs plans on shared memory, in words; `player` is that of the transport."""
+    if player is None:
+        return f"Python ({unusable() or 'RINGRED_COMPILED=off, here or on another rank'})"
+    assert native.player is not None, "it is there"
+    return f"the compiled player ({_LEVELS[native.player.level()]})"
 
 
 class ShmPlayer:

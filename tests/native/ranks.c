@@ -37,6 +37,7 @@ static Rank *made(int me) {
     rank->window_end = rank->window + window_bytes;
     rank->links = ranks - 1;
     rank->crowded = 1;
+    rank->counters = (int64_t)calloc(4, 8);
     Link *link = (Link *)(rank + 1);
     for (int peer = 0; peer < ranks; peer++) {
         if (peer == me) continue;
@@ -131,6 +132,7 @@ static void *run(void *given) {
     }
     pthread_barrier_wait(&met);
     free(outside);
+    free((void *)rank->counters);
     free(rank);
     return 0;
 }
