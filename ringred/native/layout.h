@@ -13,7 +13,7 @@ enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT =
 enum { CONTRACT = 0, LENGTH = 1, PLACE = 2, NUMBER = 3, ENTRY_WORDS = 4, ENTRIES = 256 };
 /* Kinds of place: in the sender's window; in the receiver's; in the sender's, and more parts follow. */
 enum { AT = 0, PUT = 1, PART = 2 };
-enum { SMALL_BYTES = 4 << 10, SMALL_SLOTS = 16, SMALL_STRIDE = SMALL_BYTES + 64 };
+enum { SMALL_BYTES = 512, SMALL_SLOTS = 16, SMALL_STRIDE = SMALL_BYTES + 64 };
 enum { SLOT_BYTES = 64 << 10, SLOTS = 32, PART_BYTES = 512 << 10 };
 #define NOWHERE (INT64_C(1) << 62)
 

@@ -25,7 +25,7 @@ PART_BYTES = 512 << 10
 SLOT_BYTES = 64 << 10
 """The size of a large slot; a message takes as many as it needs, one after the other."""
 SLOTS = 32
-SMALL_BYTES = 4 << 10
+SMALL_BYTES = 512
 """A message up to this goes into a small slot, even if it lies in the window: it is quickly copied, and its sender then
 need not wait until it is read."""
 SMALL_SLOTS = 16
