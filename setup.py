@@ -7,6 +7,7 @@ compile for another machine or an older libc, as `make wheels` does; then a fail
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("ringred") / "native"
 TARGET = os.environ.get("ZIG_TARGET")
+THERE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")  # what the player is written for
 
 
 def compiler() -> list[str] | None:
@@ -58,8 +60,10 @@ setup(
             py_limited_api=True,
             optional=True,
         )
-    ],
+    ]
+    if THERE or TARGET
+    else [],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    setup_requires=["ziglang>=0.13"] if TARGET or not compiler() else [],
+    setup_requires=["ziglang>=0.13"] if TARGET or (THERE and not compiler()) else [],
 )

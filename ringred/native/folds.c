@@ -188,6 +188,7 @@ ALL(_avx512, AVX512)
 
 int level_of_processor(void) {
 #ifdef HAS_LEVELS
+    __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
         && __builtin_cpu_supports("avx512dq"))
         return 2;
