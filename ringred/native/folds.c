@@ -9,6 +9,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_LEVELS 1
+#include <cpuid.h>
 #endif
 
 /* The result may be an operand, element by element: no later one depends on it. */
@@ -186,15 +187,20 @@ ALL(_avx2, AVX2)
 ALL(_avx512, AVX512)
 #endif
 
+/* Asked of the processor itself: what compilers offer for it is a global that libraries of other compilers replace. */
 int level_of_processor(void) {
 #ifdef HAS_LEVELS
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-        && __builtin_cpu_supports("avx512dq"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return 1;
-#endif
+    enum { AVX512_BF16 = 1 << 5, STATE_256 = 0x06, STATE_512 = 0xe6 };
+    const unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
+    unsigned a, b, c, d, saved, upper;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_F16C)) return 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0)); /* which registers the system saves */
+    if ((saved & STATE_256) != STATE_256 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return 0;
+    if ((saved & STATE_512) != STATE_512 || (b & wide) != wide || a < 1) return 1;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & AVX512_BF16 ? 2 : 1;
+#else
     return 0;
+#endif
 }
 
 Fold fold_of(int kind, int op, int level) {
