@@ -14,6 +14,7 @@ BUS = {  # nccl-tests: bytes over a link for each byte of the collective
     "reduce_scatter": lambda size: (size - 1) / size,
     "all_gather": lambda size: (size - 1) / size,
     "broadcast": lambda size: 1.0,
+    "all_to_all": lambda size: (size - 1) / size,
 }
 
 

@@ -53,7 +53,7 @@ class System:
         return torch.empty(elements, dtype=dtype)
 
     def prepare(self, collective: str, algorithm: str, memory: str, buffer: Any, spare: Any) -> Call:
-        """The call: all-reduces `buffer`, all-gathers into it, or reduce-scatters it into `spare`, ..."""
+        """The call: all-reduces `buffer`, all-gathers into it, reduce-scatters it or exchanges it into `spare`, ..."""
         raise NotImplementedError
 
     def describe(self, buffer: Any, collective: str, algorithm: str) -> tuple[str, str]:
@@ -100,6 +100,7 @@ class Ringred(System):
             "reduce_scatter": lambda: comm.reduce_scatter(spare, buffer, algorithm=algorithm),
             "all_gather": lambda: comm.all_gather(buffer, mine, algorithm=algorithm),
             "broadcast": lambda: comm.broadcast(buffer, 0, algorithm=algorithm),
+            "all_to_all": lambda: comm.all_to_all(spare, buffer),
         }
         return calls[collective]
 
@@ -134,6 +135,7 @@ class Gloo(System):
             "reduce_scatter": lambda: dist.reduce_scatter_tensor(spare, buffer),
             "all_gather": lambda: dist.all_gather_into_tensor(buffer, mine),
             "broadcast": lambda: dist.broadcast(buffer, 0),
+            "all_to_all": lambda: dist.all_to_all_single(spare, buffer),
         }
         return calls[collective]
 
@@ -196,6 +198,7 @@ class Mpi(System):
             "reduce_scatter": lambda: world.Reduce_scatter_block(whole, part),
             "all_gather": lambda: world.Allgather(self.mpi.IN_PLACE, whole),
             "broadcast": lambda: world.Bcast(whole, 0),
+            "all_to_all": lambda: world.Alltoall(whole, part),
         }
         return calls[collective]
 
@@ -248,12 +251,13 @@ class Trial:
         self.collective = order["collective"]
         dtype = getattr(torch, order["dtype"])
         # For collectives with one share per rank, a multiple of the number of ranks.
-        shares = self.collective in ("reduce_scatter", "all_gather")
+        shares = self.collective in ("reduce_scatter", "all_gather", "all_to_all")
         elements = max(1, order["bytes"] // dtype.itemsize)
         if shares:
             elements = -(-elements // system.size) * system.size
         self.buffer = system.empty(elements, dtype, order["memory"])
-        self.spare = system.empty(elements // system.size if shares else 0, dtype, order["memory"])
+        spare = {"reduce_scatter": elements // system.size, "all_to_all": elements}.get(self.collective, 0)
+        self.spare = system.empty(spare, dtype, order["memory"])
         # Small whole numbers: every dtype adds them exactly.
         self.base = (torch.arange(elements) % 7).to(dtype)
         self.call = system.prepare(self.collective, order["algorithm"], order["memory"], self.buffer, self.spare)
@@ -295,6 +299,9 @@ class Trial:
         if self.collective == "reduce_scatter":
             return self.wrong(self.spare, self.base[rank * share : (rank + 1) * share], size, sum(added))
         shares = [slice(peer * share, (peer + 1) * share) for peer in range(size)]
+        if self.collective == "all_to_all":
+            mine = self.base[shares[rank]]
+            return sum(self.wrong(self.spare[s], mine, 1, added[peer]) for peer, s in enumerate(shares))
         return sum(self.wrong(self.buffer[s], self.base[s], 1, added[peer]) for peer, s in enumerate(shares))
 
     def wrong(self, found: Any, base: Any, factor: int, added: int) -> int:
