@@ -52,12 +52,17 @@ class Bucket:
 
     `parameters` are indices into the model's list; `views[i]` has the shape and strides of the gradient of
     the i-th parameter. `missing` counts the parameters whose gradients are not there yet. `empty(elements, dtype)`
-    allocates the memory.
+    allocates the memory; `copy(view, gradient)` is how gradients are copied to their views.
     """
 
     def __init__(
-        self, indices: Sequence[int], parameters: Sequence[Tensor], empty: Callable[[int, torch.dtype], Tensor]
+        self,
+        indices: Sequence[int],
+        parameters: Sequence[Tensor],
+        empty: Callable[[int, torch.dtype], Tensor],
+        copy: Callable[[Tensor, Tensor], object] = Tensor.copy_,
     ) -> None:
+        self._copy = copy
         members = [parameters[index] for index in indices]
         elements = sum(member.numel() for member in members)
         self.indices = list(indices)
@@ -91,7 +96,7 @@ class Bucket:
         elif scale is not None:
             torch.mul(gradient.detach(), scale, out=view)
         elif gradient.data_ptr() != view.data_ptr():
-            view.copy_(gradient.detach())
+            self._copy(view, gradient.detach())
 
 
 class SparseBucket:

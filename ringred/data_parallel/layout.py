@@ -21,6 +21,7 @@ from ringred.data_parallel.reductions import (
     ShareReduction,
     SparseReduction,
 )
+from ringred.data_parallel.streaming import copier
 from ringred.runtime.folds import ReduceOp
 from ringred.runtime.select import share_bounds
 
@@ -131,7 +132,9 @@ class Layout:
         self.buckets: list[Bucket | SparseBucket] = [
             SparseBucket(indices[0], parameters[indices[0]])
             if indices[0] in sparse
-            else Bucket(indices, parameters, self.comm.empty)
+            else Bucket(
+                indices, parameters, self.comm.empty, copier(sum(parameters[index].nbytes for index in indices))
+            )
             for indices in plan
         ]
         self.place_of = {

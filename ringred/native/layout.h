@@ -84,6 +84,8 @@ int level_of_processor(void);
 enum { U8, I8, I16, I32, I64, F16, BF16, F32, F64, BOOL, KINDS };
 enum { SUM, PROD, MIN, MAX, BAND, BOR, BXOR, OPS };
 
+void stream(char *to, const char *from, int64_t nbytes);
+
 /* Plays on, or begins: as the collective `contract`, which may take `timeout` ns. `times`, if not 0, get three words for
  * each fold and take: when it began to wait, had its data, and ended. */
 int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int last_look);

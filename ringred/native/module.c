@@ -73,6 +73,18 @@ static PyObject *module_fold(PyObject *self, PyObject *const *args, Py_ssize_t g
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(stream_doc, "stream(to, from, nbytes)\n\nCopies between addresses, past the cache.");
+
+static PyObject *module_stream(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    long long in[3];
+    if (!numbers(args, given, in, 3, 3)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    stream((char *)(intptr_t)in[0], (const char *)(intptr_t)in[1], in[2]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(fence_doc, "fence()\n\nOrders all loads and stores before it and all after it.");
 
 static PyObject *module_fence(PyObject *self, PyObject *unused) {
@@ -102,6 +114,7 @@ static PyMethodDef methods[] = {
     {"drop", (PyCFunction)(void (*)(void))module_drop, METH_FASTCALL, drop_doc},
     {"kernel", (PyCFunction)(void (*)(void))module_kernel, METH_FASTCALL, kernel_doc},
     {"fold", (PyCFunction)(void (*)(void))module_fold, METH_FASTCALL, fold_doc},
+    {"stream", (PyCFunction)(void (*)(void))module_stream, METH_FASTCALL, stream_doc},
     {"fence", module_fence, METH_NOARGS, fence_doc},
     {"level", module_level, METH_NOARGS, level_doc},
     {"layout", module_layout, METH_NOARGS, layout_doc},

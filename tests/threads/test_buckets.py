@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ringred.buckets import Bucket, Entry, assign
+from ringred.data_parallel.streaming import copier
 
 
 def test_a_bucket_is_closed_at_its_cap_and_the_first_cap_is_its_own() -> None:
@@ -38,3 +40,28 @@ def test_views_have_the_shape_and_strides_of_their_parameters() -> None:
     bucket.put(1, bucket.views[1])
     assert torch.equal(bucket.views[1], gradients[1])
     assert bucket.nbytes == 4 * 61
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "transposed", "channels_last", "of another dtype", "conjugate", "short", "at odd places"]
+)
+def test_gradients_of_any_kind_are_copied_past_the_cache_unchanged(kind: str) -> None:
+    shape = {"channels_last": (3, 32, 37, 41), "short": (17,)}.get(kind, (700, 301))
+    gradient = torch.randn(shape)
+    if kind == "transposed":
+        gradient = torch.randn(301, 700).t()
+    elif kind == "channels_last":
+        gradient = gradient.to(memory_format=torch.channels_last)
+    elif kind == "conjugate":
+        gradient = torch.randn(shape, dtype=torch.complex64).conj()
+    parameters = [
+        torch.nn.Parameter(torch.zeros(5 if kind == "at odd places" else 16)),
+        torch.nn.Parameter(torch.empty_like(gradient)),
+    ]
+    if gradient.is_complex():
+        parameters[0] = torch.nn.Parameter(torch.zeros(16, dtype=gradient.dtype))
+    bucket = Bucket([0, 1], parameters, lambda n, dtype: torch.empty(n, dtype=dtype), copier(64 << 20))
+    given = gradient.double() if kind == "of another dtype" else gradient
+    bucket.put(1, given)
+    assert torch.equal(bucket.views[1], gradient.resolve_conj())
+    assert not bucket.views[0].any(), "nothing beside it is written"
