@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-__all__ = ["player", "reason"]
+__all__ = ["VERSION", "player", "reason"]
+
+VERSION = 4
+"""Of what lies where and of the functions of the extension, as in `layout.h`."""
 
 player: ModuleType | None = None
 reason = ""
@@ -16,4 +19,7 @@ try:
 except ImportError as failure:
     reason = f"it was not built: {failure}"
 else:
-    player = _player
+    if _player.layout()[0] == VERSION:
+        player = _player
+    else:
+        reason = "it was built for another version of ringred; install ringred again"

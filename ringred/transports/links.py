@@ -14,6 +14,7 @@ from collections import deque
 
 from torch import Tensor
 
+from ringred import native
 from ringred.transports import futex
 from ringred.transports.futex import fence
 from ringred.transports.windows import Window
@@ -52,7 +53,7 @@ WINDOW, WINDOW_END, BLOCK, ACKED_WORD, TAKEN_WORD, ENTRIES_IN, ENTRIES_OUT, SMAL
 SENT, ACKED, TAKEN, AWAITED, SMALL_NEXT, LARGE_NEXT, SMALL_USED = range(9, 16)
 LARGE_USED = SMALL_USED + SMALL_SLOTS
 OWN_WORDS, LINK_WORDS = 16, 72
-LAYOUT: tuple[int, ...] = (3, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES)
+LAYOUT: tuple[int, ...] = (native.VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES)
 LAYOUT += (SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES, OWN_WORDS, LINK_WORDS)
 """What the compiled player has to agree on: a version, and these numbers."""
 

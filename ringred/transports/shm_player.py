@@ -20,8 +20,7 @@ def unusable() -> str | None:
     """Why plans are not played by the compiled player, or None if they are."""
     if native.player is None:
         return native.reason
-    if native.player.layout() != LAYOUT:
-        return "it was built for another version of ringred; install ringred again"
+    assert native.player.layout() == LAYOUT, "one version, one layout"
     return None
 
 
