@@ -146,7 +146,7 @@ class Communicator(Operations):
     def set_timeout(self, seconds: float) -> None:
         """From now on, a collective fails if it takes longer than `seconds`."""
         self.config = replace(self.config, timeout=seconds)
-        self._runner.timeout_ns = int(seconds * 1e9)
+        self._runner.set_timeout(seconds)
 
     # ------------------------------------------------------------------ properties, costs and traces
 

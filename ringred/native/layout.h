@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define VERSION 4 /* raised with every change of this file or of module.c, here and in __init__.py */
+#define VERSION 5 /* raised with every change of this file or of module.c, here and in __init__.py */
 
 /* Words of a control block, of 8 bytes. */
 enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT = 25 };
@@ -24,12 +24,11 @@ typedef struct {
     int64_t contract;              /* of the collective under way */
     int64_t exposed, exposed_end;  /* memory into which peers may put, as addresses */
     int64_t crowded;               /* more ranks than cores: who waits gives way */
-    int64_t lost;                  /* Python knows of a peer that is gone */
     int64_t links;
     int64_t forked;                /* this process is a child of the rank's own */
     int64_t queued;                /* sends of Python's that wait for room */
     int64_t counters;              /* the address of four: messages and bytes sent, messages and bytes received */
-    int64_t unused[4];
+    int64_t unused[5];
 } Rank;
 
 typedef struct {
@@ -43,8 +42,9 @@ typedef struct {
     int64_t awaited;                 /* the contract of the last collective that the peer was waited for to begin */
     int64_t small_next, large_next;
     int64_t small_used[SMALL_SLOTS], large_used[SLOTS];
+    int64_t gone; /* Python knows that the peer is */
     int64_t sends, last_send, receives, last_receive; /* requests that wait their turn, while a tape plays */
-    int64_t unused[5];
+    int64_t unused[4];
 } Link;
 
 typedef struct {

@@ -171,7 +171,7 @@ static int until(Player *player, int64_t link, int64_t address, int64_t value) {
         int64_t left = player->tape->deadline - now();
         int result = word_of(address, 0) >= value                                    ? DONE
                      : word_of(rank->block, ALARM) || player->last_look              ? LOOK
-                     : word_of((int64_t)&rank->lost, 0)                              ? LOOK
+                     : word_of((int64_t)&player->links[link].gone, 0)                ? LOOK
                      : word_of(player->links[link].block, CLOSED)                    ? LOOK
                      : left <= 0                                                     ? LATE
                      : interrupted                                                   ? SIGNAL

@@ -143,5 +143,6 @@ class Folder:
 
     def _room(self, elements: int) -> Tensor:
         if self._scratch.numel() < elements:
-            self._scratch = torch.empty(elements, dtype=self._scratch.dtype)
+            with torch.inference_mode(False):  # it is used outside of it too
+                self._scratch = torch.empty(elements, dtype=self._scratch.dtype)
         return self._scratch[:elements]

@@ -23,6 +23,13 @@ __all__ = ["Operations"]
 _P = ParamSpec("_P")
 
 
+def _remembered(
+    planner: Planner, key: tuple[Any, ...], prepare: Callable[..., Prepared], arguments: Sequence[Any]
+) -> Prepared:
+    """What `prepare` makes of `arguments`, ready for the next time; it does not hold the memory of their tensors."""
+    return planner.remember(key, prepare(planner, *tensors.borrowed(arguments)))
+
+
 class Operations:
     """What `Communicator` can do with tensors.
 
@@ -109,7 +116,7 @@ class Operations:
         Like the persistent collectives of MPI-4. The returned object keeps the tensor's memory alive.
         """
         prepared = self._prepare(symmetric.all_reduce_in_place, tensor, op, algorithm, grid)
-        return PersistentAllReduce(self._runner, prepared)
+        return PersistentAllReduce(self._runner, prepared, tensor)
 
     def reduce_scatter(
         self,
@@ -234,6 +241,9 @@ class Operations:
         self, prepare: Callable[Concatenate[Planner, _P], Prepared], *arguments: _P.args, **options: _P.kwargs
     ) -> Prepared:
         try:
+            if torch.is_inference_mode_enabled():  # what is kept for the next time may be written to outside of it
+                with torch.inference_mode(False):
+                    return prepare(self._planner, *arguments, **options)
             return prepare(self._planner, *arguments, **options)
         except (RingredError, ValueError, TypeError):
             raise  # arguments that were refused: nothing has happened
@@ -256,7 +266,7 @@ class Operations:
         if prepared is None:
             if key is None:
                 return self._runner.launch(self._prepare(prepare, *arguments), async_op)
-            prepared = planner.remember(key, self._prepare(prepare, *tensors.borrowed(arguments)))
+            prepared = self._prepare(_remembered, key, prepare, arguments)
         if async_op:
             return self._runner.launch(prepared, async_op, holding=arguments)
         self._runner.launch_again(prepared, holding=arguments)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from ringred.errors import UnsupportedTensor
 from ringred.runtime.calls import Prepared
+from ringred.runtime.executor import Plan
 from ringred.runtime.runner import Runner
 from ringred.runtime.work import Work
 
@@ -12,8 +16,9 @@ __all__ = ["PersistentAllReduce"]
 class PersistentAllReduce:
     """An all-reduce whose plan is made: `start()` runs it on the values that its tensor then holds."""
 
-    def __init__(self, runner: Runner, prepared: Prepared) -> None:
-        self._runner, self._prepared = runner, prepared
+    def __init__(self, runner: Runner, prepared: Prepared, tensor: Tensor) -> None:
+        self._runner, self._prepared, self._tensor = runner, prepared, tensor.detach()
+        self._address = self._tensor.data_ptr()
 
     @property
     def algorithm(self) -> str:
@@ -23,8 +28,21 @@ class PersistentAllReduce:
     def start(self, purpose: str = "") -> Work[None]:
         """Starts it on the progress thread. `purpose` is as in `Communicator.for_purpose`."""
         prepared = self._prepared
+        if self._tensor.data_ptr() != self._address:
+            self._moved()
         if purpose:
             prepared = prepared._replace(call=prepared.call.for_purpose(purpose))
         work = self._runner.launch(prepared, async_op=True)
         assert work is not None, "asynchronous calls return their work"
         return work
+
+    def _moved(self) -> None:
+        """The tensor's storage has other memory now: `share_memory_()` was called, or it was freed and made anew."""
+        tensor, plan = self._tensor, self._prepared.plan
+        if tensor.numel() and not tensor.data_ptr():
+            raise UnsupportedTensor(
+                f"{self._prepared.call.text}: expected the tensor that it was made for, which has no memory"
+            )
+        self._address = tensor.data_ptr()
+        if isinstance(plan, Plan):
+            plan.tape = None

@@ -54,7 +54,7 @@ def gather(planner: Planner, tensor: Tensor, output: Tensor | Sequence[Tensor] |
     shares = tensors.outputs(where, output, size)
     own = shares.parts[dst]
     tensors.expect(where, f"share {rank} of output", (own.numel(), shares.dtype), flat.memory.numel(), flat.dtype)
-    return planner.by_units(call, shares.parts, fill=tensors.copies((own, flat.memory)), back=shares.back)
+    return planner.by_units(call, shares.parts, fill=tensors.copies(where, own, flat.memory), back=shares.back)
 
 
 def scatter(planner: Planner, tensor: Tensor, input: Tensor | Sequence[Tensor] | None, src: int) -> Prepared:
@@ -72,7 +72,7 @@ def scatter(planner: Planner, tensor: Tensor, input: Tensor | Sequence[Tensor] |
     shares = tensors.shares(where, input, size, None)
     own = shares.parts[src]
     tensors.expect(where, f"share {rank} of input", (own.numel(), shares.dtype), flat.memory.numel(), flat.dtype)
-    fill = tensors.copies((flat.memory, own))
+    fill = tensors.copies(where, flat.memory, own)
     return planner.by_units(call, shares.parts, fill=fill, back=flat.back, one_way=True)
 
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ringred.errors import CollectiveMismatch, PeerFailed, RingredError
+from ringred.runtime import tensors
 from ringred.runtime.calls import Call, Native, Post, Prepared
 from ringred.runtime.executor import Plan, run
 from ringred.runtime.failures import RAISED, Report, diagnose
 from ringred.runtime.trace import Tracer
 from ringred.runtime.work import Progress, Work
-from ringred.transports.base import Fault, FaultKind, Request, Transport
+from ringred.transports.base import Fault, FaultKind, Request, Tape, Transport
 
 __all__ = ["Runner", "contract"]
 
@@ -32,9 +33,11 @@ _LIBRARIES = (
 )
 _OUTGOING = 32  # greatest number of asynchronous sends in flight
 _ONE_WAY = 64  # collectives that this rank may have left before others began, and that are remembered
+_SHORT_WAIT = 0.05  # the same, before this rank says what it saw
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
 _STRIDE = 0x9E3779B97F4A7C15
 _62_BITS = (1 << 62) - 1
+_LONGEST_NS = 1 << 61
 
 
 class _OneWay(NamedTuple):
@@ -50,7 +53,7 @@ class Runner:
 
     def __init__(self, transport: Transport, timeout: float, name: str) -> None:
         self.transport = transport
-        self.timeout_ns = int(timeout * 1e9)
+        self.set_timeout(timeout)
         self._attempt = None if transport.player is None else transport.player.attempt
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
@@ -65,6 +68,10 @@ class Runner:
         self._current: tuple[int, Call, str | FrameType, bool] | None = None
         self._one_way: deque[_OneWay] = deque(maxlen=_ONE_WAY)  # since the last collective that all ranks had begun
         self._failure: RingredError | None = None
+
+    def set_timeout(self, seconds: float) -> None:
+        """From now on, each call may take so long."""
+        self.timeout_ns = int(min(seconds * 1e9, _LONGEST_NS))
 
     def launch(self, prepared: Prepared, async_op: bool = False, holding: object = None) -> Work[None] | None:
         """Runs `prepared` after all calls before it: here if nothing is in flight, else on the progress thread.
@@ -82,13 +89,17 @@ class Runner:
                     f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
                     "for itself; use async_op=True there"
                 )
+            if self._current is not None and self._progress.idle():
+                raise RingredError(
+                    f"rank {self.rank}: {call.text}: called in the middle of {self._doing()[1]}, from a signal handler?"
+                )
             number = self._next(pair)
             if not async_op and self._progress.idle():
                 self._run(prepared, number, sys._getframe(1))
                 return None
             site = _call_site(sys._getframe(1))
 
-            def job(held: object = holding) -> None:
+            def job(held: object = tensors.holding(holding)) -> None:
                 self._run(prepared, number, site)
 
             work: Work[None] = Work(f"rank {self.rank}: {_numbered(prepared.call, number)} at {site}")
@@ -108,7 +119,10 @@ class Runner:
             self.launch(prepared, holding=holding)
             return
         with self.order:
-            if not (self._failure or self.closed or self.purpose or self.tracer) and self._progress.idle():
+            if (
+                not (self._failure or self.closed or self.purpose or self.tracer or self._current)
+                and self._progress.idle()
+            ):
                 frame = sys._getframe(1)
                 number = self._next(pair)
                 self._current = (number, call, frame, pair is not None)
@@ -117,12 +131,15 @@ class Runner:
                     if not left and (one_way or self._one_way):
                         self._note(prepared, plan.tape.sends)
                 except BaseException as failure:
+                    assert self.transport.player is not None, "it was playing"
+                    self.transport.player.drop(plan.tape)
                     self.abort(failure)
                     raise
                 finally:
                     self._current = None
                 if left:
-                    self._run(prepared, number, frame)
+                    began = plan.tape.words[Tape.DEADLINE] - self.timeout_ns if plan.tape.words[Tape.PLAYING] else None
+                    self._run(prepared, number, frame, began)
                 return
         self.launch(prepared, holding=holding)
 
@@ -214,13 +231,13 @@ class Runner:
         # All ranks count collectives in the same way; a call between two ranks gets the number of the last collective.
         return (self._sequence if of_a_pair else number), text, site if isinstance(site, str) else _call_site(site)
 
-    def _run(self, prepared: Prepared, number: int, site: str | FrameType) -> None:
+    def _run(self, prepared: Prepared, number: int, site: str | FrameType, began_ns: int | None = None) -> None:
         call, of_a_pair = prepared.call, prepared.pair is not None
         if self._failure is not None:
             self._refuse(call)
         self._current = (number, call, site, of_a_pair)
         sent = self.transport.counters.messages_sent if prepared.one_way else 0
-        began = time.monotonic()
+        began = time.monotonic() if began_ns is None else began_ns / 1e9
         try:
             for target, source in prepared.fill:
                 target.copy_(source)
@@ -268,7 +285,9 @@ class Runner:
         number, call, site = self._doing()
         if self._one_way:
             # Peers fail in the first collective that they see differently; this rank may have left that one.
-            heard = [report for report in map(Report.load, self.transport.reports(0.0).values()) if report is not None]
+            patience = _SHORT_WAIT if fault.kind == FaultKind.MISMATCH else 0.0  # whoever sees it too says so at once
+            said = self.transport.reports(patience).values()
+            heard = [report for report in map(Report.load, said) if report is not None]
             turns = {report.number for report in heard}
             last = self._one_way[-1] if self._current is None else (number, call, site)
             number, call, site = next((done for done in self._one_way if done.number in turns), last)

@@ -61,7 +61,7 @@ def reduce_scatter(
     own = shares.parts[rank]
     if tensors.is_apart(flat.memory, shares.parts, rank) and planner.leaves_others(call, kind, flat.dtype):
         pieces = [*shares.parts[:rank], flat.memory, *shares.parts[rank + 1 :]]
-        return planner.in_pieces(call, pieces, kind, tensors.copies((flat.memory, own)), flat.back)
+        return planner.in_pieces(call, pieces, kind, tensors.copies(where, flat.memory, own), flat.back)
     work = torch.empty(bounds[-1][1], dtype=flat.dtype)
     fill = tuple((work[lo:hi], share) for (lo, hi), share in zip(bounds, shares.parts, strict=True))
     return planner.reduced_shares(call, work, bounds, kind, fill=fill, back=((flat.memory, work[lo:hi]), *flat.back))
@@ -77,7 +77,7 @@ def all_gather(
     tensors.expect(where, f"share {rank} of output", (own.numel(), shares.dtype), flat.memory.numel(), flat.dtype)
     bounds = adjacent([share.numel() for share in shares.parts])
     call = planner.call("all_gather", flat, bounds[-1][1], None, algorithm=algorithm, grid=grid, bounds=bounds)
-    return planner.in_pieces(call, shares.parts, None, tensors.copies((own, flat.memory)), shares.back)
+    return planner.in_pieces(call, shares.parts, None, tensors.copies(where, own, flat.memory), shares.back)
 
 
 def all_to_all(planner: Planner, output: Tensor | Sequence[Tensor], input: Tensor | Sequence[Tensor]) -> Prepared:
@@ -91,7 +91,7 @@ def all_to_all(planner: Planner, output: Tensor | Sequence[Tensor], input: Tenso
     for peer in range(size):
         units[peer * size + own] = incoming.parts[peer]
         units[own * size + peer] = outgoing.parts[peer]
-    return planner.by_units(call, units, fill=tensors.copies((got, expected)), back=incoming.back)
+    return planner.by_units(call, units, fill=tensors.copies(where, got, expected), back=incoming.back)
 
 
 def barrier(planner: Planner) -> Prepared:

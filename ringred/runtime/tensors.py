@@ -25,6 +25,7 @@ __all__ = [
     "copies",
     "expect",
     "flat",
+    "holding",
     "identity",
     "is_apart",
     "is_plain",
@@ -82,6 +83,8 @@ def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, 
         raise UnsupportedTensor(f"{where}: expected a dense (strided) tensor, got layout {tensor.layout}")
     if tensor.device.type != "cpu":
         raise UnsupportedTensor(f"{where}: expected a CPU tensor, got one on {tensor.device}")
+    if tensor.numel() and (tensor._is_zerotensor() or not tensor.data_ptr()):
+        raise UnsupportedTensor(f"{where}: expected a tensor with memory, got one without")
     if tensor.is_quantized:
         raise UnsupportedTensor(f"{where}: expected a tensor of plain numbers, got a quantized one of {tensor.dtype}")
     if op is not None:
@@ -129,9 +132,14 @@ def _cut(whole: Tensor, size: int) -> list[Tensor]:
     return [whole[lo:hi] for lo, hi in share_bounds(whole.numel(), size)]
 
 
-def copies(*pairs: tuple[Tensor, Tensor]) -> Copies:
-    """Those of `pairs`, (target, source), in which the two are not the same memory."""
-    return tuple((target, source) for target, source in pairs if target.data_ptr() != source.data_ptr())
+def copies(where: str, target: Tensor, source: Tensor) -> Copies:
+    """The copy from `source` to `target`, if the two are not the same memory. Raises `ValueError` if they overlap."""
+    start, other = target.data_ptr(), source.data_ptr()
+    if start == other:
+        return ()
+    if start < other + source.nbytes and other < start + target.nbytes:
+        raise ValueError(f"{where}: expected an output apart from its input, or the same memory, got a part of it")
+    return ((target, source),)
 
 
 def is_apart(output: Tensor, shares: Sequence[Tensor], own: int) -> bool:
@@ -157,11 +165,20 @@ def identity(prepare: object, arguments: Sequence[Any]) -> tuple[Any, ...] | Non
         for one in each:
             if not isinstance(one, Tensor):
                 key.append(one)
-            elif is_plain(one) and one.dtype in SUPPORTED:
+            elif is_plain(one) and one.dtype in SUPPORTED and (one.data_ptr() or not one.numel()):
                 key += (one.data_ptr(), one.numel(), one.dtype)
             else:
                 return None
     return tuple(key)
+
+
+def holding(arguments: Any) -> list[Tensor]:
+    """Tensors that keep the memory of those in `arguments`, whatever becomes of a list of them, or of their `data`."""
+    if isinstance(arguments, Tensor):
+        return [arguments.detach()]
+    if isinstance(arguments, (list, tuple)):
+        return [tensor for one in arguments for tensor in holding(one)]
+    return []
 
 
 def borrowed(arguments: Sequence[Any]) -> list[Any]:
@@ -177,6 +194,9 @@ def borrowed(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _unowned(tensor: Tensor) -> Tensor:
+    there = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    if there < tensor.nbytes:
+        raise UnsupportedTensor(f"expected {tensor.nbytes} bytes of memory, got a tensor whose storage has {there}")
     if not tensor.numel():
         return torch.empty(0, dtype=tensor.dtype)
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

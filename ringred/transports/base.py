@@ -91,7 +91,7 @@ class Tape:
     __slots__ = ("address", "element", "requests", "sends", "timed", "words")
 
     # Words before the instructions, as in native/layout.h.
-    PLAYING, FAULT_LINK, EXPECTED, GOT, HEAD = 9, 13, 14, 15, 16
+    PLAYING, DEADLINE, FAULT_LINK, EXPECTED, GOT, HEAD = 9, 10, 13, 14, 15, 16
     REQUEST_WORDS = 12
 
     def __init__(
@@ -120,6 +120,9 @@ class Player(Protocol):
 
     def ready(self) -> bool:
         """Whether nothing is under way that it does not know of."""
+
+    def drop(self, tape: Tape) -> None:
+        """Forgets where a tape was that is not played to its end."""
 
     def play(self, tape: Tape, contract: int, timeout_ns: int, times: array[int] | None) -> None:
         """Begins the collective `contract` as `Transport.begin` does, exposes memory as `Windowed.expose` does, and

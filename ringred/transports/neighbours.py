@@ -38,7 +38,7 @@ _live: weakref.WeakSet[Neighbours] = weakref.WeakSet()
 
 
 class _Transport(Protocol):
-    def peer_lost(self) -> None: ...
+    def peer_lost(self, member: int) -> None: ...
 
     def forget(self) -> None: ...
 
@@ -231,7 +231,7 @@ class Neighbours:
             self.gone[peer] = "its process ended, or it closed its communicator"
             self._news.notify_all()
             for transport in self._transports:
-                transport.peer_lost()
+                transport.peer_lost(peer)
 
     # ------------------------------------------------------------------ notes
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,9 +30,9 @@ from ringred.transports.links import (
     CONTRACT,
     ENTRIES,
     FORKED,
+    GONE,
     LEFT,
     LENGTH,
-    LOST,
     NUMBER,
     PART,
     PART_BYTES,
@@ -61,8 +60,6 @@ __all__ = ["ShmTransport"]
 _LONGEST_SLEEP = 1.0  # seconds; it matters only if a peer dies between its write and waking this rank
 _SHORT_SLEEP = 0.0005  # seconds, if another transport must make progress meanwhile
 
-_Request: TypeAlias = Send | Receive
-
 
 class ShmTransport:
     """Connects the ranks `members` of `neighbours`, numbered in that order or, if given, by `names`.
@@ -86,11 +83,14 @@ class ShmTransport:
         names = list(range(len(members))) if names is None else list(names)
         own = list(members).index(neighbours.rank)
         self.rank, self.size = names[own], len(members) if size is None else size
-        self._froze = False
+        self._froze = self._closed = False
         self.segment_bytes = PART_BYTES
         self._neighbours, self._timeout = neighbours, timeout
-        self._heap, self.window = neighbours.heap, neighbours.windows[neighbours.rank]
-        self._layout = Layout(len(members))
+        self._heap, self.window, self._layout = (
+            neighbours.heap,
+            neighbours.windows[neighbours.rank],
+            Layout(len(members)),
+        )
         self._member = dict(zip(names, members, strict=True))
         neighbours.reap()
         try:
@@ -112,17 +112,16 @@ class ShmTransport:
                 self._links[name] = Link(name, index, theirs, blocks[member], *here)
         self._words, self._at = self.window.words, self._block // 8
         self._base, self._end = self.window.address, self.window.address + self.window.nbytes
-        self._contract = 0
-        self.begun = (0, 0)  # contract and turn
+        self._contract, self.begun = 0, (0, 0)  # contract, and both contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
         self._views = Views()
         self._sender = Sender(self.rank, self.window, self._block, self._links, self._views, self._crowded, self._state)
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
-        self._closed = False
-        self.player: ShmPlayer | None = None
-        if neighbours.compiled:
-            self.player = ShmPlayer(self._state, list(self._links.values()), self._check, self._left)
+        links = list(self._links.values())
+        self.player = ShmPlayer(self._state, links, self._check, self._left) if neighbours.compiled else None
         neighbours.hold(self)
+        for member in list(neighbours.gone):  # whoever went before that is not told of
+            self.peer_lost(member)
 
     @property
     def counters(self) -> Counters:
@@ -169,16 +168,15 @@ class ShmTransport:
         link.pending.append(request)
         return request
 
-    def wait(self, request: _Request | None, deadline: float) -> Tensor | None:
+    def wait(self, request: Send | Receive | None, deadline: float) -> Tensor | None:
         if request is None:
             return None
         link = request.link
-        if type(request) is Receive:
+        if isinstance(request, Receive):
             while link.pending and request.number == 0 and request.view is None:
                 self._take(link, link.pending[0], deadline, wanted=link.pending[0] is request)
                 link.pending.popleft()
             return request.view
-        assert isinstance(request, Send)
         if request.until < 0:
             self.drain()
         while request.until < 0:
@@ -282,11 +280,15 @@ class ShmTransport:
             return "closed its communicator"
         return self._neighbours.gone.get(self._member[link.rank])
 
-    def peer_lost(self) -> None:
-        """Lets a sleeping wait look again."""
+    def peer_lost(self, member: int) -> None:
+        """Lets a sleeping wait look again, for `member` is gone."""
         if self._closed:
             return
-        self._state.own[LOST] = 1
+        for link in self._links.values():
+            link.state[GONE] |= self._member[link.rank] == member
+        self._rouse()
+
+    def _rouse(self) -> None:
         self._words[self._at + SLEEPING] = 0
         futex.wake(self._base + self._block + 8 * SLEEPING)
 
@@ -343,7 +345,7 @@ class ShmTransport:
         self._words[self._at + ALARM] = 1
         self._heap.freeze()  # a peer that does not know yet may still put into exposed memory, until it leaves
         self._froze = True
-        self.peer_lost()
+        self._rouse()
         for link in self._links.values():
             link.words[link.words_at + ALARM] = 1
             link.wake()
@@ -390,8 +392,7 @@ class ShmTransport:
     def _free_block(self) -> bool:
         """Frees the control block if no peer reads it any more; returns whether it did."""
         for link in self._links.values():
-            gone = self._member[link.rank] in self._neighbours.gone
-            if not self._words[link.taken_at + LEFT] and not gone:
+            if not self._words[link.taken_at + LEFT] and self._member[link.rank] not in self._neighbours.gone:
                 return False
         if self._froze:
             self._heap.thaw()

@@ -8,7 +8,7 @@ from functools import partial
 
 from ringred import native
 from ringred.transports.base import Fault, FaultKind, Tape
-from ringred.transports.links import LAYOUT, LOST, QUEUED, Link, State
+from ringred.transports.links import LAYOUT, QUEUED, Link, State
 
 __all__ = ["ShmPlayer", "engine", "unusable"]
 
@@ -45,7 +45,7 @@ class ShmPlayer:
         self._own, self._links = state.own, list(links)
         self._check, self._left = check, left
         self.links: Mapping[int, int] = {link.rank: number for number, link in enumerate(links)}
-        self._play, self._drop = partial(native.player.play, state.address), native.player.drop
+        self._play = partial(native.player.play, state.address)
         self.attempt: Callable[[int, int, int], int] = self._play
 
     def ready(self) -> bool:
@@ -65,7 +65,6 @@ class ShmPlayer:
                     raise Fault(FaultKind.MISMATCH, link.rank, f"expected {expected} elements, got {got}")
                 if ended == _LATE:
                     raise Fault(FaultKind.TIMEOUT, link.rank, "deadline passed")
-                self._own[LOST] = 0
                 self._check()
                 if not tape.words[Tape.PLAYING]:
                     continue
@@ -74,5 +73,10 @@ class ShmPlayer:
                 said = self._left(link)
                 gone, why = (-1, "") if said is None else (at, said)
         except BaseException:
-            self._drop(tape.address)
+            self.drop(tape)
             raise
+
+    def drop(self, tape: Tape) -> None:
+        """As `base.Player` says."""
+        assert native.player is not None, "it made this player"
+        native.player.drop(tape.address)

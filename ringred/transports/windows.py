@@ -59,7 +59,8 @@ class Views:
         if view is None:
             if len(self._kept) >= _VIEWS:
                 self._kept.clear()
-            view = self._kept[key] = window.view(offset, nbytes, dtype)
+            with torch.inference_mode(False):  # it may be written to outside of it
+                view = self._kept[key] = window.view(offset, nbytes, dtype)
         return view
 
 
