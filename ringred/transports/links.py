@@ -23,6 +23,8 @@ __all__ = ["LAYOUT", "Layout", "Link", "Receive", "Send", "Slots", "State"]
 
 PART_BYTES = 512 << 10
 """The most bytes that go into slots at once, and so a segment: it hides Python's overhead, and fits into a cache."""
+SEGMENT_BYTES = 128 << 10
+"""A segment where plans are compiled: the peer is done with one before a rank that waits for it sleeps."""
 SLOT_BYTES = 64 << 10
 """The size of a large slot; a message takes as many as it needs, one after the other."""
 SLOTS = 32

@@ -40,6 +40,7 @@ from ringred.transports.links import (
     PUT,
     REPORT_BYTES,
     REPORT_LENGTH,
+    SEGMENT_BYTES,
     SENT,
     SETTLES,
     SLEEPING,
@@ -84,7 +85,7 @@ class ShmTransport:
         own = list(members).index(neighbours.rank)
         self.rank, self.size = names[own], len(members) if size is None else size
         self._froze = self._closed = False
-        self.segment_bytes = PART_BYTES
+        self.segment_bytes = SEGMENT_BYTES if neighbours.compiled and self.size == len(members) else PART_BYTES
         self._neighbours, self._timeout = neighbours, timeout
         self._heap, self.window, self._layout = (
             neighbours.heap,
@@ -370,8 +371,7 @@ class ShmTransport:
         return ShmTransport(self._neighbours, [self._member[rank] for rank in members], key, self._timeout, names, size)
 
     @property
-    def peers(self) -> list[int]:
-        """The ranks that it reaches."""
+    def peers(self) -> list[int]:  # the ranks that it reaches
         return list(self._links)
 
     def close(self) -> None:
