@@ -15,7 +15,7 @@ VERSION = 5
 player: ModuleType | None = None
 reason = ""
 try:
-    from ringred.native import _player  # type: ignore[attr-defined]
+    from ringred.native import _player  # type: ignore[attr-defined]  # no Python file
 except ImportError as failure:
     reason = f"it was not built: {failure}"
 else:

@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from ringred import native
+from ringred.transports import futex
+
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "ringred" / "native"
 COMPILER = shutil.which("cc")
 FLAGS = ("-g", "-O1", "-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-tsan", "-D_GNU_SOURCE", "-ffp-contract=off")
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+
+
+@pytest.mark.skipif(futex.unavailable() is not None, reason="the player is not written for this machine")
+def test_the_player_is_there_where_it_can_be_built() -> None:
+    """Its build may fail without a word, and the tests of it would be skipped."""
+    assert native.player is not None, native.reason
 
 
 def built(folder: Path, sanitizers: str, sources: Path = NATIVE) -> Path:
