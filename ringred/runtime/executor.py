@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -111,12 +112,17 @@ def run(
     if player is not None and player.ready() and _played(plan, player, contract, timeout_ns, tracer):
         return
     transport.begin(contract, turn)
+    queue = transport.queue
+    if queue is not None:
+        queue.after_current()
     if transport.windows:
         cast(Windowed, transport).expose(plan.exposed)
     deadline = time.monotonic() + timeout_ns / 1e9
     requests: list[Request] = [None] * plan.requests
     isend, irecv, wait, release = transport.isend, transport.irecv, transport.wait, transport.release
-    folder = plan.folder
+    folder: Callable[[Tensor, Sequence[Tensor], bool], None] | None = plan.folder
+    if queue is not None:
+        folder = partial(queue.fold, plan.folder)
     for operation in plan.operations:
         code = operation[0]
         if code == _SEND:
@@ -152,8 +158,12 @@ def run(
         elif code == _WAIT_SENT:
             if requests[operation[1]] is not None:
                 wait(requests[operation[1]], deadline)
+        elif queue is not None:
+            queue.copy(operation[1], operation[2])
         else:
             operation[1].copy_(operation[2])
+    if queue is not None:
+        transport.passed(deadline)
 
 
 def _played(plan: Plan, player: Player, contract: int, timeout_ns: int, tracer: Tracer | None) -> bool:

@@ -274,6 +274,7 @@ class Runner:
             native.native_all_reduce(plan.tensor, plan.op.value, self._deadline())
         elif isinstance(plan, Post):
             self._outgoing.append([self.transport.isend(plan.peer, part) for part in plan.parts])
+            self.transport.passed(self._deadline())
             if len(self._outgoing) > _OUTGOING:
                 self._wait_sent(self._outgoing.popleft())
 

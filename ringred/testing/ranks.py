@@ -15,6 +15,7 @@ from ringred.communicator import Communicator
 from ringred.errors import TransportUnavailable
 from ringred.runtime.config import Config
 from ringred.transports.base import Counters, Request, Transport, Windowed
+from ringred.transports.cuda.driver import Driver
 from ringred.transports.local import Hub
 
 __all__ = ["Faulty", "connect", "run_ranks"]
@@ -33,6 +34,7 @@ class Faulty:
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.windows, self.buffers, self.segment_bytes = inner.windows, inner.buffers, inner.segment_bytes
         self.player = None  # every send and wait comes by here
+        self.queue = inner.queue
         self._random = random.Random(f"{seed}/{inner.rank}")
 
     @property
@@ -70,6 +72,10 @@ class Faulty:
         self._delay()
         return self.inner.wait(request, deadline)
 
+    def passed(self, deadline: float) -> None:
+        self._delay()
+        self.inner.passed(deadline)
+
     def release(self, request: Request) -> None:
         self._delay()
         self.inner.release(request)
@@ -99,18 +105,20 @@ def run_ranks(
     slots: int | None = None,
     segment_bytes: int | None = None,
     delay: tuple[float, int] | None = None,
+    driver: Callable[[int], Driver] | None = None,
     return_exceptions: bool = False,
 ) -> list[T]:
     """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
 
     The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm" (windows, as
-    between processes of one host), "shm:python" (the same without the compiled player) or "torch_p2p" (Gloo over the
-    loopback). Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in
-    seconds. `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that
-    raised one is raised, after all have ended; with `return_exceptions` each rank's is returned as its result.
+    between processes of one host), "shm:python" (the same without the compiled player), "cuda_ipc:fake" (device memory
+    without a device; `driver` makes each rank's, by default `FakeDevice`) or "torch_p2p" (Gloo over the loopback). Ranks
+    that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
+    `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that raised one is
+    raised, after all have ended; with `return_exceptions` each rank's is returned as its result.
     """
     config = Config(timeout=timeout, segment_bytes=segment_bytes)
-    make = connect(transport, size, slots=slots, timeout=timeout)
+    make = connect(transport, size, slots=slots, timeout=timeout, driver=driver)
     results: list[Any] = [None] * size
     raised: list[tuple[int, BaseException]] = []
 
@@ -143,7 +151,12 @@ def run_ranks(
 
 
 def connect(
-    transport: str, size: int, *, slots: int | None = None, timeout: float = 30.0
+    transport: str,
+    size: int,
+    *,
+    slots: int | None = None,
+    timeout: float = 30.0,
+    driver: Callable[[int], Driver] | None = None,
 ) -> Callable[[int], Transport]:
     """Returns a function that makes a rank's transport; each of `size` threads calls it. See `run_ranks`."""
     if transport == "local":
@@ -151,8 +164,13 @@ def connect(
     if transport == "torch_p2p":
         return _torch_p2p(size, timeout)
     if transport in ("shm", "shm:python"):
-        return _shm(size, timeout, transport == "shm")
-    raise ValueError(f"run_ranks: transport is 'local', 'shm', 'shm:python' or 'torch_p2p', got {transport!r}")
+        return _shm(size, timeout, transport == "shm", None)
+    if transport == "cuda_ipc:fake":
+        from ringred.testing.fake_device import FakeDevice
+
+        return _shm(size, timeout, False, driver or (lambda rank: FakeDevice()))
+    kinds = "'local', 'shm', 'shm:python', 'cuda_ipc:fake' or 'torch_p2p'"
+    raise ValueError(f"run_ranks: transport is {kinds}, got {transport!r}")
 
 
 def _torch_p2p(size: int, timeout: float) -> Callable[[int], Transport]:
@@ -164,8 +182,11 @@ def _torch_p2p(size: int, timeout: float) -> Callable[[int], Transport]:
     return lambda rank: TorchP2PTransport(store, rank, size, timeout, "127.0.0.1")
 
 
-def _shm(size: int, timeout: float, compiled: bool) -> Callable[[int], Transport]:
+def _shm(
+    size: int, timeout: float, compiled: bool, driver: Callable[[int], Driver] | None
+) -> Callable[[int], Transport]:
     from ringred.transports import neighbours, shm_player
+    from ringred.transports.cuda.memory import DeviceMemory
     from ringred.transports.shm import ShmTransport
 
     if size == 1:
@@ -184,6 +205,7 @@ def _shm(size: int, timeout: float, compiled: bool) -> Callable[[int], Transport
         found, reason = neighbours.connect(gather, rank, compiled and shm_player.unusable() is None)
         if found is None:
             raise TransportUnavailable(f"rank {rank}: no shared memory: {reason}")
-        return ShmTransport(found, range(size), "world", timeout)
+        device = None if driver is None else DeviceMemory(found, driver(rank), "world", timeout)
+        return ShmTransport(found, range(size), "world", timeout, device=device)
 
     return make

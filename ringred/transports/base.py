@@ -27,6 +27,7 @@ __all__ = [
     "FaultKind",
     "Gather",
     "Player",
+    "Queue",
     "Request",
     "Tape",
     "Transport",
@@ -156,6 +157,19 @@ class Fault(Exception):
         self.kind, self.peer, self.detail = kind, peer, detail
 
 
+class Queue(Protocol):
+    """Where a transport whose memory is a device's puts what is to be done there, one thing after the other."""
+
+    def after_current(self) -> None:
+        """What follows comes after what the caller's program has enqueued on its current stream."""
+
+    def fold(self, kernel: Any, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
+        """Folds as `kernel`, a `Folder`, does."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copies a flat tensor to another."""
+
+
 class Transport(Protocol):
     """What the executor and the communicator ask of a transport."""
 
@@ -173,6 +187,13 @@ class Transport(Protocol):
     @property
     def player(self) -> Player | None:
         """Plays compiled plans, where there is such a thing."""
+
+    @property
+    def queue(self) -> Queue | None:
+        """What does all that is done to memory; None if that is done at once, by whoever calls."""
+
+    def passed(self, deadline: float) -> None:
+        """Returns once all that was enqueued is done. Raises `Fault` as `wait` does."""
 
     def begin(self, contract: int, turn: int) -> None:
         """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.

@@ -37,14 +37,15 @@ ENTRIES = 256
 REPORT_BYTES = 16 << 10
 
 # Words of a control block (8 bytes each); what different ranks write lies on different lines (8 words).
-SLEEPING, ALARM, ABORTED, CLOSED, REPORT_LENGTH, SETTLES = 0, 8, 16, 17, 18, 19
-EXPOSED_CONTRACT, EXPOSED_AT = 24, 25
+SLEEPING, ALARM, ABORTED, CLOSED, REPORT_LENGTH, SETTLES, FORCED = 0, 8, 16, 17, 18, 19, 20
+EXPOSED_CONTRACT, EXPOSED_AT, EXPOSED_COUNT = 24, 25, 26
 NOWHERE = 1 << 62  # EXPOSED_AT of a rank whose memory does not lie in its window
 CONSUMED = 32  # a cache line per peer: the last message consumed, and LEFT, which the peer sets when it stops reading
 LEFT = 1
 CONTRACT, LENGTH, PLACE, NUMBER = 0, 1, 2, 3  # words of a descriptor
 # Kinds of place: AT, in the sender's window; PUT, in the receiver's; PART, in the sender's, more parts follow.
 AT, PUT, PART = 0, 1, 2
+FLAG_STRIDE = 64  # bytes from one flag to the next: two a peer, one of the memory that is exposed (`planes`)
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
 
 # Words of a rank's own state: first its own, then those of each link.
@@ -60,14 +61,22 @@ LAYOUT += (SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES
 
 
 class Layout:
-    """Where things lie in the control block of a rank among `size`: offsets in bytes from its start."""
+    """Where things lie in the control block of a rank among `size`, in bytes from its start, and in its slots, whose
+    memory may be elsewhere."""
 
-    def __init__(self, size: int) -> None:
-        self.entries = 8 * (CONSUMED + 8 * size)
+    def __init__(self, size: int, slot_bytes: int = SLOT_BYTES) -> None:
+        self.size = size
+        self.flags = 8 * (CONSUMED + 8 * size)
+        self.entries = self.flags + 2 * FLAG_STRIDE * size + FLAG_STRIDE
         self.report = self.entries + size * ENTRIES * 32
-        self.small = self.report + REPORT_BYTES
-        self.large = -(-(self.small + size * SMALL_SLOTS * SMALL_STRIDE) // 4096) * 4096
-        self.nbytes = self.large + size * SLOTS * SLOT_BYTES
+        self.control_nbytes = -(-(self.report + REPORT_BYTES) // 4096) * 4096
+        self._large = -(-size * SMALL_SLOTS * SMALL_STRIDE // 4096) * 4096
+        self._slot_bytes = slot_bytes
+        self.slots_nbytes = self._large + size * SLOTS * slot_bytes
+
+    def slots(self, index: int) -> tuple[int, int]:
+        """Where the small and the large slots for one peer begin."""
+        return index * SMALL_SLOTS * SMALL_STRIDE, self._large + index * SLOTS * self._slot_bytes
 
 
 class State:
@@ -88,7 +97,7 @@ class State:
 
 
 class Slots:
-    """A ring of `count` slots in this rank's window, from offset `start`, `stride` bytes apart.
+    """A ring of `count` slots in this rank's data, from offset `start`, `stride` bytes apart.
 
     In the words of the link lie, at `next_at`, which slot is next, and from `used_at` on the number of the message that
     each was last used for."""
@@ -101,8 +110,10 @@ class Slots:
 
 
 class Link:
-    """Both directions between this rank and one peer. `state` has the numbers of the last message (or part of one) that
-    was SENT, that the peer has consumed (ACKED), and that was TAKEN here."""
+    """Both directions between this rank, whose index among the members is `own`, and one peer, whose is `index`.
+
+    `slots` are the offsets of the small and the large slots for it. `state` has the numbers of the last message (or
+    part of one) that was SENT, that the peer has consumed (ACKED), and that was TAKEN here."""
 
     __slots__ = (
         "acked_at",
@@ -110,7 +121,9 @@ class Link:
         "block",
         "entries_in",
         "entries_out",
+        "index",
         "large",
+        "own",
         "pending",
         "queue",
         "rank",
@@ -134,17 +147,19 @@ class Link:
         own: int,
         size: int,
         state: memoryview[int],
+        slots: tuple[int, int],
+        slot_bytes: int,
     ) -> None:
         layout = Layout(size)
         self.rank, self.window, self.block, self.state = rank, window, block, state
+        self.index, self.own = index, own
         self.words, self.words_at = window.words, block // 8
         self.sleep_address = window.address + block + 8 * SLEEPING
-        # What this rank sends: entries and slots are in its own block, the count of what is consumed in the peer's.
+        # What this rank sends: entries are in its own block, the count of what is consumed in the peer's.
         self.entries_out = (own_block + layout.entries) // 8 + index * ENTRIES * 4
-        small = own_block + layout.small + index * SMALL_SLOTS * SMALL_STRIDE
-        large = own_block + layout.large + index * SLOTS * SLOT_BYTES
+        small, large = slots
         self.small = Slots(small, SMALL_STRIDE, SMALL_SLOTS, SMALL_NEXT, SMALL_USED)
-        self.large = Slots(large, SLOT_BYTES, SLOTS, LARGE_NEXT, LARGE_USED)
+        self.large = Slots(large, slot_bytes, SLOTS, LARGE_NEXT, LARGE_USED)
         self.acked_words, self.acked_at = window.words, block // 8 + CONSUMED + 8 * own
         self.queue: deque[Send] = deque()
         # What it receives: the other way round.

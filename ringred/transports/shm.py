@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,29 +23,18 @@ from ringred.transports import futex
 from ringred.transports.base import SETTLING_SECONDS, Counters, Fault, FaultKind
 from ringred.transports.futex import fence, order
 from ringred.transports.links import (
-    ABORTED,
     ACKED,
     ALARM,
-    AT,
     CLOSED,
-    CONTRACT,
-    ENTRIES,
+    FORCED,
     FORKED,
     GONE,
     LEFT,
-    LENGTH,
-    NUMBER,
-    PART,
     PART_BYTES,
-    PLACE,
-    PUT,
-    REPORT_BYTES,
-    REPORT_LENGTH,
     SEGMENT_BYTES,
     SENT,
     SETTLES,
     SLEEPING,
-    TAKEN,
     Layout,
     Link,
     Receive,
@@ -52,9 +42,15 @@ from ringred.transports.links import (
     State,
 )
 from ringred.transports.neighbours import Neighbours
+from ringred.transports.planes import HostPlane, Plane
 from ringred.transports.shm_player import ShmPlayer
+from ringred.transports.shm_receiving import Receiver
+from ringred.transports.shm_reports import Reports
 from ringred.transports.shm_sending import SPIN_NS, Sender
-from ringred.transports.windows import Views
+
+if TYPE_CHECKING:
+    from ringred.transports.cuda.memory import DeviceMemory
+    from ringred.transports.cuda.plane import DevicePlane
 
 __all__ = ["ShmTransport"]
 
@@ -65,10 +61,10 @@ _SHORT_SLEEP = 0.0005  # seconds, if another transport must make progress meanwh
 class ShmTransport:
     """Connects the ranks `members` of `neighbours`, numbered in that order or, if given, by `names`.
 
-    Every member constructs it at the same point of the program, with the same `key`. Raises `TransportUnavailable`.
+    With `device`, messages are of memory that streams of that device move. Every member constructs it at the same point
+    of the program, with the same `key`. Raises `TransportUnavailable`.
     """
 
-    name = "shm"
     windows = True
     buffers = True
 
@@ -80,46 +76,59 @@ class ShmTransport:
         timeout: float,
         names: Sequence[int] | None = None,
         size: int | None = None,
+        device: DeviceMemory | None = None,
     ) -> None:
         names = list(range(len(members))) if names is None else list(names)
         own = list(members).index(neighbours.rank)
         self.rank, self.size = names[own], len(members) if size is None else size
         self._froze = self._closed = False
-        self.segment_bytes = SEGMENT_BYTES if neighbours.compiled and self.size == len(members) else PART_BYTES
-        self._neighbours, self._timeout = neighbours, timeout
-        self._heap, self.window, self._layout = (
-            neighbours.heap,
-            neighbours.windows[neighbours.rank],
-            Layout(len(members)),
-        )
+        self._neighbours, self._timeout, self._device = neighbours, timeout, device
+        self._heap, self.window = neighbours.heap, neighbours.windows[neighbours.rank]
+        self._layout = Layout(len(members))
+        self._nbytes = self._layout.control_nbytes + (self._layout.slots_nbytes if device is None else 0)
         self._member = dict(zip(names, members, strict=True))
         neighbours.reap()
         try:
-            self._block = self._heap.take(self._layout.nbytes)
+            self._block = self._heap.take(self._nbytes)
         except MemoryError as failure:
             raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
         try:
             blocks = neighbours.exchange(list(members), key, self._block, timeout)
         except OSError as failure:
-            self._heap.give_back(self._block, self._layout.nbytes)
+            self._heap.give_back(self._block, self._nbytes)
             raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
         self._crowded = len(members) > neighbours.cores(members)
         self._state = State(self.window, self._block, self._crowded, len(members) - 1)
+        self._plane: Plane
+        self.queue: DevicePlane | None = None
+        if device is None:
+            self.name, compiled = "shm", neighbours.compiled
+            self._plane = HostPlane(self.rank, self.window, self._block, self._layout)
+            self.segment_bytes = SEGMENT_BYTES if compiled and self.size == len(members) else PART_BYTES
+        else:
+            self.name, compiled = device.name, False
+            self._plane = self.queue = device.plane(self.window, self._block, self._layout)
+            self.segment_bytes = self._plane.part_bytes
         self._links: dict[int, Link] = {}
         for index, (name, member) in enumerate(zip(names, members, strict=True)):
             if index != own:
                 theirs, words = neighbours.windows[member], self._state.of(len(self._links))
                 here = (self.window, self._block, own, len(members), words)
-                self._links[name] = Link(name, index, theirs, blocks[member], *here)
+                slots = self._plane.slots(index), self._plane.slot_bytes
+                self._links[name] = Link(name, index, theirs, blocks[member], *here, *slots)
+        if self.queue is not None:
+            self.queue.meet(list(self._links.values()), self._member)
         self._words, self._at = self.window.words, self._block // 8
-        self._base, self._end = self.window.address, self.window.address + self.window.nbytes
-        self._contract, self.begun = 0, (0, 0)  # contract, and both contract and turn
+        self._base = self.window.address
+        self._reports = Reports(self.rank, self.window, self._block, self._links.values(), self._layout)
+        self.begun = (0, 0)  # contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
-        self._views = Views()
-        self._sender = Sender(self.rank, self.window, self._block, self._links, self._views, self._crowded, self._state)
+        self._sender = Sender(self.window, self._block, self._links, self._plane, self._crowded, self._state)
+        self._receiver = Receiver(self.window, self._links, self._plane, self._until, self._sender.received)
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
+        self.irecv, self.release = self._receiver.irecv, self._receiver.release
         links = list(self._links.values())
-        self.player = ShmPlayer(self._state, links, self._check, self._left) if neighbours.compiled else None
+        self.player = ShmPlayer(self._state, links, self._check, self._left) if compiled else None
         neighbours.hold(self)
         for member in list(neighbours.gone):  # whoever went before that is not told of
             self.peer_lost(member)
@@ -141,43 +150,36 @@ class ShmTransport:
 
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor in this rank's window, uninitialised."""
-        return self._heap.empty(elements, dtype)
+        return (self._heap if self.queue is None else self.queue).empty(elements, dtype)
 
     def holds(self, memory: Tensor) -> bool:
         """Whether `memory` lies in this rank's window."""
-        return self._base <= memory.data_ptr() < self._end
+        return self._plane.offset(memory.data_ptr()) >= 0
 
     # ------------------------------------------------------------------ one collective
 
     def begin(self, contract: int, turn: int) -> None:
-        self._contract, self.begun = contract, (contract, turn)
+        self._reports = Reports(self.rank, self.window, self._block, self._links.values(), self._layout)
+        self.begun = (contract, turn)
         self._sender.begin(contract)
+        self._receiver.begin(contract)
         self._check()
 
     def _check(self) -> None:
         """Raises `Fault` if this rank cannot begin a collective."""
         if self._words[self._at + ALARM]:
-            self._check_aborted()
+            self._reports.check()
         if self._state.own[FORKED]:
             raise Fault(FaultKind.PEER, self.rank, "a forked child has no part in what its parent is a rank of")
 
-    # ------------------------------------------------------------------ receiving
-
-    def irecv(self, peer: int, dst: Tensor, lend: bool) -> Receive:
-        link = self._links[peer]
-        request = Receive(link, dst, lend, self._contract)
-        link.pending.append(request)
-        return request
+    # ------------------------------------------------------------------ waiting
 
     def wait(self, request: Send | Receive | None, deadline: float) -> Tensor | None:
         if request is None:
             return None
         link = request.link
         if isinstance(request, Receive):
-            while link.pending and request.number == 0 and request.view is None:
-                self._take(link, link.pending[0], deadline, wanted=link.pending[0] is request)
-                link.pending.popleft()
-            return request.view
+            return self._receiver.finish(request, deadline)
         if request.until < 0:
             self.drain()
         while request.until < 0:
@@ -188,57 +190,27 @@ class ShmTransport:
                 self._until(link, link.acked_words, link.acked_at, request.until, deadline)
             link.state[ACKED] = link.acked_words[link.acked_at]
         order()
+        if request.until > 0:
+            self._plane.after_consumed(link, request.until)
         return None
 
-    def _take(self, link: Link, request: Receive, deadline: float, wanted: bool) -> None:
-        """Finishes the next receive from a peer, or lends what came for it."""
-        dst, got = request.dst, 0
-        staging: Tensor | None = None
-        while True:
-            number = link.state[TAKEN] + 1
-            entry = link.entries_in + (number % ENTRIES) * 4
-            words = link.words
-            if words[entry + NUMBER] != number:
-                self._until(link, words, entry + NUMBER, number, deadline)
-            order()
-            nbytes, place = words[entry + LENGTH], words[entry + PLACE]
-            expected = dst.nbytes
-            if words[entry + CONTRACT] != request.contract or nbytes != expected:
-                size = dst.element_size()
-                raise Fault(
-                    FaultKind.MISMATCH, link.rank, f"expected {expected // size} elements, got {nbytes // size}"
-                )
-            link.state[TAKEN] = number
-            offset, kind = place >> 2, place & 3
-            if kind == AT and request.lend and not got and wanted and nbytes:
-                request.view = self._views.of(link.rank, link.window, offset, nbytes, dst.dtype)
-                request.number = number
-                self._sender.received(nbytes)
-                return
-            if request.lend and staging is None:
-                staging = torch.empty_like(dst)
-            if kind != PUT and nbytes:
-                part = min(nbytes - got, PART_BYTES) if kind == PART or got else nbytes
-                target = dst if staging is None else staging
-                futex.copy(target.data_ptr() + got, link.window.address + offset, part)
-                got += part
-            self._consume(link, number)
-            if kind != PART:
-                request.number, request.view = -1, staging
-                self._sender.received(nbytes)
-                return
+    def passed(self, deadline: float) -> None:
+        if self.queue is not None:
+            self.queue.passed(lambda held_by: self._look(held_by, deadline))
+            forced = (link.words[link.words_at + FORCED] for link in self._links.values())
+            if self._words[self._at + ALARM] and any(forced):
+                self._reports.check()  # what the stream went on with may not be what was sent
 
-    def _consume(self, link: Link, number: int) -> None:
-        order()
-        self._words[link.taken_at] = number
-        link.wake()
-
-    def release(self, request: Receive) -> None:
-        if request.number > 0:
-            self._consume(request.link, request.number)
-        request.number, request.view = -1, None
-
-    # ------------------------------------------------------------------ waiting
+    def _look(self, held_by: int, deadline: float) -> None:
+        """Raises `Fault` if the stream waits for this peer, and in vain."""
+        link = self._links.get(held_by)
+        if self._words[self._at + ALARM] and link is not None:
+            self._reports.check()
+        gone = None if link is None else self._left(link)
+        if gone is not None:
+            raise Fault(FaultKind.PEER, held_by, gone)
+        if time.monotonic() >= deadline:
+            raise Fault(FaultKind.TIMEOUT, held_by, "deadline passed")
 
     def _until(self, link: Link, words: memoryview[int], at: int, value: int, deadline: float) -> None:
         """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
@@ -261,7 +233,7 @@ class ShmTransport:
                 own[sleeping] = 0
                 return
             if own[self._at + ALARM]:
-                self._check_aborted()
+                self._reports.check()
             gone = self._left(link)
             if gone is not None and words[at] < value:  # what it wrote before it went still counts
                 raise Fault(FaultKind.PEER, link.rank, gone)
@@ -314,49 +286,25 @@ class ShmTransport:
 
     # ------------------------------------------------------------------ failing
 
-    def _check_aborted(self) -> None:
-        reports = self._reports()
-        if reports:
-            culprit = next(iter(reports))
-            raise Fault(FaultKind.ABORTED, culprit, reports[culprit])
-
-    def _reports(self) -> dict[int, str]:
-        found = {}
-        blocks = {self.rank: (self.window, self._block)}
-        blocks |= {link.rank: (link.window, link.block) for link in self._links.values()}
-        for rank in sorted(blocks):
-            window, block = blocks[rank]
-            if window.words[block // 8 + ABORTED]:
-                order()
-                length = min(window.words[block // 8 + REPORT_LENGTH], REPORT_BYTES)
-                start = block + self._layout.report
-                found[rank] = window.memory[start : start + length].decode(errors="replace")
-        return found
-
     def abort(self, report: str) -> None:
-        if self._closed or self._neighbours.forked or self._words[self._at + ABORTED]:
+        if self._closed or self._neighbours.forked or self._reports.written:
             return
-        text = report.encode()[:REPORT_BYTES]
-        start = self._block + self._layout.report
-        self.window.memory[start : start + len(text)] = text
-        self._words[self._at + REPORT_LENGTH] = len(text)
-        order()
-        self._words[self._at + ABORTED] = 1
-        order()
-        self._words[self._at + ALARM] = 1
+        self._reports.write(report)
         self._heap.freeze()  # a peer that does not know yet may still put into exposed memory, until it leaves
+        if self.queue is not None:
+            self.queue.freeze()
         self._froze = True
         self._rouse()
-        for link in self._links.values():
-            link.words[link.words_at + ALARM] = 1
-            link.wake()
+        self._reports.alarm()
+        if self.queue is not None:
+            self.queue.drain()
 
     def reports(self, timeout: float) -> dict[int, str]:
         deadline = time.monotonic() + timeout
         while True:
             # The order matters: a peer that has left by now wrote its report before leaving, so that it is found.
             here = [link.rank for link in self._links.values() if self._left(link) is None]
-            found = self._reports()
+            found = self._reports.read()
             if all(rank in found for rank in here) or time.monotonic() >= deadline:
                 return found
             time.sleep(0.002)  # only after a failure, for half a second at most
@@ -368,7 +316,8 @@ class ShmTransport:
 
     def family(self, members: Sequence[int], key: str, names: Sequence[int] | None, size: int) -> ShmTransport:
         """As `subset`, for the near ranks `members` of a group of `size`; `names` are their ranks in that group."""
-        return ShmTransport(self._neighbours, [self._member[rank] for rank in members], key, self._timeout, names, size)
+        places = [self._member[rank] for rank in members]
+        return ShmTransport(self._neighbours, places, key, self._timeout, names, size, self._device)
 
     @property
     def peers(self) -> list[int]:  # the ranks that it reaches
@@ -379,6 +328,9 @@ class ShmTransport:
             return
         self._neighbours.let_forget(self)
         self._closed = True
+        if self.queue is not None:
+            self.queue.drain()
+            self.queue.close()
         order()
         self._words[self._at + CLOSED] = 1
         for link in self._links.values():
@@ -396,5 +348,7 @@ class ShmTransport:
                 return False
         if self._froze:
             self._heap.thaw()
-        self._heap.give_back(self._block, self._layout.nbytes)
+            if self.queue is not None:
+                self.queue.thaw()
+        self._heap.give_back(self._block, self._nbytes)
         return True

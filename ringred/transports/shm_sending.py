@@ -25,7 +25,6 @@ from ringred.transports.links import (
     NUMBER,
     OWN_CONTRACT,
     PART,
-    PART_BYTES,
     PLACE,
     PUT,
     QUEUED,
@@ -38,13 +37,13 @@ from ringred.transports.links import (
     Send,
     State,
 )
-from ringred.transports.windows import Views, Window
+from ringred.transports.planes import Plane
+from ringred.transports.windows import Window
 
 __all__ = ["SPIN_NS", "Sender"]
 
 SPIN_NS = 20_000
 """How long a rank looks again and again before it sleeps."""
-_BY_ADDRESS = 32 << 10  # bytes up to which copying by address is quicker than by a tensor
 
 
 class Sender:
@@ -55,18 +54,16 @@ class Sender:
 
     def __init__(
         self,
-        rank: int,
         window: Window,
         block: int,
         links: Mapping[int, Link],
-        views: Views,
+        plane: Plane,
         crowded: bool,
         state: State,
     ) -> None:
-        self._rank, self._window, self._links, self._views, self._crowded = rank, window, links, views, crowded
+        self._links, self._plane, self._crowded = links, plane, crowded
         self._own = state.own
         self._words, self._at = window.words, block // 8
-        self._base, self._end = window.address, window.address + window.nbytes
         self.counters = Counters()
         self._contract = 0
 
@@ -95,13 +92,15 @@ class Sender:
 
     def expose(self, memory: Tensor | None) -> None:
         """Tells the peers where this rank's `memory` of the collective lies, so that they can put into it."""
-        address = 0 if memory is None else memory.data_ptr()
-        if memory is None or not self._base <= address < self._end:
+        offset = -1 if memory is None else self._plane.offset(memory.data_ptr())
+        if memory is None or offset < 0:
             self._own[EXPOSED] = self._own[EXPOSED_END] = 0
             self._words[self._at + EXPOSED_AT] = NOWHERE
         else:
+            address = memory.data_ptr()
             self._own[EXPOSED], self._own[EXPOSED_END] = address, address + memory.nbytes
-            self._words[self._at + EXPOSED_AT] = address - self._base
+            self._words[self._at + EXPOSED_AT] = offset
+            self._plane.mark_exposed()
         order()
         self._words[self._at + EXPOSED_CONTRACT] = self._contract
 
@@ -111,31 +110,33 @@ class Sender:
         words = self._counters.words  # in fewer steps than by name
         words[0] += 1
         words[1] += nbytes
-        address = src.data_ptr()
-        if nbytes <= SMALL_BYTES and not link.queue and self._send_small(link, address, nbytes):
+        if nbytes <= SMALL_BYTES and not link.queue and self._send_small(link, src, nbytes):
             return None
         request = Send(link, src, nbytes, self._contract)
+        address = src.data_ptr()
         if put and nbytes > SMALL_BYTES and (target := self._put_offset(link, address, nbytes)) >= 0:
             # Put it now, while it is in the cache; its descriptor may have to wait for earlier messages.
-            self._put(link, target, address, src)
+            self._plane.put(link, target, src)
             request.place = PUT
-        elif nbytes > SMALL_BYTES and not buffered and self._base <= address < self._end:
-            request.place = (address - self._base) << 2
+        elif nbytes > SMALL_BYTES and not buffered and (offset := self._plane.offset(address)) >= 0:
+            request.place = offset << 2
         if link.queue or not self._start(request):
             link.queue.append(request)
             self._own[QUEUED] += 1
         return request
 
-    def _send_small(self, link: Link, address: int, nbytes: int) -> bool:
+    def _send_small(self, link: Link, src: Tensor, nbytes: int) -> bool:
         """Sends by a small slot, if there is room now."""
         state, slots = link.state, link.small
         number, slot = state[SENT] + 1, state[slots.next_at]
-        needed = max(number - ENTRIES, state[slots.used_at + slot])
+        used = state[slots.used_at + slot]
+        needed = max(number - ENTRIES, used)
         if needed > state[ACKED] and needed > self._refresh(link):
             return False
+        self._plane.after_consumed(link, used)
         state[slots.used_at + slot], state[slots.next_at] = number, (slot + 1) % SMALL_SLOTS
         offset = slots.start + slot * SMALL_STRIDE
-        futex.copy_short(self._base + offset, address, nbytes)
+        self._plane.fill_short(offset, src, nbytes)
         self._post(link, number, self._contract, nbytes, offset << 2)
         return True
 
@@ -151,14 +152,11 @@ class Sender:
                 request.until = 0 if request.place == PUT else number
                 self._post(link, number, request.contract, nbytes, request.place)
                 return True
-            part = min(nbytes - request.done, PART_BYTES)
+            part = min(nbytes - request.done, self._plane.part_bytes)
             offset = self._room(link, number, part)
             if offset < 0:
                 return False
-            if _BY_ADDRESS < part == nbytes:
-                self._views.of(self._rank, self._window, offset, nbytes, request.source.dtype).copy_(request.source)
-            elif part:
-                futex.copy(self._base + offset, request.source.data_ptr() + request.done, part)
+            self._plane.fill(offset, request.source, request.done, part)
             request.done += part
             last = request.done == nbytes
             self._post(link, number, request.contract, nbytes, offset << 2 | (AT if last else PART))
@@ -167,7 +165,7 @@ class Sender:
                 return True
 
     def _room(self, link: Link, number: int, nbytes: int) -> int:
-        """Takes slots for a message, or part of one, that gets this `number`: their offset in this rank's window; −1 if
+        """Takes slots for a message, or part of one, that gets this `number`: their offset; −1 if
         the peer has not read what was last in them."""
         state, slots = link.state, link.small if nbytes <= SMALL_BYTES else link.large
         count = max(1, -(-nbytes // slots.stride))
@@ -178,6 +176,7 @@ class Sender:
         needed = max(state[at] for at in taken)
         if needed > state[ACKED] and needed > self._refresh(link):
             return -1
+        self._plane.after_consumed(link, needed)
         for at in taken:
             state[at] = number
         state[slots.next_at] = (first + count) % slots.count
@@ -190,13 +189,16 @@ class Sender:
         return acked
 
     def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
-        """The offset in the peer's window to which a put from `address` goes; −1 if a put is not possible."""
+        """The offset in the peer's data to which a put from `address` goes; −1 if a put is not possible."""
         if not self._own[EXPOSED] <= address < self._own[EXPOSED_END]:
             return -1
         if not self._entered(link):
             return -1
         offset = link.words[link.words_at + EXPOSED_AT] + address - self._own[EXPOSED]
-        return offset if offset + nbytes <= link.window.nbytes else -1
+        if not self._plane.within(link, offset, nbytes):
+            return -1
+        self._plane.after_exposed(link)
+        return offset
 
     def _entered(self, link: Link) -> bool:
         """Whether the peer has begun this collective. The first call for a collective waits a moment for that."""
@@ -216,14 +218,9 @@ class Sender:
         order()
         return True
 
-    def _put(self, link: Link, offset: int, address: int, src: Tensor) -> None:
-        if src.nbytes > _BY_ADDRESS:
-            self._views.of(link.rank, link.window, offset, src.nbytes, src.dtype).copy_(src)
-        elif src.nbytes:
-            futex.copy(link.window.address + offset, address, src.nbytes)
-
     def _post(self, link: Link, number: int, contract: int, nbytes: int, place: int) -> None:
         words, entry = self._words, link.entries_out + (number % ENTRIES) * 4
+        self._plane.mark_sent(link, number)
         words[entry] = contract
         words[entry + LENGTH] = nbytes
         words[entry + PLACE] = place

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Heap", "Views", "Window", "adopt", "create"]
+__all__ = ["Blocks", "Heap", "Views", "Window", "adopt", "create"]
 
 _VIEWS = 4096  # views that are kept
 _LINE = 64  # bytes of a cache line
@@ -86,6 +86,33 @@ def adopt(descriptor: int) -> Window:
     return Window(mmap.mmap(descriptor, os.fstat(descriptor).st_size))
 
 
+class Blocks:
+    """Which parts of `nbytes` bytes are free; blocks are taken first fit."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._free: list[tuple[int, int]] = [(0, nbytes)]  # (start, end), ascending, never adjacent
+
+    def take(self, nbytes: int, unit: int) -> int:
+        """Where a new block begins, aligned to `unit`, of which `nbytes` is a multiple; −1 if there is no room."""
+        for at, (start, end) in enumerate(self._free):
+            first = -(-start // unit) * unit
+            last = first + nbytes
+            if last <= end:
+                self._free[at : at + 1] = [gap for gap in ((start, first), (last, end)) if gap[0] < gap[1]]
+                return first
+        return -1
+
+    def give_back(self, start: int, end: int) -> None:
+        """What is there is free again."""
+        at = bisect_left(self._free, (start, end))
+        if at < len(self._free) and self._free[at][0] == end:
+            end = self._free.pop(at)[1]
+        if at and self._free[at - 1][1] == start:
+            start = self._free.pop(at - 1)[0]
+            at -= 1
+        self._free.insert(at, (start, end))
+
+
 class Heap:
     """Allocates blocks of a window, first fit. Each has cache lines of its own; one of a page or more, its own pages.
 
@@ -95,7 +122,7 @@ class Heap:
     def __init__(self, window: Window) -> None:
         self.window = window
         self._lock = threading.Lock()
-        self._free: list[tuple[int, int]] = [(0, window.nbytes)]  # (start, end), ascending, never adjacent
+        self._blocks = Blocks(window.nbytes)
         self._returned: deque[tuple[int, int]] = deque()  # added by finalizers, which may run even within `take`
         self._frozen = 0  # number of `freeze` calls without their `thaw`
         self._held_back: list[tuple[int, int]] = []
@@ -104,19 +131,15 @@ class Heap:
     def take(self, nbytes: int) -> int:
         """The offset of a new block, whose bytes are zero if it has a page or more. Raises `MemoryError`."""
         unit = _PAGE if nbytes >= _PAGE else _LINE
+        needed = max(1, -(-nbytes // unit)) * unit
         with self._lock:
             while self._returned:
-                self._insert(*self._returned.popleft())
-            for at, (start, end) in enumerate(self._free):
-                first = -(-start // unit) * unit
-                last = first + max(1, -(-nbytes // unit)) * unit
-                if last <= end:
-                    self._free[at : at + 1] = [gap for gap in ((start, first), (last, end)) if gap[0] < gap[1]]
-                    break
-            else:
-                raise MemoryError(f"the window of {self.window.nbytes} bytes has no room for {nbytes} more")
+                self._blocks.give_back(*self._returned.popleft())
+            first = self._blocks.take(needed, unit)
+        if first < 0:
+            raise MemoryError(f"the window of {self.window.nbytes} bytes has no room for {nbytes} more")
         if unit == _PAGE:
-            self.window.memory.madvise(mmap.MADV_REMOVE, first, last - first)  # zeroes what small blocks left
+            self.window.memory.madvise(mmap.MADV_REMOVE, first, needed)  # zeroes what small blocks left
         return first
 
     def give_back(self, offset: int, nbytes: int) -> None:
@@ -129,15 +152,6 @@ class Heap:
         if unit == _PAGE:
             self.window.memory.madvise(mmap.MADV_REMOVE, offset, end - offset)
         self._returned.append((offset, end))
-
-    def _insert(self, offset: int, end: int) -> None:
-        at = bisect_left(self._free, (offset, end))
-        if at < len(self._free) and self._free[at][0] == end:
-            end = self._free.pop(at)[1]
-        if at and self._free[at - 1][1] == offset:
-            offset = self._free.pop(at - 1)[0]
-            at -= 1
-        self._free.insert(at, (offset, end))
 
     def freeze(self) -> None:
         """From here on no block is freed: a peer may still write to memory that was exposed to it."""

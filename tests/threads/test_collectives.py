@@ -42,7 +42,7 @@ def test_every_all_reduce_over_gloo(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "torch_p2p"])
+@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake", "torch_p2p"])
 def test_every_other_collective(size: int, transport: str) -> None:
     assert all(run_ranks(check_others, size, transport))
 
@@ -213,7 +213,7 @@ def test_a_single_element_with_an_odd_stride() -> None:
     assert run_ranks(body, 2, "torch_p2p") == [[1.0], [1.0]]
 
 
-@pytest.mark.parametrize("transport", ["local", "shm", "shm:python"])
+@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake"])
 def test_a_reduce_scatter_leaves_its_input_as_it_was(transport: str) -> None:
     """Some algorithms write to no share but the rank's own and go without a copy of the input; none may show it."""
 
@@ -257,7 +257,7 @@ def test_a_reduce_scatter_leaves_its_input_as_it_was(transport: str) -> None:
         run_ranks(body, size, transport)
 
 
-@pytest.mark.parametrize("transport", ["local", "shm"])
+@pytest.mark.parametrize("transport", ["local", "shm", "cuda_ipc:fake"])
 def test_some_ranks_form_a_communicator_without_the_others(transport: str) -> None:
     def body(comm: Communicator) -> list[int] | None:
         if comm.rank == 1:

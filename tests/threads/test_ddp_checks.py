@@ -92,7 +92,7 @@ def test_a_module_that_was_converted_is_named() -> None:
     run_ranks(body, 1)
 
 
-@pytest.mark.parametrize("transport", ["local", "shm"])
+@pytest.mark.parametrize("transport", ["local", "shm", "cuda_ipc:fake"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_named_and_goes_to_nobody(bad: float, transport: str) -> None:
     def body(comm: Communicator) -> str:
@@ -151,7 +151,7 @@ def test_a_parameter_that_drifted_is_named_with_the_ranks() -> None:
         assert "'2.weight' is the first of 2 that differ: rank 1 from ranks 0, 2" in text
 
 
-@pytest.mark.parametrize("transport", ["local", "shm"])
+@pytest.mark.parametrize("transport", ["local", "shm", "cuda_ipc:fake"])
 def test_a_parameter_that_one_rank_does_not_use_is_named_on_all(transport: str) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:

@@ -43,7 +43,7 @@ def test_deterministic_bits_depend_on_neither_buckets_nor_algorithm_nor_transpor
             found.append(gradients(model))
         return found
 
-    runs = [run_ranks(body, size, transport) for transport in ("local", "shm", "torch_p2p")]
+    runs = [run_ranks(body, size, transport) for transport in ("local", "shm", "cuda_ipc:fake", "torch_p2p")]
     first = runs[0][0][0]
     assert any(g.any() for g in first)
     for run in runs:

@@ -201,7 +201,7 @@ def test_a_wrapper_that_is_dropped_takes_its_hooks_along() -> None:
 
 
 @pytest.mark.parametrize("as_views", [False, True])
-@pytest.mark.parametrize("transport", ["local", "shm"])
+@pytest.mark.parametrize("transport", ["local", "shm", "cuda_ipc:fake"])
 def test_reductions_of_a_backward_that_was_given_up_do_not_disturb_the_next(transport: str, as_views: bool) -> None:
     class Raises(torch.autograd.Function):
         @staticmethod

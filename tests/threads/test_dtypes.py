@@ -25,7 +25,7 @@ def same(tensor: Tensor, expected: Tensor) -> bool:
     return torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "torch_p2p"])
+@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake", "torch_p2p"])
 def test_every_dtype_is_moved(transport: str) -> None:
     def body(comm: Communicator) -> int:
         rank, size, right = comm.rank, comm.size, 0

@@ -13,7 +13,7 @@ from ringred.communicator import Communicator
 from ringred.errors import CollectiveMismatch, PeerFailed
 from ringred.testing import run_ranks
 
-TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "torch_p2p"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake", "torch_p2p"])
 
 
 @TRANSPORTS

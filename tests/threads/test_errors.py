@@ -45,7 +45,7 @@ def caught(body: Body, size: int, transport: str, timeout: float = 5.0) -> list[
 
 
 PATHS = pytest.mark.parametrize("path", ["sync", "async", "backward"])
-TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "torch_p2p"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake", "torch_p2p"])
 
 
 @TRANSPORTS
@@ -274,7 +274,9 @@ def test_waiting_for_a_work_has_a_limit_of_its_own() -> None:
 
 
 def test_ranks_that_need_a_launcher_are_refused() -> None:
-    with pytest.raises(ValueError, match="transport is 'local', 'shm', 'shm:python' or 'torch_p2p', got 'mpi'"):
+    with pytest.raises(
+        ValueError, match="transport is 'local', 'shm', 'shm:python', 'cuda_ipc:fake' or 'torch_p2p', got 'mpi'"
+    ):
         run_ranks(lambda comm: None, 2, "mpi")
 
 

@@ -69,6 +69,8 @@ def mixed(comm: Communicator, count: int, seed: int) -> int:
         ("shm:python", None, True),
         ("shm:python", None, False),
         ("shm", None, False),
+        ("cuda_ipc:fake", None, True),
+        ("cuda_ipc:fake", None, False),
     ],
 )
 def test_two_hundred_mixed_collectives(size: int, transport: str, slots: int | None, delayed: bool) -> None:

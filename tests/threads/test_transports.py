@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from ringred.testing import Faulty
 from ringred.testing.conformance import BREAKING, CHECKS, Check
 from ringred.testing.ranks import connect
-from ringred.transports.base import Transport
+from ringred.transports.base import Request, Transport
 from ringred.transports.local import Hub
 
 Connect = Callable[[int], Callable[[int], Transport]]
@@ -20,6 +23,23 @@ def delayed(connect: Connect) -> Connect:
     return lambda size: (lambda make: lambda rank: Faulty(make(rank), 0.002, seed=7))(connect(size))
 
 
+class Awaited(Faulty):
+    """A transport of a device that has always done what it was asked, as one of memory has; with random delays."""
+
+    def isend(self, *arguments: Any, **options: Any) -> Request:
+        request = super().isend(*arguments, **options)
+        self.passed(time.monotonic() + 20)
+        return request
+
+    def wait(self, request: Request, deadline: float) -> Tensor | None:
+        found = super().wait(request, deadline)
+        self.passed(deadline)
+        return found
+
+    def subset(self, members: Sequence[int], key: str) -> Transport:
+        return Awaited(self.inner.subset(members, key), self.seconds, seed=8)
+
+
 TRANSPORTS: dict[str, Connect] = {
     "local": lambda size: Hub(size).transport,
     "local-one-slot": lambda size: Hub(size, slots=1).transport,
@@ -27,6 +47,9 @@ TRANSPORTS: dict[str, Connect] = {
     "torch_p2p": lambda size: connect("torch_p2p", size),
     "shm": lambda size: connect("shm", size),
     "shm-delayed": delayed(lambda size: connect("shm", size)),
+    "cuda_ipc": lambda size: (lambda make: lambda rank: Awaited(make(rank), 0.0005, seed=7))(
+        connect("cuda_ipc:fake", size)
+    ),
 }
 
 

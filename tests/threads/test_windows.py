@@ -149,7 +149,7 @@ def test_communicators_come_and_go_without_filling_the_window() -> None:
     assert max(run_ranks(body, 3, "shm")) <= 24 << 20, "control blocks of closed communicators are used again"
 
 
-@pytest.mark.parametrize("transport", ["local", "shm", "shm:python"])
+@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake"])
 @pytest.mark.parametrize("algorithm", ["double_tree", "tree", "ring", "direct", "halving_doubling", "torus"])
 def test_data_of_very_many_segments(transport: str, algorithm: str) -> None:
     def body(comm: Communicator) -> bool:
@@ -226,7 +226,7 @@ def test_a_finalizer_that_runs_while_a_block_is_taken_gives_its_own_back() -> No
         in_a_cycle: list[object] = [heap.empty(1 << 12, torch.uint8)]
         in_a_cycle.append(in_a_cycle)
         del in_a_cycle
-        heap._free = Collects(heap._free)
+        heap._blocks._free = Collects(heap._blocks._free)
         assert heap.take(10) == 1 << 12
         assert heap.take(10) == 0, "given back by the finalizer"
     finally:
@@ -280,7 +280,7 @@ def test_a_report_is_found_though_its_rank_leaves_while_it_is_looked_for() -> No
             transport.close()
             met.wait(10)
             return {}
-        look = transport._reports
+        look = transport._reports.read
 
         def late() -> dict[int, str]:
             """The first look comes before the report, and what follows it after the end of rank 1."""
@@ -292,7 +292,7 @@ def test_a_report_is_found_though_its_rank_leaves_while_it_is_looked_for() -> No
             return found
 
         looked: list[bool] = []
-        transport._reports = late
+        transport._reports.read = late
         return transport.reports(5.0)
 
     met = threading.Barrier(2)

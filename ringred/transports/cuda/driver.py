@@ -1,0 +1,93 @@
+"""What ringred asks of a device: memory that other processes can open, and streams that work in order.
+
+Addresses are those of this process. Nothing here waits for a stream but `Event.done`, which only looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["HANDLE_BYTES", "Driver", "Event", "Kernel", "Stream"]
+
+HANDLE_BYTES = 64
+"""The length of a handle, as CUDA's are (`cudaIpcMemHandle_t`)."""
+
+
+class Kernel(Protocol):
+    """A fold, as `runtime.folds.Folder` describes it; calling it does it at once, where the host can."""
+
+    dtype: torch.dtype
+
+    def __call__(self, out: Tensor, operands: Sequence[Tensor], final: bool) -> None: ...
+
+
+class Event(Protocol):
+    """A point of a stream."""
+
+    def done(self) -> bool:
+        """Whether the stream has passed it. Raises `RuntimeError` if the device failed."""
+
+
+class Stream(Protocol):
+    """Does one thing after the other, in the order of these calls, which return before it is done."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copies between addresses of the device, of this process or opened, or of this process's own memory."""
+
+    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
+        """Folds `operands` into `out`."""
+
+    def set_flag(self, address: int, value: int) -> None:
+        """Sets a 32-bit flag of registered memory; what the stream did before can be seen by whoever sees it set."""
+
+    def wait_flag(self, address: int, value: int) -> None:
+        """Goes on once the flag minus `value` is not negative, as signed 32-bit numbers (`cuStreamWaitValue32` GEQ)."""
+
+    def after_current(self) -> None:
+        """What is enqueued from here on comes after what this thread has enqueued on its current stream so far."""
+
+    def record(self) -> Event:
+        """The point after all that was enqueued so far."""
+
+    def close(self) -> None:
+        """Gives it back; all of it is done."""
+
+
+class Driver(Protocol):
+    """One device, as one process uses it. Calls raise `RuntimeError` with the device's own words."""
+
+    name: str
+    """What the transport is called."""
+    chunk_bytes: int
+    """The least memory that is worth a handle of its own."""
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of new memory of the device, aligned to 512 bytes."""
+
+    def free(self, address: int) -> None:
+        """Gives back what `allocate` gave; no stream uses it any more."""
+
+    def export(self, address: int) -> bytes:
+        """A handle, of at most `HANDLE_BYTES`, by which another rank opens what `allocate` gave."""
+
+    def open(self, handle: bytes, nbytes: int) -> int:
+        """The address here of another rank's memory."""
+
+    def close(self, address: int) -> None:
+        """Ends what `open` began; no stream uses it any more."""
+
+    def tensor(self, address: int, nbytes: int, dtype: torch.dtype, owner: object) -> Tensor:
+        """A 1-D tensor over memory, which keeps `owner`."""
+
+    def register(self, address: int, nbytes: int) -> int:
+        """Lets streams set and wait for flags in pages of host memory; the address by which they do."""
+
+    def unregister(self, address: int) -> None:
+        """Ends what `register` began, by the host's address."""
+
+    def stream(self) -> Stream:
+        """A new stream."""

@@ -1,0 +1,184 @@
+"""Device memory of one rank that its peers open: chunks, and blocks within them.
+
+An offset is 2^38 times the number of a chunk plus the place in it. A rank's table of chunks, in its window, has their
+handles, so that memory can be allocated at any time: a peer opens a chunk when it first comes across its number.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from ringred.errors import TransportUnavailable
+from ringred.transports.cuda.driver import HANDLE_BYTES, Driver, Event, Stream
+from ringred.transports.cuda.plane import DevicePlane
+from ringred.transports.futex import order
+from ringred.transports.links import Layout
+from ringred.transports.neighbours import Neighbours
+from ringred.transports.windows import Blocks, Window
+
+__all__ = ["DeviceMemory"]
+
+_CHUNK_BITS = 38
+_CHUNKS = 1 << 12  # of one rank
+_ENTRY = 8 + HANDLE_BYTES  # bytes of a table's entry: the chunk's length, and its handle
+_UNIT = 512  # bytes to which a block is aligned
+
+
+class _Chunk:
+    def __init__(self, number: int, address: int, nbytes: int) -> None:
+        self.number, self.address, self.nbytes = number, address, nbytes
+        self.blocks = Blocks(nbytes)
+
+
+class DeviceMemory:
+    """The device memory of rank `neighbours.rank`, and that of `neighbours`. All of them construct it at the same time.
+
+    `close` ends it, once no transport is left that uses it. Raises `TransportUnavailable`.
+    """
+
+    def __init__(self, neighbours: Neighbours, driver: Driver, key: str, timeout: float) -> None:
+        self.driver, self.name, self._neighbours = driver, driver.name, neighbours
+        self._lock = threading.Lock()
+        self._chunks: list[_Chunk] = []
+        self._opened: dict[tuple[int, int], int] = {}
+        self._returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run at any time
+        self._passing: list[tuple[list[Event], list[tuple[int, int]]]] = []
+        self._frozen = 0
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._window = neighbours.windows[neighbours.rank]
+        self._table = neighbours.heap.take(_CHUNKS * _ENTRY)
+        try:
+            self._new_chunk(driver.chunk_bytes)
+            self._tables = neighbours.exchange(neighbours.members, f"{key} device memory", self._table, timeout)
+            trouble = self._try_peers()
+            verdicts = neighbours.exchange(neighbours.members, f"{key} device peers", trouble is None, timeout)
+        except (OSError, RuntimeError) as failure:
+            neighbours.heap.give_back(self._table, _CHUNKS * _ENTRY)
+            raise TransportUnavailable(f"rank {neighbours.rank}: device memory of {key!r}: {failure}") from failure
+        refused = [member for member, fine in verdicts.items() if not fine]
+        if refused:
+            why = trouble or f"rank {refused[0]} cannot open that of others"
+            raise TransportUnavailable(f"rank {neighbours.rank}: device memory of {key!r}: {why}")
+
+    def _try_peers(self) -> str | None:
+        """Why this rank cannot open the memory of others, or None."""
+        for member in self._neighbours.members:
+            if member != self._neighbours.rank:
+                try:
+                    self.address(member, 0)
+                except RuntimeError as failure:
+                    return f"that of rank {member} cannot be opened: {failure}"
+        return None
+
+    def plane(self, window: Window, block: int, layout: Layout) -> DevicePlane:
+        """The plane of a transport with its control block there."""
+        plane = DevicePlane(self, window, block, layout)
+        self._streams.add(plane.stream)
+        return plane
+
+    # ------------------------------------------------------------------ this rank's own
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor, uninitialised; its memory is used again when nobody holds it and the streams are done."""
+        nbytes = elements * dtype.itemsize
+        if not nbytes:
+            return torch.empty(0, dtype=dtype)
+        offset = self.take(nbytes)
+        owner = _Owner()
+        weakref.finalize(owner, self._returned.append, (offset, nbytes)).atexit = False
+        return self.driver.tensor(self.address(None, offset), nbytes, dtype, owner)
+
+    def take(self, nbytes: int) -> int:
+        """The offset of a new block. Raises `RuntimeError` if the device has no room."""
+        need = -(-nbytes // _UNIT) * _UNIT
+        with self._lock:
+            self._reclaim()
+            for chunk in self._chunks:
+                start = chunk.blocks.take(need, _UNIT)
+                if start >= 0:
+                    return chunk.number << _CHUNK_BITS | start
+            chunk = self._new_chunk(max(need, self.driver.chunk_bytes))
+            return chunk.number << _CHUNK_BITS | chunk.blocks.take(need, _UNIT)
+
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Frees a block once all streams have done what is enqueued now."""
+        self._returned.append((offset, nbytes))
+
+    def _new_chunk(self, nbytes: int) -> _Chunk:
+        number = len(self._chunks)
+        if number >= _CHUNKS:
+            raise RuntimeError(f"expected at most {_CHUNKS} chunks of device memory")
+        address = self.driver.allocate(nbytes)
+        handle = self.driver.export(address).ljust(HANDLE_BYTES, b"\0")
+        at = self._table + number * _ENTRY
+        self._window.memory[at : at + _ENTRY] = nbytes.to_bytes(8, "little") + handle
+        order()  # a descriptor that tells of it is written later
+        self._chunks.append(_Chunk(number, address, nbytes))
+        return self._chunks[-1]
+
+    def _reclaim(self) -> None:
+        """Frees blocks that were given back, and whose streams have passed the point at which this was noticed."""
+        while self._passing and all(event.done() for event in self._passing[0][0]):
+            for offset, nbytes in self._passing.pop(0)[1]:
+                start = offset & (1 << _CHUNK_BITS) - 1
+                blocks = self._chunks[offset >> _CHUNK_BITS].blocks
+                blocks.give_back(start, start + -(-nbytes // _UNIT) * _UNIT)
+        if self._returned and not self._frozen:
+            noticed = [self._returned.popleft() for _ in range(len(self._returned))]
+            self._passing.append(([stream.record() for stream in self._streams], noticed))
+
+    def freeze(self) -> None:
+        """From here on no block is freed: a peer may still write to memory that was exposed to it."""
+        self._frozen += 1
+
+    def thaw(self) -> None:
+        """Ends one `freeze`."""
+        self._frozen -= 1
+
+    def offset(self, address: int) -> int:
+        """The offset of memory at an address; −1 if it is not of these chunks."""
+        for chunk in self._chunks:
+            if chunk.address <= address < chunk.address + chunk.nbytes:
+                return chunk.number << _CHUNK_BITS | address - chunk.address
+        return -1
+
+    # ------------------------------------------------------------------ everybody's
+
+    def address(self, member: int | None, offset: int) -> int:
+        """The address here of an offset in the memory of a member, or of this rank (None)."""
+        number, place = offset >> _CHUNK_BITS, offset & (1 << _CHUNK_BITS) - 1
+        if member is None:
+            return self._chunks[number].address + place
+        opened = self._opened.get((member, number))
+        if opened is None:
+            opened = self._opened[member, number] = self._open(member, number)
+        return opened + place
+
+    def within(self, member: int, offset: int, nbytes: int) -> bool:
+        """Whether the member has a chunk with these bytes."""
+        length, _ = self._entry(member, offset >> _CHUNK_BITS)
+        return (offset & (1 << _CHUNK_BITS) - 1) + nbytes <= length
+
+    def _entry(self, member: int, number: int) -> tuple[int, bytes]:
+        at = self._tables[member] + number * _ENTRY
+        entry = self._neighbours.windows[member].memory[at : at + _ENTRY]
+        return int.from_bytes(entry[:8], "little"), entry[8:]
+
+    def _open(self, member: int, number: int) -> int:
+        length, handle = self._entry(member, number)
+        return self.driver.open(handle, length)
+
+    def close(self) -> None:
+        """Gives everything back but chunks of which tensors are still held."""
+        for opened in self._opened.values():
+            self.driver.close(opened)
+        self._opened.clear()
+
+
+class _Owner:
+    """Kept by a tensor and its views; when it goes, the block is free."""

@@ -1,0 +1,227 @@
+"""Data in the memory of a device, moved by one stream, and ordered between the streams of the ranks by flags.
+
+A flag is a 32-bit word of the control block, which the block's owner sets on its stream: for each peer, the number of
+the last message whose data is there, and of the last one that was read; and how often memory was exposed. Only one stream
+waits for a flag, after its host has seen the word which says that the setting is enqueued: so a stream never waits for
+what no stream will do, unless a rank dies. Then `drain` sets the flags that this rank's stream waits for.
+
+NVIDIA's scheduler knows nothing of this order. All that a rank enqueues goes to one stream, which never waits for a
+flag that it sets itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ringred.transports import futex
+from ringred.transports.cuda.driver import Event, Kernel
+from ringred.transports.futex import order
+from ringred.transports.links import EXPOSED_COUNT, FLAG_STRIDE, FORCED, Layout, Link
+from ringred.transports.windows import Window
+
+if TYPE_CHECKING:
+    from ringred.transports.cuda.memory import DeviceMemory
+
+__all__ = ["DevicePlane"]
+
+_SENT, _CONSUMED, _EXPOSED = range(3)
+_SPIN_NS = 50_000
+_LOOK = 0.0005  # seconds between two looks at a stream
+_DRAINING = 5.0  # seconds after which a stream that does not end, although nothing holds it, is given up
+_32_BITS = (1 << 32) - 1
+
+
+class DevicePlane:
+    """The plane of the transport whose control block is at `block` of this rank's `window`. See `planes.Plane`."""
+
+    slot_bytes = 1 << 20
+    part_bytes = 8 << 20
+
+    def __init__(self, memory: DeviceMemory, window: Window, block: int, layout: Layout) -> None:
+        self._memory, self._window, self._block, self._layout = memory, window, block, layout
+        self._sizes = Layout(layout.size, self.slot_bytes)
+        self._slots = memory.take(self._sizes.slots_nbytes)
+        self._driver = memory.driver
+        self.stream = self._driver.stream()
+        self._registered: dict[int, int] = {}  # blocks, by their address here
+        self._links: dict[int, Link] = {}
+        self._waited: dict[tuple[int, int], int] = {}  # by peer and kind: the greatest value that was waited for
+        self._exposed = 0
+        self._closed = False
+        self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+
+    def meet(self, links: Sequence[Link], members: dict[int, int]) -> None:
+        """Tells it of the links, and which member each of them leads to."""
+        self._members = members
+        self._flags = self._register(self._window.address + self._block)
+        self._theirs = {link.rank: self._register(link.window.address + link.block) for link in links}
+        self._links = {link.rank: link for link in links}
+
+    def _register(self, block: int) -> int:
+        device = self._driver.register(block, self._layout.control_nbytes)
+        self._registered[block] = device
+        return device + self._layout.flags
+
+    # ------------------------------------------------------------------ places
+
+    def slots(self, index: int) -> tuple[int, int]:
+        small, large = self._sizes.slots(index)
+        return self._slots + small, self._slots + large
+
+    def offset(self, address: int) -> int:
+        return self._memory.offset(address)
+
+    def within(self, link: Link, offset: int, nbytes: int) -> bool:
+        return self._memory.within(self._members[link.rank], offset, nbytes)
+
+    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """As `base.Windowed.empty`."""
+        return self._memory.empty(elements, dtype)
+
+    def _there(self, link: Link, offset: int) -> int:
+        return self._memory.address(self._members[link.rank], offset)
+
+    # ------------------------------------------------------------------ moving
+
+    def fill(self, offset: int, source: Tensor, start: int, nbytes: int) -> None:
+        if nbytes:
+            self.stream.copy(self._memory.address(None, offset), source.data_ptr() + start, nbytes)
+
+    def fill_short(self, offset: int, source: Tensor, nbytes: int) -> None:
+        self.fill(offset, source, 0, nbytes)
+
+    def fetch(self, target: Tensor, start: int, link: Link, offset: int, nbytes: int) -> None:
+        self.stream.copy(target.data_ptr() + start, self._there(link, offset), nbytes)
+
+    def lend(self, link: Link, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        key = (link.rank, offset, nbytes, dtype)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= 4096:
+                self._views.clear()
+            view = self._views[key] = self._driver.tensor(self._there(link, offset), nbytes, dtype, None)
+        return view
+
+    def put(self, link: Link, offset: int, source: Tensor) -> None:
+        if source.nbytes:
+            self.stream.copy(self._there(link, offset), source.data_ptr(), source.nbytes)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """As `base.Queue.copy`."""
+        if source.nbytes:
+            self.stream.copy(target.data_ptr(), source.data_ptr(), source.nbytes)
+
+    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
+        """As `base.Queue.fold`."""
+        self.stream.fold(kernel, out, operands, final)
+
+    # ------------------------------------------------------------------ ordering
+
+    def _own_flag(self, kind: int, index: int) -> int:
+        return self._flags + FLAG_STRIDE * (2 * self._layout.size if kind == _EXPOSED else 2 * index + kind)
+
+    def _flag_place(self, kind: int, own: int) -> int:
+        """Where in a peer's flags the one is that this rank's stream waits for."""
+        return FLAG_STRIDE * (2 * self._layout.size if kind == _EXPOSED else 2 * own + kind)
+
+    def _wait(self, link: Link, kind: int, number: int) -> None:
+        if number > self._waited.get((link.rank, kind), 0):
+            self._waited[link.rank, kind] = number
+            self.stream.wait_flag(self._theirs[link.rank] + self._flag_place(kind, link.own), number & _32_BITS)
+
+    def mark_sent(self, link: Link, number: int) -> None:
+        self.stream.set_flag(self._own_flag(_SENT, link.index), number & _32_BITS)
+
+    def after_sent(self, link: Link, number: int) -> None:
+        self._wait(link, _SENT, number)
+
+    def mark_consumed(self, link: Link, number: int) -> None:
+        self.stream.set_flag(self._own_flag(_CONSUMED, link.index), number & _32_BITS)
+
+    def after_consumed(self, link: Link, number: int) -> None:
+        self._wait(link, _CONSUMED, number)
+
+    def mark_exposed(self) -> None:
+        self._exposed += 1
+        self.stream.set_flag(self._own_flag(_EXPOSED, 0), self._exposed & _32_BITS)
+        self._window.words[self._block // 8 + EXPOSED_COUNT] = self._exposed
+
+    def after_exposed(self, link: Link) -> None:
+        self._wait(link, _EXPOSED, link.words[link.words_at + EXPOSED_COUNT])
+
+    # ------------------------------------------------------------------ the stream and its end
+
+    def after_current(self) -> None:
+        """As `base.Queue.after_current`."""
+        self.stream.after_current()
+
+    def passed(self, look: Callable[[int], None]) -> None:
+        """Returns once the stream has done all that was enqueued so far. Meanwhile it calls `look` every so often,
+        with the peer whose flag holds the stream, or −1; that may raise, after which the stream is drained."""
+        event = self.stream.record()
+        until = time.monotonic_ns() + _SPIN_NS
+        while not event.done():
+            if time.monotonic_ns() < until:
+                futex.give_way()
+                continue
+            try:
+                look(self.held_by())
+            except BaseException:
+                self.drain()
+                raise
+            time.sleep(_LOOK)
+
+    def held_by(self) -> int:
+        """The first peer whose flag has not reached what the stream waits for, in all that is enqueued; or −1."""
+        for (rank, kind), value in self._waited.items():
+            if self._flag_of(rank, kind) - value & 1 << 31:
+                return rank
+        return -1
+
+    def _flag_at(self, rank: int, kind: int) -> int:
+        link = self._links[rank]
+        return link.block + self._layout.flags + self._flag_place(kind, link.own)
+
+    def _flag_of(self, rank: int, kind: int) -> int:
+        at = self._flag_at(rank, kind)
+        return int.from_bytes(self._links[rank].window.memory[at : at + 4], "little")
+
+    def drain(self) -> None:
+        """Ends all waiting of the stream, which goes on with whatever is there: for a communicator that has failed."""
+        event: Event = self.stream.record()
+        until = time.monotonic_ns() + _SPIN_NS
+        while not event.done() and (self.held_by() < 0 or time.monotonic_ns() < until):
+            futex.give_way()
+        if event.done():
+            return
+        self._window.words[self._block // 8 + FORCED] = 1
+        order()
+        deadline = time.monotonic() + _DRAINING
+        while not event.done() and time.monotonic() < deadline:
+            for (rank, kind), value in self._waited.items() if self.held_by() >= 0 else ():
+                at = self._flag_at(rank, kind)
+                self._links[rank].window.memory[at : at + 4] = (value & _32_BITS).to_bytes(4, "little")
+            time.sleep(_LOOK)
+
+    def freeze(self) -> None:
+        """As `Heap.freeze`."""
+        self._memory.freeze()
+
+    def thaw(self) -> None:
+        """As `Heap.thaw`."""
+        self._memory.thaw()
+
+    def close(self) -> None:
+        """Gives its stream and slots back. What was enqueued is done first."""
+        if self._closed:
+            return
+        self._closed = True
+        self.stream.close()
+        for block in self._registered:
+            self._driver.unregister(block)
+        self._memory.give_back(self._slots, self._sizes.slots_nbytes)
