@@ -28,7 +28,7 @@ __all__ = ["Measured", "measure", "probe", "seconds_of", "tune"]
 
 _ALGORITHMS = ("one_shot", "direct")
 _IN_TURN = "halving_doubling"  # for more than two ranks: sends to one peer after another, the others to all at once
-_BYTES = (64, 64 << 10, 1 << 20, 4 << 20)
+_BYTES = (64, 16 << 10, 64 << 10, 1 << 20, 4 << 20)
 _SHORT, _LONG = 15, 5  # number of calls for sizes up to 64 KiB, and above
 _MANY_RANKS = 16  # with more ranks, one call each, because every rank sends to all
 
@@ -116,7 +116,7 @@ def _inside(comm: Measured, found: dict[str, Costs]) -> None:
         found["window"] = _fitted(comm, "window")
     if hasattr(comm.transport, "can_all_reduce"):
         times = [seconds_of(comm, _tensor(comm, nbytes, "tensor"), "native", _calls(comm, nbytes)) for nbytes in _BYTES]
-        found["native"] = fit([Sample(1, nbytes, 0, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])
+        found["native"] = fit([Sample(1, nbytes, 0, 0, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])
 
 
 def _fitted(comm: Measured, memory: str) -> Costs:
@@ -134,7 +134,7 @@ def _fitted(comm: Measured, memory: str) -> Costs:
             link = (alpha, beta, latency)
             return simulate(comm.size, steps, bounds, lambda sender, receiver: link, gamma).seconds  # noqa: B023
 
-        samples.append(Sample(priced(1, 0, 0, 0), priced(0, 1, 0, 0), priced(0, 0, 1, 0), priced(0, 0, 0, 1), took))
+        samples.append(Sample(priced(1, 0, 0, 0), priced(0, 1, 0, 0), priced(0, 0, 1, 0), priced(0, 0, 0, 1), 1, took))
     return fit(samples)
 
 
@@ -170,7 +170,7 @@ def measure(comm: Measured, before: Callable[[], object], call: Callable[[], obj
 
 def _agreed(comm: Measured, found: dict[str, Costs]) -> Tuning:
     """The mean of each kind over the ranks that measured it: every rank must decide with the same numbers."""
-    table = torch.tensor([(*found[kind], 1.0) if kind in found else (0.0,) * 5 for kind in KINDS], dtype=torch.float64)
+    table = torch.tensor([(*found[kind], 1.0) if kind in found else (0.0,) * 6 for kind in KINDS], dtype=torch.float64)
     comm.all_reduce(table, algorithm="one_shot")
     rows = zip(KINDS, table.tolist(), strict=True)
     return {kind: rounded([total / count for total in totals]) for kind, (*totals, count) in rows if count}

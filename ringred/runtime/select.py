@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ringred.collectives.registry import Algorithm, algorithms, lookup
@@ -29,12 +29,12 @@ __all__ = [
 # Costs used if nothing was measured, by transport and memory; rounded from the table in docs/design/selection.md. They
 # only need to be right relative to each other, and the same on all ranks.
 _BUILT_IN: dict[str, Tuning] = {
-    "local": {"tensor": (20e-6, 0.1e-9, 0.1e-9, 0.0)},
-    "shm": {"tensor": (1e-6, 0.13e-9, 0.08e-9, 9e-6), "window": (1e-6, 0.04e-9, 0.09e-9, 9e-6)},
-    "mpi": {"tensor": (3e-6, 0.2e-9, 0.1e-9, 0.0)},
-    "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9, 0.0)},
+    "local": {"tensor": (20e-6, 0.1e-9, 0.1e-9, 0.0, 0.0)},
+    "shm": {"tensor": (0.7e-6, 0.05e-9, 0.04e-9, 0.7e-6, 3e-6), "window": (0.1e-6, 0.01e-9, 0.05e-9, 0.1e-6, 4e-6)},
+    "mpi": {"tensor": (3e-6, 0.2e-9, 0.1e-9, 0.0, 0.0)},
+    "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9, 0.0, 0.0)},
 }
-_BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0)  # TCP on 1 Gbit/s
+_BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0, 0.0)  # TCP on 1 Gbit/s
 
 RANK_ORDER = "rank_order"
 """Like "auto", but only among the algorithms that add every element in rank order."""
@@ -66,15 +66,16 @@ def machine_model(
     """
     near = transport.partition("+")[0]
     known = dict(_BUILT_IN.get(near, _BUILT_IN["torch_p2p"])) | dict(tuning or {})
-    alpha, beta, gamma, latency = inside = known.get(memory, known["tensor"])
+    alpha, beta, gamma, latency, call = inside = known.get(memory, known["tensor"])
     far = inside if len(set(host_of_rank)) == 1 else known.get("between", _BETWEEN_HOSTS)
-    return hosts(host_of_rank, (alpha, beta, latency), (far[0], far[1], far[3]), gamma, name=transport)
+    return hosts(host_of_rank, (alpha, beta, latency), (far[0], far[1], far[3]), gamma, transport, call)
 
 
 def predict(entry: Algorithm, group: Group, nbytes: int, topology: Topology, segment_bytes: int | None = None) -> Cost:
     """The simulated cost of `entry` on `group` for `nbytes` bytes."""
     bounds = share_bounds(nbytes, entry.units(group))
-    return simulate(group.size, entry.steps(group), bounds, topology.link, topology.gamma, segment=segment_bytes)
+    cost = simulate(group.size, entry.steps(group), bounds, topology.link, topology.gamma, segment=segment_bytes)
+    return replace(cost, seconds=cost.seconds + topology.call)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,8 +112,8 @@ def run_ranks(
 
     The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm" (windows, as
     between processes of one host), "shm:python" (the same without the compiled player), "cuda_ipc:fake" (device memory
-    without a device; `driver` makes each rank's, by default `FakeDevice`) or "torch_p2p" (Gloo over the loopback). Ranks
-    that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
+    without a device; `driver` makes each rank's, by default `FakeDevice`) or "torch_p2p" (Gloo over the loopback).
+    Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
     `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that raised one is
     raised, after all have ended; with `return_exceptions` each rank's is returned as its result.
     """

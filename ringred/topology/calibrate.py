@@ -1,7 +1,7 @@
-"""α, β, γ and λ of the running machine: fitted to measured times, and kept in a file for the next start.
+"""α, β, γ and λ of the running machine, and what a call takes beside: fitted to measured times, and kept in a file.
 
 The model is linear in them once an algorithm and a size are given: simulating a schedule with α = 1 and the others 0
-counts the messages on its critical path, and so on. So a few measured collectives give all four by least squares.
+counts the messages on its critical path, and so on. So a few measured collectives give all five by least squares.
 """
 
 from __future__ import annotations
@@ -17,33 +17,38 @@ import numpy as np
 
 __all__ = ["KINDS", "Costs", "Sample", "Tuning", "fit", "load", "rounded", "store"]
 
-Costs: TypeAlias = tuple[float, float, float, float]
-"""α in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds (see `schedule.cost`)."""
+Costs: TypeAlias = tuple[float, float, float, float, float]
+"""α in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds (see `schedule.cost`), and the
+seconds of a call that depend on nothing: without them, what has fewer messages would look faster than it is."""
 
 Tuning: TypeAlias = Mapping[str, Costs]
 """Costs by kind: "tensor" and "window" are memory within a host, "between" is between hosts, and "native" is the
 transport's own collective, where α is the cost of the whole call."""
 
 KINDS = ("tensor", "window", "native", "between")
+_LEAST_LATENCY = 0.05  # of what a call takes beside its messages
 _KEPT = 64  # greatest number of entries (a machine and a job) in one file
 
 
 class Sample(NamedTuple):
-    """A measured collective: messages, bytes, reduced bytes and latencies on its critical path, and its seconds."""
+    """A measured collective: messages, bytes, reduced bytes and latencies on its critical path, its calls, of which
+    there is one or, if they are counted as messages, none, and its seconds."""
 
     messages: float
     nbytes: float
     reduced: float
     latencies: float
+    calls: float
     seconds: float
 
 
 def fit(samples: Sequence[Sample]) -> Costs:
     """The costs that explain `samples` best, by relative error; none is negative.
 
-    Costs that no sample can separate (γ and β, if every byte that is sent is also reduced) share their total.
+    Costs that no sample can separate (γ and β, if every byte that is sent is also reduced) share their total. Of what a
+    call takes at least, a part counts as λ: noise must not make many rounds look as cheap as one.
     """
-    rows = np.array([sample[:-1] for sample in samples], dtype=np.float64).reshape(-1, 4)
+    rows = np.array([sample[:-1] for sample in samples], dtype=np.float64).reshape(-1, 5)
     times = np.array([sample.seconds for sample in samples], dtype=np.float64)
     weighted, ones = rows / times[:, None], np.ones(len(samples))
     used = [column for column in range(rows.shape[1]) if weighted[:, column].any()]
@@ -54,7 +59,9 @@ def fit(samples: Sequence[Sample]) -> Costs:
         # In non-negative least squares, a cost that would be negative without the constraint is set to zero.
         del used[int(found.argmin())]
     costs = dict(zip(used, map(float, found), strict=True)) if used else {}
-    return costs.get(0, 0.0), costs.get(1, 0.0), costs.get(2, 0.0), costs.get(3, 0.0)
+    alpha, beta, gamma, latency, call = (costs.get(column, 0.0) for column in range(5))
+    missing = max(0.0, call * _LEAST_LATENCY - alpha - latency)
+    return alpha, beta, gamma, latency + missing, call - missing
 
 
 def load(path: Path, key: str) -> Tuning | None:
@@ -74,10 +81,10 @@ def _known(kind: str) -> str:
 
 def rounded(costs: Sequence[float]) -> Costs:
     """`costs` rounded to three digits: more than their noise justifies, and short to send. Raises `ValueError`."""
-    alpha, beta, gamma, latency = (float(f"{float(cost):.3g}") for cost in costs)
-    if not all(0 <= cost < math.inf for cost in (alpha, beta, gamma, latency)):
-        raise ValueError(f"expected four costs of 0 or more, got {costs}")
-    return alpha, beta, gamma, latency
+    alpha, beta, gamma, latency, call = (float(f"{float(cost):.3g}") for cost in costs)
+    if not all(0 <= cost < math.inf for cost in (alpha, beta, gamma, latency, call)):
+        raise ValueError(f"expected five costs of 0 or more, got {costs}")
+    return alpha, beta, gamma, latency, call
 
 
 def store(path: Path, key: str, tuning: Tuning) -> str | None:

@@ -15,8 +15,9 @@ __all__ = ["Topology", "flat", "grid_links", "hosts"]
 class Topology:
     """`size` ranks. α is in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds.
 
-    `distance[i]` gives α and β, or α, β and λ, of the links at distance `i`; `place[r]` are the coordinates of rank
-    `r`. Two ranks are at the distance of the outermost coordinate in which they differ.
+    A collective takes `call` seconds beside its messages. `distance[i]` gives α and β, or α, β and λ, of the links at
+    distance `i`; `place[r]` are the coordinates of rank `r`. Two ranks are at the distance of the outermost coordinate
+    in which they differ.
     """
 
     size: int
@@ -24,6 +25,7 @@ class Topology:
     gamma: float
     place: tuple[tuple[int, ...], ...]
     name: str
+    call: float = 0.0
 
     def link(self, sender: int, receiver: int) -> Link:
         """α and β, or α, β and λ, from `sender` to `receiver`."""
@@ -51,7 +53,8 @@ def hosts(
     between: Link,
     gamma: float,
     name: str = "hosts",
+    call: float = 0.0,
 ) -> Topology:
     """Ranks on hosts: rank `r` on `host_of_rank[r]`; one kind of link inside a host, one between."""
     place = tuple((rank, host) for rank, host in enumerate(host_of_rank))
-    return Topology(len(place), (inside, between), gamma, place, name)
+    return Topology(len(place), (inside, between), gamma, place, name, call)

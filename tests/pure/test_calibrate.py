@@ -12,7 +12,7 @@ from ringred.runtime.select import candidates, choose, machine_model, share_boun
 from ringred.schedule.cost import simulate
 from ringred.topology.calibrate import Sample, fit, load, store
 
-ALPHA, BETA, GAMMA, LATENCY = 12e-6, 0.11e-9, 0.07e-9, 40e-6
+ALPHA, BETA, GAMMA, LATENCY, CALL = 12e-6, 0.11e-9, 0.07e-9, 40e-6, 5e-6
 UNITS = [(1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0)]
 
 
@@ -30,40 +30,46 @@ def samples(noise: float, size: int, latency: float) -> list[Sample]:
                 for a, b, g, d in UNITS
             ]
             exact = sum(count * cost for count, cost in zip(counts, (ALPHA, BETA, GAMMA, latency), strict=True))
-            found.append(Sample(*counts, exact * generator.uniform(1 - noise, 1 + noise)))
+            found.append(Sample(*counts, 1, (exact + CALL) * generator.uniform(1 - noise, 1 + noise)))
     return found
 
 
 def test_finds_the_costs_that_made_the_times() -> None:
-    assert fit(samples(0.0, 4, LATENCY)) == pytest.approx((ALPHA, BETA, GAMMA, LATENCY))
+    assert fit(samples(0.0, 4, LATENCY)) == pytest.approx((ALPHA, BETA, GAMMA, LATENCY, CALL))
     noisy = fit(samples(0.1, 4, LATENCY))
-    assert noisy[0] + noisy[3] == pytest.approx(ALPHA + LATENCY, rel=0.1)
+    assert noisy[0] + noisy[3] + noisy[4] == pytest.approx(ALPHA + LATENCY + CALL, rel=0.2)
     assert noisy[1] + noisy[2] == pytest.approx(BETA + GAMMA, rel=0.2)
 
 
 def test_what_no_sample_tells_apart_is_shared_out() -> None:
-    alpha, beta, gamma, latency = fit(samples(0.0, 2, 0.0))  # two ranks: every message is a round of its own
-    assert (alpha + latency, beta, gamma) == pytest.approx((ALPHA, BETA, GAMMA))
+    alpha, beta, gamma, latency, call = fit(samples(0.0, 2, 0.0))  # two ranks: every message is a round of its own
+    assert (alpha + latency, beta, gamma, call) == pytest.approx((ALPHA, BETA, GAMMA, CALL))
+
+
+def test_many_rounds_never_look_as_cheap_as_one() -> None:
+    noisy = [Sample(0, 0, 0, rounds, 1, 4e-5) for rounds in (1, 2, 4)]
+    *_, latency, call = fit(noisy)
+    assert (latency, call) == pytest.approx((2e-6, 3.8e-5))
 
 
 def test_no_cost_is_negative_whatever_was_measured() -> None:
-    strange = [Sample(1, 1000, 1000, 1, 1e-5), Sample(1, 10000, 10000, 1, 5e-6), Sample(2, 10, 5, 2, 1e-6)]
+    strange = [Sample(1, 1000, 1000, 1, 1, 1e-5), Sample(1, 10000, 10000, 1, 1, 5e-6), Sample(2, 10, 5, 2, 1, 1e-6)]
     assert all(cost >= 0 for cost in fit(strange))
-    assert fit([]) == (0.0, 0.0, 0.0, 0.0)
+    assert fit([]) == (0.0,) * 5
 
 
 def test_what_no_sample_has_costs_nothing() -> None:
-    native = [Sample(1, nbytes, 0, 0, 2e-6 + nbytes * 1e-10) for nbytes in (64, 1 << 16, 1 << 22)]
-    assert fit(native) == pytest.approx((2e-6, 1e-10, 0.0, 0.0))
+    native = [Sample(1, nbytes, 0, 0, 0, 2e-6 + nbytes * 1e-10) for nbytes in (64, 1 << 16, 1 << 22)]
+    assert fit(native) == pytest.approx((2e-6, 1e-10, 0.0, 0.0, 0.0))
 
 
 def test_is_kept_for_the_next_start(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "tuning.json"
     assert load(path, "here") is None
-    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}) is None
-    assert store(path, "there", {"window": (4e-6, 0.0, 1e-9, 0.0)}) is None
-    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}
-    assert load(path, "there") == {"window": (4e-6, 0.0, 1e-9, 0.0)}
+    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9, 4e-6, 5e-6)}) is None
+    assert store(path, "there", {"window": (4e-6, 0.0, 1e-9, 0.0, 0.0)}) is None
+    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9, 4e-6, 5e-6)}
+    assert load(path, "there") == {"window": (4e-6, 0.0, 1e-9, 0.0, 0.0)}
     assert [found.name for found in path.parent.iterdir()] == ["tuning.json"]
 
 
@@ -75,17 +81,17 @@ def test_is_kept_for_the_next_start(tmp_path: Path) -> None:
         '{"here": 3}',
         '{"here": {"tensor": [1]}}',
         '{"here": {"tensor": "abc"}}',
-        '{"here": {"tensor": [1e-6, NaN, 0, 0]}}',
-        '{"here": {"tensor": [1e-6, -1, 0, 0]}}',
-        '{"here": {"disk": [1, 1, 1, 1]}}',
+        '{"here": {"tensor": [1e-6, NaN, 0, 0, 0]}}',
+        '{"here": {"tensor": [1e-6, -1, 0, 0, 0]}}',
+        '{"here": {"disk": [1, 1, 1, 1, 1]}}',
     ],
 )
 def test_a_file_that_makes_no_sense_counts_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tuning.json"
     path.write_text(text)
     assert load(path, "here") is None
-    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}) is None
-    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9, 4e-6)}
+    assert store(path, "here", {"tensor": (1e-6, 2e-9, 3e-9, 4e-6, 5e-6)}) is None
+    assert load(path, "here") == {"tensor": (1e-6, 2e-9, 3e-9, 4e-6, 5e-6)}
 
 
 def test_says_why_it_could_not_be_kept(tmp_path: Path) -> None:
@@ -96,18 +102,18 @@ def test_says_why_it_could_not_be_kept(tmp_path: Path) -> None:
 
 
 def test_measured_costs_decide() -> None:
-    slow_to_start = {"tensor": (1e-3, 1e-10, 1e-10, 0.0)}
-    slow_to_move = {"tensor": (1e-9, 1e-8, 1e-8, 0.0)}
+    slow_to_start = {"tensor": (1e-3, 1e-10, 1e-10, 0.0, 0.0)}
+    slow_to_move = {"tensor": (1e-9, 1e-8, 1e-8, 0.0, 0.0)}
     assert choose("all_reduce", 1 << 20, machine_model("shm", (0, 0, 0), slow_to_start))[1].name == "one_shot"
     assert choose("all_reduce", 1 << 20, machine_model("shm", (0, 0, 0), slow_to_move))[1].name == "direct"
-    model = machine_model("shm", (0, 0), {"tensor": (1e-5, 1e-10, 1e-10, 0.0)})
-    names = [candidate.name for candidate in candidates("all_reduce", 2, 64, model, native=(2e-6, 1e-9, 0.0, 0.0))]
+    model = machine_model("shm", (0, 0), {"tensor": (1e-5, 1e-10, 1e-10, 0.0, 0.0)})
+    names = [candidate.name for candidate in candidates("all_reduce", 2, 64, model, native=(2e-6, 1e-9, 0.0, 0.0, 0.0))]
     assert names[0] == "native"
-    assert choose("all_reduce", 1 << 24, model, native=(2e-6, 1e-9, 0.0, 0.0))[1].name != "native"
+    assert choose("all_reduce", 1 << 24, model, native=(2e-6, 1e-9, 0.0, 0.0, 0.0))[1].name != "native"
 
 
 def test_a_latency_favours_those_who_talk_to_all_at_once() -> None:
-    in_turn = machine_model("shm", (0,) * 4, {"tensor": (8e-5, 1e-10, 1e-10, 0.0)})
-    at_once = machine_model("shm", (0,) * 4, {"tensor": (5e-6, 1e-10, 1e-10, 8e-5)})
+    in_turn = machine_model("shm", (0,) * 4, {"tensor": (8e-5, 1e-10, 1e-10, 0.0, 0.0)})
+    at_once = machine_model("shm", (0,) * 4, {"tensor": (5e-6, 1e-10, 1e-10, 8e-5, 0.0)})
     assert choose("all_reduce", 1 << 20, in_turn)[1].name == "halving_doubling"
     assert choose("all_reduce", 1 << 20, at_once)[1].name == "direct"

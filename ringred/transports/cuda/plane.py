@@ -1,9 +1,9 @@
 """Data in the memory of a device, moved by one stream, and ordered between the streams of the ranks by flags.
 
 A flag is a 32-bit word of the control block, which the block's owner sets on its stream: for each peer, the number of
-the last message whose data is there, and of the last one that was read; and how often memory was exposed. Only one stream
-waits for a flag, after its host has seen the word which says that the setting is enqueued: so a stream never waits for
-what no stream will do, unless a rank dies. Then `drain` sets the flags that this rank's stream waits for.
+the last message whose data is there, and of the last one that was read; and how often memory was exposed. Only one
+stream waits for a flag, after its host has seen the word which says that the setting is enqueued: so a stream never
+waits for what no stream will do, unless a rank dies. Then `drain` sets the flags that this rank's stream waits for.
 
 NVIDIA's scheduler knows nothing of this order. All that a rank enqueues goes to one stream, which never waits for a
 flag that it sets itself.
