@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ringred.errors import UnsupportedTensor
 from ringred.runtime import connect, explain, lifetime, probe
 from ringred.runtime.config import Config
 from ringred.runtime.operations import Operations
@@ -23,6 +24,7 @@ from ringred.runtime.trace import Tracer
 from ringred.topology.calibrate import Costs, Tuning
 from ringred.topology.model import Topology
 from ringred.transports.base import Counters, Transport, Windowed
+from ringred.transports.cuda import joining
 from ringred.transports.shm_player import engine
 
 __all__ = ["Communicator", "default_communicator", "init"]
@@ -48,6 +50,7 @@ class Communicator(Operations):
         hosts: Sequence[int] | None = None,
         config: Config | None = None,
         name: str = "world",
+        device: torch.device | None = None,
     ) -> None:
         self.config = config or Config.from_environment()
         self.rank, self.size, self.name = transport.rank, transport.size, name
@@ -65,7 +68,10 @@ class Communicator(Operations):
             windows=cast(Windowed, transport) if transport.windows else None,
             buffers=transport.buffers and segment_bytes <= transport.segment_bytes,
             can_native=getattr(transport, "can_all_reduce", None),
+            device=device,
         )
+        self._devices: dict[torch.device, Communicator] = {}
+        self._sides: list[Communicator] = []
         self._runner = Runner(transport, self.config.timeout, name)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -147,6 +153,32 @@ class Communicator(Operations):
         """From now on, a collective fails if it takes longer than `seconds`."""
         self.config = replace(self.config, timeout=seconds)
         self._runner.set_timeout(seconds)
+        for there in self._devices.values():
+            there.set_timeout(seconds)
+
+    def _on(self, device: torch.device) -> Communicator:
+        """The same ranks, each with its device, for tensors there; made at the first call, which is collective.
+
+        Raises `TransportUnavailable`, on every rank, where one of them has no such device or cannot use it.
+        """
+        if device.type != "cuda":
+            raise UnsupportedTensor(f"rank {self.rank}: expected tensors of the CPU or of CUDA, got them on {device}")
+        if device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        there = self._devices.get(device)
+        if there is None:
+            there = self._devices[device] = self.on_device(lambda: joining.cuda_device(device), device)
+        return there
+
+    def on_device(self, driver: Callable[[], Any], device: torch.device) -> Communicator:
+        """A communicator of the same ranks whose tensors are on the device of each rank's `driver`
+        (`transports.cuda.driver`). Collective. It fails with this one, and is closed with it."""
+        name = f"{self.name} on {device.type}"
+        transport = joining.transport(self.transport, driver, name)
+        there = Communicator(transport, hosts=self.hosts, config=self.config, name=name, device=device)
+        self._children.add(there)
+        self._sides.append(there)
+        return there
 
     # ------------------------------------------------------------------ properties, costs and traces
 
@@ -250,6 +282,8 @@ class Communicator(Operations):
         failure = None if self.closed else lifetime.ending_with()
         if failure is not None and id(failure) != self._born_under:
             self.abort(failure)
+        for there in self._sides:
+            there.close()
         self._runner.close()
 
     def __enter__(self) -> Communicator:

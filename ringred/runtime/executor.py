@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from ringred.runtime.folds import Folder
@@ -81,7 +80,7 @@ def bind(
         return found
 
     if slots is None:
-        slots = torch.empty(program.slot_elements, dtype=pieces[0].tensor.dtype)
+        slots = pieces[0].tensor.new_empty(program.slot_elements)
     operations: list[tuple[Any, ...]] = []
     for op in program.instructions:
         if isinstance(op, PostSend):
@@ -112,15 +111,13 @@ def run(
     if player is not None and player.ready() and _played(plan, player, contract, timeout_ns, tracer):
         return
     transport.begin(contract, turn)
-    queue = transport.queue
-    if queue is not None:
-        queue.after_current()
     if transport.windows:
         cast(Windowed, transport).expose(plan.exposed)
     deadline = time.monotonic() + timeout_ns / 1e9
     requests: list[Request] = [None] * plan.requests
     isend, irecv, wait, release = transport.isend, transport.irecv, transport.wait, transport.release
     folder: Callable[[Tensor, Sequence[Tensor], bool], None] | None = plan.folder
+    queue = transport.queue
     if queue is not None:
         folder = partial(queue.fold, plan.folder)
     for operation in plan.operations:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, overload
 
 import torch
 from torch import Tensor
 
-from ringred.errors import RingredError
+from ringred.errors import RingredError, UnsupportedTensor
 from ringred.runtime import rooted, symmetric, tensors
 from ringred.runtime.calls import Prepared
 from ringred.runtime.folds import ReduceOp
@@ -30,16 +30,41 @@ def _remembered(
     return planner.remember(key, prepare(planner, *tensors.borrowed(arguments)))
 
 
+def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    for one in arguments:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (list, tuple)):
+            yield from _tensors(one)
+
+
 class Operations:
     """What `Communicator` can do with tensors.
 
-    Tensors are dense CPU tensors: of any dtype where they are only moved, of the dtypes in
-    `ringred.runtime.folds.SUPPORTED` where they are reduced. Every collective takes `async_op=True`, and then returns a
-    `Work`; its tensors must not be touched until that is done.
+    Tensors are dense, of any dtype where they are only moved, of the dtypes in `ringred.runtime.folds.SUPPORTED` where
+    they are reduced. They are on the CPU, or, where the ranks are on one host with NVIDIA's GPUs, on this rank's device
+    (experimental): collectives on the device's tensors are in an order of their own. Every collective takes
+    `async_op=True`, and then returns a `Work`; its tensors must not be touched until that is done.
     """
 
     _planner: Planner
     _runner: Runner
+
+    def _on(self, device: torch.device) -> Operations:
+        """The same for tensors of another device. The first call for it is collective."""
+        raise NotImplementedError
+
+    def _for(self, arguments: Sequence[Any]) -> Operations:
+        """What takes these arguments: this, or `_on` the device on which all of their tensors are."""
+        found = {tensor.device for tensor in _tensors(arguments)}
+        own = self._planner.device
+        if not found or found == {own}:
+            return self
+        if len(found) > 1 or own.type != "cpu":
+            got = ", ".join(sorted(map(str, found)))
+            where = own if own.type != "cpu" else "one device"
+            raise UnsupportedTensor(f"rank {self._planner.rank}: expected tensors on {where}, got them on {got}")
+        return self._on(next(iter(found)))
 
     def abort(self, cause: BaseException) -> None:
         """Tells every rank that this one failed with `cause` and takes no further part; they all raise."""
@@ -90,7 +115,7 @@ class Operations:
         algorithm that adds every element in rank order, so that a sum has the same bits over any transport and however
         the data is divided.
         """
-        if async_op or grid is not None or not tensors.is_plain(tensor):
+        if async_op or grid is not None or not tensors.is_plain(tensor) or self._planner.on_device:
             return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
         # The key of `tensors.identity`, and its way, in fewer steps.
         key = (symmetric.all_reduce, tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm, None)
@@ -115,8 +140,9 @@ class Operations:
 
         Like the persistent collectives of MPI-4. The returned object keeps the tensor's memory alive.
         """
-        prepared = self._prepare(symmetric.all_reduce_in_place, tensor, op, algorithm, grid)
-        return PersistentAllReduce(self._runner, prepared, tensor)
+        there = self._for((tensor,))
+        prepared = there._prepare(symmetric.all_reduce_in_place, tensor, op, algorithm, grid)
+        return PersistentAllReduce(there._runner, prepared, tensor)
 
     def reduce_scatter(
         self,
@@ -220,19 +246,28 @@ class Operations:
         before they receive. Without, they wait for each other: one thread does everything, in order.
         """
         if async_op:
-            return self._runner.launch(self._prepare(rooted.send_later, tensor, dst), async_op)
+            there = self._for((tensor,))
+            return there._runner.launch(there._prepare(rooted.send_later, tensor, dst), async_op)
         return self._launch(async_op, rooted.send, tensor, dst)
 
     def recv(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work[None] | None:
         """Receives into `tensor` the data that rank `src` sends."""
         return self._launch(async_op, rooted.recv, tensor, src)
 
-    def empty(self, shape: int | Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    def empty(
+        self,
+        shape: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
         """An uninitialised tensor in memory that this rank's peers on the same host can read and write.
 
         Collectives on it need no copies to other memory. It is freed like any tensor. This call is not collective.
-        If ranks share no memory, it returns an ordinary tensor. `dtype` defaults to torch's default.
+        If ranks share no memory, it returns an ordinary tensor. `dtype` defaults to torch's default. The first call for
+        a `device` that is not the CPU is collective.
         """
+        if device is not None and torch.device(device).type != self._planner.device.type:
+            return self._on(torch.device(device)).empty(shape, dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         return self._planner.empty(math.prod(shape), dtype).view(shape)
@@ -259,13 +294,14 @@ class Operations:
         """
         planner = self._planner
         try:
-            key = tensors.identity(prepare, arguments)
+            key = None if planner.on_device else tensors.identity(prepare, arguments)
             prepared = None if key is None else planner.ready.get(key)
         except TypeError:  # an argument that cannot be right, and is not even hashable
             key = prepared = None
         if prepared is None:
             if key is None:
-                return self._runner.launch(self._prepare(prepare, *arguments), async_op)
+                there = self._for(arguments)
+                return there._runner.launch(there._prepare(prepare, *arguments), async_op)
             prepared = self._prepare(_remembered, key, prepare, arguments)
         if async_op:
             return self._runner.launch(prepared, async_op, holding=arguments)

@@ -61,8 +61,12 @@ class Planner:
         windows: Windowed | None = None,
         buffers: bool = False,
         can_native: Callable[[torch.dtype], bool] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.name, self.rank, self.size = name, rank, size
+        self.device = device or torch.device("cpu")
+        """Where the tensors are."""
+        self.on_device = self.device.type != "cpu"
         self._windows, self._buffers = windows, buffers
         self.hosts, self.models, self.segment_bytes = tuple(hosts), models, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
@@ -272,7 +276,9 @@ class Planner:
 
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor, uninitialised, in this rank's window where it has one."""
-        return torch.empty(elements, dtype=dtype) if self._windows is None else self._windows.empty(elements, dtype)
+        if self._windows is None:
+            return torch.empty(elements, dtype=dtype, device=self.device)
+        return self._windows.empty(elements, dtype)
 
     def segment_elements(self, tensor: Tensor) -> int:
         """The greatest number of elements in one message of the dtype of `tensor`."""

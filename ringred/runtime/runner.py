@@ -55,6 +55,7 @@ class Runner:
         self.transport = transport
         self.set_timeout(timeout)
         self._attempt = None if transport.player is None else transport.player.attempt
+        self._queue = transport.queue
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
         self.closed = False
@@ -94,13 +95,14 @@ class Runner:
                     f"rank {self.rank}: {call.text}: called in the middle of {self._doing()[1]}, from a signal handler?"
                 )
             number = self._next(pair)
+            point = None if self._queue is None else self._queue.here()
             if not async_op and self._progress.idle():
-                self._run(prepared, number, sys._getframe(1))
+                self._run(prepared, number, sys._getframe(1), point=point)
                 return None
             site = _call_site(sys._getframe(1))
 
             def job(held: object = tensors.holding(holding)) -> None:
-                self._run(prepared, number, site)
+                self._run(prepared, number, site, point=point)
 
             work: Work[None] = Work(f"rank {self.rank}: {_numbered(prepared.call, number)} at {site}")
             self._started.append(work)
@@ -231,7 +233,14 @@ class Runner:
         # All ranks count collectives in the same way; a call between two ranks gets the number of the last collective.
         return (self._sequence if of_a_pair else number), text, site if isinstance(site, str) else _call_site(site)
 
-    def _run(self, prepared: Prepared, number: int, site: str | FrameType, began_ns: int | None = None) -> None:
+    def _run(
+        self,
+        prepared: Prepared,
+        number: int,
+        site: str | FrameType,
+        began_ns: int | None = None,
+        point: Any = None,
+    ) -> None:
         call, of_a_pair = prepared.call, prepared.pair is not None
         if self._failure is not None:
             self._refuse(call)
@@ -239,11 +248,14 @@ class Runner:
         sent = self.transport.counters.messages_sent if prepared.one_way else 0
         began = time.monotonic() if began_ns is None else began_ns / 1e9
         try:
-            for target, source in prepared.fill:
-                target.copy_(source)
-            self._play(prepared, contract(call.digest, number), -1 if of_a_pair else number)
-            for target, source in prepared.back:
-                target.copy_(source)
+            with contextlib.nullcontext() if self._queue is None else self._queue.following(point):
+                for target, source in prepared.fill:
+                    target.copy_(source)
+                self._play(prepared, contract(call.digest, number), -1 if of_a_pair else number)
+                for target, source in prepared.back:
+                    target.copy_(source)
+                if prepared.back:
+                    self.transport.passed(self._deadline())
         except Fault as fault:
             self._failure = self._diagnosed(fault, time.monotonic() - began)
             raise self._failure from fault

@@ -62,7 +62,7 @@ def reduce_scatter(
     if tensors.is_apart(flat.memory, shares.parts, rank) and planner.leaves_others(call, kind, flat.dtype):
         pieces = [*shares.parts[:rank], flat.memory, *shares.parts[rank + 1 :]]
         return planner.in_pieces(call, pieces, kind, tensors.copies(where, flat.memory, own), flat.back)
-    work = torch.empty(bounds[-1][1], dtype=flat.dtype)
+    work = flat.memory.new_empty(bounds[-1][1])
     fill = tuple((work[lo:hi], share) for (lo, hi), share in zip(bounds, shares.parts, strict=True))
     return planner.reduced_shares(call, work, bounds, kind, fill=fill, back=((flat.memory, work[lo:hi]), *flat.back))
 
@@ -95,6 +95,6 @@ def all_to_all(planner: Planner, output: Tensor | Sequence[Tensor], input: Tenso
 
 
 def barrier(planner: Planner) -> Prepared:
-    token = tensors.Flat(torch.zeros(1, dtype=torch.uint8), (), torch.uint8)
+    token = tensors.Flat(torch.zeros(1, dtype=torch.uint8, device=planner.device), (), torch.uint8)
     call = planner.call("barrier", token, 1, ReduceOp.MAX)
     return planner.whole(call, token.memory, ReduceOp.MAX)

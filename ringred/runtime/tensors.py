@@ -81,8 +81,8 @@ def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, 
         raise UnsupportedTensor(f"{where}: expected a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise UnsupportedTensor(f"{where}: expected a dense (strided) tensor, got layout {tensor.layout}")
-    if tensor.device.type != "cpu":
-        raise UnsupportedTensor(f"{where}: expected a CPU tensor, got one on {tensor.device}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise UnsupportedTensor(f"{where}: expected a tensor of the CPU or of CUDA, got one on {tensor.device}")
     if tensor.numel() and (tensor._is_zerotensor() or not tensor.data_ptr()):
         raise UnsupportedTensor(f"{where}: expected a tensor with memory, got one without")
     if tensor.is_quantized:

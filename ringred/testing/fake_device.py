@@ -270,10 +270,14 @@ class _Stream:
         if not self._faults.ignores_waits:
             self._queue.put(operation)
 
-    def after_current(self) -> None:
+    def here(self) -> _Event | None:
         current = self._device.current
-        if current is not None:  # else it is the host's thread, which has done what it did
-            self._queue.put(current.record().wait)
+        return None if current is None else current.record()
+
+    def following(self, point: Any) -> AbstractContextManager[None]:
+        if point is not None:
+            self._queue.put(point.wait)
+        return nullcontext()
 
     def record(self) -> _Event:
         event = _Event(self)

@@ -186,7 +186,6 @@ def _shm(
     size: int, timeout: float, compiled: bool, driver: Callable[[int], Driver] | None
 ) -> Callable[[int], Transport]:
     from ringred.transports import neighbours, shm_player
-    from ringred.transports.cuda.memory import DeviceMemory
     from ringred.transports.shm import ShmTransport
 
     if size == 1:
@@ -205,7 +204,11 @@ def _shm(
         found, reason = neighbours.connect(gather, rank, compiled and shm_player.unusable() is None)
         if found is None:
             raise TransportUnavailable(f"rank {rank}: no shared memory: {reason}")
-        device = None if driver is None else DeviceMemory(found, driver(rank), "world", timeout)
-        return ShmTransport(found, range(size), "world", timeout, device=device)
+        near = ShmTransport(found, range(size), "world", timeout)
+        if driver is None:
+            return near
+        on_device = near.on_device(lambda: driver(rank), "world on a device")
+        near.close()
+        return on_device
 
     return make

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -160,8 +161,11 @@ class Fault(Exception):
 class Queue(Protocol):
     """Where a transport whose memory is a device's puts what is to be done there, one thing after the other."""
 
-    def after_current(self) -> None:
-        """What follows comes after what the caller's program has enqueued on its current stream."""
+    def here(self) -> Any:
+        """What the calling thread's program has enqueued on its current stream so far, to be given to `following`."""
+
+    def following(self, point: Any) -> AbstractContextManager[None]:
+        """What is done within it comes after `point`, torch's own operations too."""
 
     def fold(self, kernel: Any, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
         """Folds as `kernel`, a `Folder`, does."""

@@ -49,6 +49,7 @@ from ringred.transports.shm_reports import Reports
 from ringred.transports.shm_sending import SPIN_NS, Sender
 
 if TYPE_CHECKING:
+    from ringred.transports.cuda.driver import Driver
     from ringred.transports.cuda.memory import DeviceMemory
     from ringred.transports.cuda.plane import DevicePlane
 
@@ -318,6 +319,15 @@ class ShmTransport:
         """As `subset`, for the near ranks `members` of a group of `size`; `names` are their ranks in that group."""
         places = [self._member[rank] for rank in members]
         return ShmTransport(self._neighbours, places, key, self._timeout, names, size, self._device)
+
+    def on_device(self, driver: Callable[[], Driver], key: str) -> ShmTransport:
+        """As this one, for memory of a device. Every rank calls it, with the same `key`. Raises
+        `TransportUnavailable`."""
+        from ringred.transports.cuda.memory import DeviceMemory
+
+        places = list(self._member.values())
+        memory = DeviceMemory(self._neighbours, places, driver, key, self._timeout)
+        return ShmTransport(self._neighbours, places, key, self._timeout, device=memory)
 
     @property
     def peers(self) -> list[int]:  # the ranks that it reaches

@@ -31,8 +31,9 @@ def test_a_rank_that_dies_ends_the_job(way: str, how: str) -> None:
         assert "a bug of the user's" in ended.output
 
 
-def test_survivors_of_a_kill_raise_within_a_second_and_nothing_stays() -> None:
-    ended = launch_plain("killed.py", "5", "1")
+@pytest.mark.parametrize("memory", [[], ["device"]], ids=["host", "device"])
+def test_survivors_of_a_kill_raise_within_a_second_and_nothing_stays(memory: list[str]) -> None:
+    ended = launch_plain("killed.py", "5", "1", *memory)
     assert ended.status == 0, ended.output[-3000:]
     assert float(ended.output.split("raised within ")[1].split()[0]) < 1.0
     assert ended.left_behind == []

@@ -66,6 +66,13 @@ def test_every_disagreement_raises_on_every_rank(way: str) -> None:
     assert found(way, "disagreements", 3) == [DISAGREEMENTS[way]] * 3
 
 
+def test_processes_on_a_device_that_is_none() -> None:
+    ended = launch("torchrun", 3, "fake_device.py", limit=200)
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.output.count("all right: ") == 3
+    assert ended.left_behind == []
+
+
 @cache
 def digest_of_threads(ranks: int) -> str:
     threads = torch.get_num_threads()

@@ -108,7 +108,7 @@ def test_what_the_program_has_enqueued_comes_first() -> None:
     assert run_ranks(late_writers, 3, "cuda_ipc:fake") == [0] * 3
 
 
-@pytest.mark.parametrize("what", ["after_exposed", "after_current"])
+@pytest.mark.parametrize("what", ["after_exposed", "here"])
 def test_not_to_wait_for_the_program_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DevicePlane, what, lambda *arguments: None)
     found = run_ranks(late_writers, 3, "cuda_ipc:fake", timeout=10, return_exceptions=True)
@@ -121,7 +121,62 @@ def test_ranks_that_may_not_open_each_others_memory_say_so() -> None:
 
     for failure in run_ranks(lambda comm: comm.rank, 3, "cuda_ipc:fake", driver=driver, return_exceptions=True):
         assert isinstance(failure, TransportUnavailable)
-        assert "peer access is not supported" in str(failure) or "rank 1 cannot open" in str(failure)
+        assert "peer access is not supported" in str(failure) or "rank 1 cannot" in str(failure)
+
+
+def test_a_rank_without_a_device_ends_all_before_anything_began() -> None:
+    def body(comm: Communicator) -> str:
+        def driver() -> FakeDevice:
+            if comm.rank == 2:
+                raise TransportUnavailable("no device here")
+            return FakeDevice()
+
+        with pytest.raises(TransportUnavailable) as raised:
+            comm.on_device(driver, torch.device("cpu"))
+        tensor = torch.ones(3)
+        comm.all_reduce(tensor)  # goes on
+        assert tensor[0].item() == 3
+        return str(raised.value)
+
+    first, _, third = run_ranks(body, 3, "shm")
+    assert "rank 2 cannot" in first
+    assert "no device here" in third
+
+
+def test_tensors_of_the_host_and_of_a_device_in_turn() -> None:
+    def body(comm: Communicator) -> float:
+        there = comm.on_device(lambda: FakeDevice(delay=(0.0005, comm.rank)), torch.device("cpu"))
+        for turn in range(10):
+            tensor, other = torch.full((5000,), float(turn)), torch.full((100,), 1.0)
+            work = there.all_reduce(tensor, async_op=True)
+            comm.all_reduce(other)
+            work.wait()
+            assert tensor[-1].item() == turn * comm.size
+            assert other[0].item() == comm.size
+        return 1.0
+
+    assert run_ranks(body, 3, "shm") == [1.0] * 3
+
+
+def test_a_failure_on_the_host_ends_the_device_too() -> None:
+    def body(comm: Communicator) -> None:
+        there = comm.on_device(FakeDevice, torch.device("cpu"))
+        if comm.rank == 0:
+            raise ValueError("of its own")
+        there.all_reduce(torch.ones(10))
+
+    _, *others = run_ranks(body, 3, "shm", return_exceptions=True, timeout=20)
+    assert all(isinstance(failure, PeerFailed) and "of its own" in str(failure) for failure in others), others
+
+
+def test_tensors_of_no_device_that_can_be_used() -> None:
+    def body(comm: Communicator) -> None:
+        with pytest.raises(TransportUnavailable, match="torch sees no CUDA device"):
+            comm.empty(3, device="cuda")
+
+    run_ranks(body, 2, "shm")
+    with pytest.raises(TransportUnavailable, match="between ranks of one host, and here ranks are connected by local"):
+        run_ranks(lambda comm: comm.empty(3, device="cuda"), 2, "local")
 
 
 class Stuck(FakeDevice):

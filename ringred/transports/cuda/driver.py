@@ -6,21 +6,27 @@ Addresses are those of this process. Nothing here waits for a stream but `Event.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = ["HANDLE_BYTES", "Driver", "Event", "Kernel", "Stream"]
 
-HANDLE_BYTES = 64
-"""The length of a handle, as CUDA's are (`cudaIpcMemHandle_t`)."""
+HANDLE_BYTES = 80
+"""The greatest length of a handle: `cudaIpcMemHandle_t` has 64 bytes."""
 
 
 class Kernel(Protocol):
     """A fold, as `runtime.folds.Folder` describes it; calling it does it at once, where the host can."""
 
+    op: Any
+    """One of `ReduceOp`."""
     dtype: torch.dtype
+
+    def divisor(self, final: bool) -> int:
+        """What a fold divides by; 0 if it does not."""
 
     def __call__(self, out: Tensor, operands: Sequence[Tensor], final: bool) -> None: ...
 
@@ -47,8 +53,11 @@ class Stream(Protocol):
     def wait_flag(self, address: int, value: int) -> None:
         """Goes on once the flag minus `value` is not negative, as signed 32-bit numbers (`cuStreamWaitValue32` GEQ)."""
 
-    def after_current(self) -> None:
-        """What is enqueued from here on comes after what this thread has enqueued on its current stream so far."""
+    def here(self) -> Event | None:
+        """What this thread has enqueued on its current stream so far; None if all of that is done."""
+
+    def following(self, point: Event | None) -> AbstractContextManager[None]:
+        """What is enqueued from here on comes after `point`; within it, this is the thread's current stream."""
 
     def record(self) -> Event:
         """The point after all that was enqueued so far."""

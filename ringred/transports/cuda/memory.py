@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +37,18 @@ class _Chunk:
 
 
 class DeviceMemory:
-    """The device memory of rank `neighbours.rank`, and that of `neighbours`. All of them construct it at the same time.
+    """The device memory of rank `neighbours.rank`, and that of `members`, all of whom construct it at the same point,
+    with a `key` that was used for nothing else; `make` gives the driver of this rank's device.
 
-    `close` ends it, once no transport is left that uses it. Raises `TransportUnavailable`.
+    Raises `TransportUnavailable` on all of them if one has no driver, or cannot open the memory of another.
     """
 
-    def __init__(self, neighbours: Neighbours, driver: Driver, key: str, timeout: float) -> None:
-        self.driver, self.name, self._neighbours = driver, driver.name, neighbours
+    def __init__(
+        self, neighbours: Neighbours, members: Sequence[int], make: Callable[[], Driver], key: str, timeout: float
+    ) -> None:
+        self._neighbours, self._members = neighbours, list(members)
+        self.driver: Driver
+        self.name: str
         self._lock = threading.Lock()
         self._chunks: list[_Chunk] = []
         self._opened: dict[tuple[int, int], int] = {}
@@ -53,21 +59,35 @@ class DeviceMemory:
         self._window = neighbours.windows[neighbours.rank]
         self._table = neighbours.heap.take(_CHUNKS * _ENTRY)
         try:
-            self._new_chunk(driver.chunk_bytes)
-            self._tables = neighbours.exchange(neighbours.members, f"{key} device memory", self._table, timeout)
-            trouble = self._try_peers()
-            verdicts = neighbours.exchange(neighbours.members, f"{key} device peers", trouble is None, timeout)
-        except (OSError, RuntimeError) as failure:
+            trouble = self._begun(make)
+            self._tables = self._exchanged(f"{key}: tables", self._table, timeout)
+            self._agree(f"{key}: drivers", trouble, timeout)
+            self._agree(f"{key}: peers", self._try_peers(), timeout)
+        except (OSError, TransportUnavailable) as failure:
             neighbours.heap.give_back(self._table, _CHUNKS * _ENTRY)
-            raise TransportUnavailable(f"rank {neighbours.rank}: device memory of {key!r}: {failure}") from failure
-        refused = [member for member, fine in verdicts.items() if not fine]
+            raise TransportUnavailable(f"rank {neighbours.rank}: {key}: {failure}") from failure
+
+    def _begun(self, make: Callable[[], Driver]) -> str | None:
+        """Makes the driver, and a first chunk; why that is not possible, or None."""
+        try:
+            self.driver = make()
+            self.name = self.driver.name
+            self._new_chunk(self.driver.chunk_bytes)
+        except (RuntimeError, TransportUnavailable) as failure:
+            return str(failure)
+        return None
+
+    def _exchanged(self, key: str, number: int, timeout: float) -> dict[int, int]:
+        return self._neighbours.exchange(self._members, key, number, timeout)
+
+    def _agree(self, key: str, trouble: str | None, timeout: float) -> None:
+        refused = [member for member, fine in self._exchanged(key, trouble is None, timeout).items() if not fine]
         if refused:
-            why = trouble or f"rank {refused[0]} cannot open that of others"
-            raise TransportUnavailable(f"rank {neighbours.rank}: device memory of {key!r}: {why}")
+            raise TransportUnavailable(trouble or f"rank {refused[0]} cannot, and says why")
 
     def _try_peers(self) -> str | None:
         """Why this rank cannot open the memory of others, or None."""
-        for member in self._neighbours.members:
+        for member in self._members:
             if member != self._neighbours.rank:
                 try:
                     self.address(member, 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,9 +157,13 @@ class DevicePlane:
 
     # ------------------------------------------------------------------ the stream and its end
 
-    def after_current(self) -> None:
-        """As `base.Queue.after_current`."""
-        self.stream.after_current()
+    def here(self) -> Event | None:
+        """As `base.Queue.here`."""
+        return self.stream.here()
+
+    def following(self, point: Event | None) -> AbstractContextManager[None]:
+        """As `base.Queue.following`."""
+        return self.stream.following(point)
 
     def passed(self, look: Callable[[int], None]) -> None:
         """Returns once the stream has done all that was enqueued so far. Meanwhile it calls `look` every so often,

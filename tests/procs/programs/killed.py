@@ -1,4 +1,5 @@
-"""One of 4 ranks is killed at a random moment, again and again: argv has the number of times and the seed.
+"""One of 4 ranks is killed at a random moment, again and again: argv has the number of times and the seed, and whether
+the memory is that of a fake device.
 
 The parent spawns ranks as torchrun does, by RANK and MASTER_ADDR, and prints what the survivors said, when.
 """
@@ -21,6 +22,10 @@ def rank_main():
     import ringred
 
     comm = ringred.init()
+    if "device" in sys.argv:
+        from ringred.testing.fake_device import FakeDevice
+
+        comm = comm.on_device(lambda: FakeDevice(delay=(0.001, comm.rank)), torch.device("cpu"))
     comm.barrier()
     print(json.dumps({"rank": comm.rank, "ready": time.time()}), flush=True)
     sizes = (1, 1000, 100_000, 1_000_000)
@@ -45,7 +50,9 @@ def once(generator):
     shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, "rank"], env={**os.environ, **shared, "RANK": str(rank)}, stdout=subprocess.PIPE
+            [sys.executable, __file__, "rank", *sys.argv[3:]],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
         )
         for rank in range(RANKS)
     ]

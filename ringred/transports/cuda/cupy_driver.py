@@ -1,0 +1,216 @@
+"""NVIDIA's driver, by CuPy (memory, handles, kernels) and cuda-bindings (flags), on the streams that torch knows.
+
+What was seen of these calls on a device is in docs/design/cuda.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringred.transports.cuda import kernels
+from ringred.transports.cuda.driver import Event, Kernel
+
+__all__ = ["CudaDevice", "capabilities", "unavailable"]
+
+_OWN = struct.Struct("<QQ")  # before a handle: the process that made it, and the address there
+_ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell
+_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
+_FLAGS_OF_WAIT, _FLAGS_OF_WRITE = 0, 0  # GEQ; DEFAULT, with a barrier before the write
+_NEEDED = {
+    "stream memory operations": "CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS",
+    "registered host memory": "CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED",
+    "unified addressing": "CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING",
+}
+
+
+def unavailable(index: int | None = None) -> str | None:
+    """Why CUDA IPC cannot work here, on the current device or that of this `index`; None if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        import cupy  # noqa: F401
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError as failure:
+        return f"{failure}; pip install 'ringred[cuda12]' or 'ringred[cuda13]' brings CuPy and cuda-bindings"
+    lacking = [name for name, there in capabilities(index).items() if not there]
+    return f"the device lacks {', '.join(lacking)}" if lacking else None
+
+
+def capabilities(index: int | None = None) -> dict[str, bool]:
+    """What a device must be able to do, and whether it is."""
+    from cuda.bindings import driver
+
+    device = torch.cuda.current_device() if index is None else index
+    torch.cuda.init()
+    handle = _checked(driver.cuDeviceGet(device))
+    return {
+        name: bool(_checked(driver.cuDeviceGetAttribute(getattr(driver.CUdevice_attribute, attribute), handle)))
+        for name, attribute in _NEEDED.items()
+    }
+
+
+def _checked(answer: Sequence[Any]) -> Any:
+    """The result of a call of cuda-bindings. Raises `RuntimeError`."""
+    error, *results = answer
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA: {error}")
+    return results[0] if results else None
+
+
+class CudaDevice:
+    """The device `index` of this process; None is torch's current one. See `driver.Driver`."""
+
+    name = "cuda_ipc"
+    chunk_bytes = 64 << 20
+
+    def __init__(self, index: int | None = None) -> None:
+        import cupy
+        from cuda.bindings import driver
+
+        self.index = torch.cuda.current_device() if index is None else index
+        self.cupy, self.driver, self.runtime = cupy, driver, cupy.cuda.runtime
+        with self.here():
+            torch.cuda.init()
+            torch.zeros(1, device=f"cuda:{self.index}")  # the device's context, which torch and CuPy share
+        self.processors = torch.cuda.get_device_properties(self.index).multi_processor_count
+        self._kernels: dict[str, int] = {}
+        self._made: list[Any] = []  # whose handles those are
+
+    def here(self) -> Any:
+        """Within it, this thread's current device is this one."""
+        return self.cupy.cuda.Device(self.index)
+
+    def allocate(self, nbytes: int) -> int:
+        with self.here():
+            return int(self.runtime.malloc(nbytes))
+
+    def free(self, address: int) -> None:
+        with self.here():
+            self.runtime.free(address)
+
+    def export(self, address: int) -> bytes:
+        with self.here():
+            return _OWN.pack(os.getpid(), address) + bytes(self.runtime.ipcGetMemHandle(address))
+
+    def open(self, handle: bytes, nbytes: int) -> int:
+        process, address = _OWN.unpack_from(handle)
+        if process == os.getpid():  # a handle opens only in other processes
+            return int(address)
+        with self.here():
+            return int(self.runtime.ipcOpenMemHandle(handle[_OWN.size :]))
+
+    def close(self, address: int) -> None:
+        with self.here():
+            self.runtime.ipcCloseMemHandle(address)
+
+    def tensor(self, address: int, nbytes: int, dtype: torch.dtype, owner: object) -> Tensor:
+        if not nbytes:
+            return torch.empty(0, dtype=dtype, device=f"cuda:{self.index}")
+        with torch.inference_mode(False):
+            flat = torch.as_tensor(_Interface(address, nbytes, owner), device=f"cuda:{self.index}")
+            return flat.view(dtype)
+
+    def register(self, address: int, nbytes: int) -> int:
+        with self.here():
+            _checked(self.driver.cuMemHostRegister(address, nbytes, _MAPPED))
+            return int(_checked(self.driver.cuMemHostGetDevicePointer(address, 0)))
+
+    def unregister(self, address: int) -> None:
+        with self.here():
+            _checked(self.driver.cuMemHostUnregister(address))
+
+    def kernel(self, name: str) -> int:
+        """The handle of a kernel, which is compiled if it never was."""
+        found = self._kernels.get(name)
+        if found is None:
+            with self.here():
+                made = self.cupy.RawKernel(kernels.source([name]), name, options=kernels.OPTIONS)
+                self._made.append(made)
+                found = self._kernels[name] = int(made.kernel.ptr)
+        return found
+
+    def stream(self) -> _Stream:
+        return _Stream(self)
+
+
+class _Interface:
+    """Memory as `__cuda_array_interface__` describes it; torch keeps this object with it."""
+
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+            "strides": None,
+        }
+
+
+class _Event:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+
+class _Stream:
+    """See `driver.Stream`."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        with device.here():
+            self._own = device.cupy.cuda.Stream(non_blocking=True)
+        self.handle = int(self._own.ptr)
+        self.stream = torch.cuda.ExternalStream(self.handle, device=f"cuda:{device.index}")
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        with self._device.here():
+            self._device.runtime.memcpyAsync(target, source, nbytes, _ANY_DIRECTION, self.handle)
+
+    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
+        device, addresses = self._device, [operand.data_ptr() for operand in operands]
+        packed = kernels.arguments(out.numel(), addresses, [out.data_ptr()], kernel.divisor(final))
+        argument = ctypes.create_string_buffer(packed, len(packed))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        blocks, threads = kernels.geometry(out.nbytes, device.processors)
+        function = device.kernel(kernels.name_of(str(kernel.op.value), kernel.dtype))
+        with device.here():
+            grid = (blocks, 1, 1, threads, 1, 1)
+            launched = device.driver.cuLaunchKernel(function, *grid, 0, self.handle, ctypes.addressof(pointers), 0)
+            _checked(launched)
+
+    def set_flag(self, address: int, value: int) -> None:
+        with self._device.here():
+            _checked(self._device.driver.cuStreamWriteValue32(self.handle, address, value, _FLAGS_OF_WRITE))
+
+    def wait_flag(self, address: int, value: int) -> None:
+        with self._device.here():
+            _checked(self._device.driver.cuStreamWaitValue32(self.handle, address, value, _FLAGS_OF_WAIT))
+
+    def here(self) -> Event | None:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device.index))
+        return _Event(event)
+
+    def following(self, point: Event | None) -> AbstractContextManager[None]:
+        assert isinstance(point, _Event), "made by `here`"
+        self.stream.wait_event(point.event)
+        return torch.cuda.stream(self.stream)
+
+    def record(self) -> Event:
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return _Event(event)
+
+    def close(self) -> None:
+        self.stream.synchronize()
