@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check wheels torch-suite install clean
+.PHONY: demo test check wheels gpu-check torch-suite install clean
 
 install: $(STAMP)
 
@@ -42,6 +42,11 @@ wheels: $(STAMP)
 	        --config-settings "--build-option=--plat-name=manylinux_2_17_$$processor" . || exit 1; \
 	done
 	ls dist
+
+# For a machine with an NVIDIA GPU; GPU_PYTHON is a Python there with torch, CuPy, cuda-bindings, numpy and tabulate.
+GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu_check.py
 
 torch-suite: $(STAMP)
 	$(BIN)/python tests/torch_suite/compare.py --ranks 2 3 4

@@ -240,6 +240,7 @@ def _doctor(options: argparse.Namespace) -> int:
         _check_player,
         _check_gloo,
         _check_encryption,
+        *([_check_cuda] if _has_nvidia() else []),
     ]
     results = [check() for check in checks]
     print(tabulate([(("ok" if good else "FAILED"), what, remedy) for good, what, remedy in results], tablefmt="plain"))
@@ -257,6 +258,24 @@ def _check_torch() -> tuple[bool, str, str]:
 def _check_machine() -> tuple[bool, str, str]:
     here = machine()
     return True, f"{here.usable_cores} of {here.cores} cores, {here.sockets} socket(s), {here.processor}", ""
+
+
+def _has_nvidia() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _check_cuda() -> tuple[bool, str, str]:
+    from ringred.transports.cuda import cupy_driver
+
+    reason = cupy_driver.unavailable()
+    if reason is not None:
+        return False, f"CUDA IPC (experimental): {reason}", "without it, tensors of a GPU are refused"
+    import torch
+
+    devices = torch.cuda.device_count()
+    peers = all(torch.cuda.can_device_access_peer(0, other) for other in range(1, devices))
+    between = "" if devices == 1 else f", {'each' if peers else 'NOT each'} reaches the memory of the first"
+    return peers, f"CUDA IPC (experimental): {devices} device(s){between}; `make gpu-check` tries it", ""
 
 
 _MPI_SELF_TEST = """

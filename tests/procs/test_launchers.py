@@ -136,3 +136,17 @@ def test_a_step_is_compared_with_torchs_ddp(tmp_path: Path) -> None:
     assert all(row["step_ms"] > 0 and row["peak_MiB"] > row["share_MiB"] > 0 for row in rows.values())
     assert rows["local"]["overhead"] == 0
     assert ended.left_behind == []
+
+
+def test_the_check_of_a_gpu_works_where_there_is_none(tmp_path: Path) -> None:
+    program = ROOT / "benchmarks" / "gpu_check.py"
+    without = launch_plain(program, "--out", str(tmp_path / "without"))
+    assert without.status == 3
+    assert "sees no CUDA device on this machine: nothing was checked" in without.output
+    assert not (tmp_path / "without").exists()
+    steps = ("driver", "collectives-2", "killed")
+    fake = launch_plain(program, "--fake", "--out", str(tmp_path), "--only", *steps)
+    assert fake.status == 0, fake.output
+    assert fake.output.count(" held") == 4
+    assert json.loads((tmp_path / "collectives-2.json").read_text())["found"]["checked"] > 500
+    assert fake.left_behind == []

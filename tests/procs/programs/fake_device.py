@@ -1,4 +1,4 @@
-"""Ranks that are processes, on a device that is none: the table, memory of all sizes in turn, and training to the bit."""
+"""Processes on a device that is none: the table, memory of all sizes in turn, and training to the bit."""
 
 import torch
 
