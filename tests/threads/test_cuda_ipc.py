@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ from ringred.errors import CollectiveTimeout, PeerFailed, TransportUnavailable
 from ringred.testing import run_ranks
 from ringred.testing.fake_device import FakeDevice, Faults, Slices
 from ringred.transports.cuda.plane import DevicePlane
+from ringred.transports.links import ACKED, FLAG_STRIDE, SENT, TAKEN
 
 ALGORITHMS = ("central", "direct", "double_tree", "halving_doubling", "one_shot", "ring", "torus", "tree")
 
@@ -229,6 +232,25 @@ def test_a_rank_that_raises_drains_the_streams_that_wait_for_it() -> None:
     assert all(isinstance(failure, PeerFailed) and "of its own" in str(failure) for failure in others)
 
 
+def test_flags_go_on_past_32_bits() -> None:
+    def body(comm: Communicator) -> int:
+        transport: Any = comm.transport
+        plane, before = transport.queue, (1 << 32) - 40
+        for link in transport._links.values():
+            link.state[SENT] = link.state[ACKED] = link.state[TAKEN] = before
+            transport._words[link.taken_at] = before
+            for kind in range(2):
+                at = plane._layout.flags + FLAG_STRIDE * (2 * link.index + kind) + transport._block
+                transport.window.memory[at : at + 4] = before.to_bytes(4, "little")
+        meeting.wait(20)
+        wrong = wrong_sums(comm, 40, 3)
+        assert min(link.state[SENT] for link in transport._links.values()) > 1 << 32
+        return wrong
+
+    meeting = threading.Barrier(3)
+    assert run_ranks(body, 3, "cuda_ipc:fake", driver=slow()) == [0] * 3
+
+
 def test_memory_is_used_again_and_chunks_are_made_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeDevice, "chunk_bytes", 1 << 20)
 
@@ -263,3 +285,25 @@ def test_communicators_of_some_ranks_share_the_memory_and_fail_alone() -> None:
         return tensor[0].item()
 
     assert run_ranks(body, 4, "cuda_ipc:fake", driver=slow()) == [12.0] * 4
+
+
+def main(count: int) -> None:
+    """`python -m tests.threads.test_cuda_ipc 10000`: so many all-reduces on drawn numbers of ranks and delays."""
+    DevicePlane.slot_bytes, DevicePlane.part_bytes = 1 << 10, 4 << 10
+    draw, done, wrong = random.Random(0), 0, 0
+    while done < count:
+        size, seconds, seed = draw.randint(2, 5), draw.choice((0.0, 0.0002, 0.001)), draw.randrange(1 << 30)
+        wrong += max(
+            run_ranks(
+                lambda comm, seed=seed: wrong_sums(comm, 50, seed),  # type: ignore[misc]
+                size,
+                "cuda_ipc:fake",
+                driver=lambda rank, seconds=seconds: FakeDevice(delay=(seconds, rank)),  # type: ignore[misc]
+            )
+        )
+        done += 50
+    print(f"{done} all-reduces: {wrong} wrong")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

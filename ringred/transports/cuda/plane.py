@@ -32,7 +32,7 @@ __all__ = ["DevicePlane"]
 
 _SENT, _CONSUMED, _EXPOSED = range(3)
 _SPIN_NS = 50_000
-_LOOK = 0.0005  # seconds between two looks at a stream
+_LOOK = 0.0005  # seconds between two looks at a stream, after a while
 _DRAINING = 5.0  # seconds after which a stream that does not end, although nothing holds it, is given up
 _32_BITS = (1 << 32) - 1
 
@@ -169,7 +169,7 @@ class DevicePlane:
         """Returns once the stream has done all that was enqueued so far. Meanwhile it calls `look` every so often,
         with the peer whose flag holds the stream, or −1; that may raise, after which the stream is drained."""
         event = self.stream.record()
-        until = time.monotonic_ns() + _SPIN_NS
+        until, pause = time.monotonic_ns() + _SPIN_NS, _LOOK / 25
         while not event.done():
             if time.monotonic_ns() < until:
                 futex.give_way()
@@ -179,7 +179,8 @@ class DevicePlane:
             except BaseException:
                 self.drain()
                 raise
-            time.sleep(_LOOK)
+            time.sleep(pause)
+            pause = min(_LOOK, 1.2 * pause)
 
     def held_by(self) -> int:
         """The first peer whose flag has not reached what the stream waits for, in all that is enqueued; or −1."""
