@@ -234,7 +234,7 @@ class Communicator(Operations):
         )
 
     def _models(self) -> dict[str, Topology]:
-        return {memory: machine_model(self.transport.name, self.hosts, self.tuning, memory) for memory in _MEMORIES}
+        return {memory: machine_model(self.transport.model, self.hosts, self.tuning, memory) for memory in _MEMORIES}
 
     def _native_costs(self, collective: str) -> Costs | None:
         return self.tuning.get("native") if collective == "all_reduce" else None

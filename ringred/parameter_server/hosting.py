@@ -174,7 +174,7 @@ def _by_host(comm: Communicator, placement: Placement, nbytes: int) -> bool:
         raise PolicyError(f"hierarchy: expected 'flat', 'host' or 'auto', got {placement.hierarchy!r}")
     if placement.hierarchy == "auto":
         shards = comm.size if placement.shards is None else placement.shards
-        model = machine_model(comm.transport.name, comm.hosts, comm.tuning)
+        model = machine_model(comm.transport.model, comm.hosts, comm.tuning)
         enough = placement.policy is None or placement.policy.fewest <= len(set(comm.hosts))
         return enough and cheaper(nbytes, comm.hosts, max(1, min(shards, comm.size)), model)
     ranks = set(Counter(comm.hosts).values())

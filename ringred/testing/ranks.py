@@ -31,7 +31,7 @@ class Faulty:
 
     def __init__(self, inner: Transport, seconds: float, seed: int) -> None:
         self.inner, self.seconds = inner, seconds
-        self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+        self.name, self.model, self.rank, self.size = inner.name, inner.model, inner.rank, inner.size
         self.windows, self.buffers, self.segment_bytes = inner.windows, inner.buffers, inner.segment_bytes
         self.player = None  # every send and wait comes by here
         self.queue = inner.queue

@@ -178,6 +178,8 @@ class Transport(Protocol):
     """What the executor and the communicator ask of a transport."""
 
     name: str
+    model: str
+    """The name whose costs count: that of ranks with neighbours on their host, for all ranks of a job."""
     rank: int
     size: int
     counters: Counters

@@ -90,7 +90,7 @@ class Hub:
 class LocalTransport:
     """One rank's end of a `Hub`."""
 
-    name = "local"
+    name = model = "local"
     windows = False
     buffers = False
     player = queue = None

@@ -123,7 +123,7 @@ class _Receive:
 class MpiTransport:
     """A transport on its own duplicates of `comm`. Constructing one is collective over `comm`."""
 
-    name = "mpi"
+    name = model = "mpi"
     windows = False
     buffers = False
     player = queue = None
@@ -357,6 +357,7 @@ class MpiTransport:
         group = self._data.Get_group().Incl(list(members))
         comm = self._data.Create_group(group, zlib.crc32(key.encode()) & (self._pair_bit - 1))
         transport = MpiTransport(comm)
+        transport.model, transport.segment_bytes = self.model, self.segment_bytes
         comm.Free()
         group.Free()
         return transport

@@ -18,6 +18,7 @@ from torch import Tensor
 from ringred.errors import TransportUnavailable
 from ringred.transports import neighbours, shm_player
 from ringred.transports.base import Gather, Request, Transport
+from ringred.transports.links import PART_BYTES
 from ringred.transports.shm import ShmTransport
 
 __all__ = ["RoutedTransport", "join"]
@@ -49,10 +50,11 @@ def join(
             found.close()
         why = reason or f"only {reach} of {size} ranks are on the host of rank {rank}"
         raise TransportUnavailable(f"rank {rank}: shared memory does not reach all ranks: {why}")
+    somebody = any(text == "near" for text in gather("far" if found is None else "near"))
     if found is None:
         if reason is not None:
             warnings.warn(f"ringred: rank {rank} goes without shared memory: {reason}", stacklevel=2)
-        return far()
+        return _alone(far()) if somebody else far()
     names = found.members if reach < size else None
     try:
         near = ShmTransport(found, found.members, "world", timeout, names, size)
@@ -66,6 +68,12 @@ def join(
     except BaseException:
         near.close()
         raise
+
+
+def _alone(far: Transport) -> Transport:
+    """`far` of a rank without neighbours, where others have some: it must cut and choose as they do."""
+    far.segment_bytes, far.model = PART_BYTES, f"shm+{far.name}"
+    return far
 
 
 class RoutedTransport:
@@ -82,7 +90,7 @@ class RoutedTransport:
         self._near_peers = frozenset(near.peers)
         self._all_near = self.buffers = len(self._near_peers) == self.size - 1
         self.player = near.player if self._all_near else None
-        self.name = near.name if self._all_near else f"{near.name}+{far.name}"
+        self.name = self.model = near.name if self._all_near else f"{near.name}+{far.name}"
         if self._all_near:
             # All peers are near: calls go to `near` directly.
             self.begin, self.isend, self.irecv = near.begin, near.isend, near.irecv  # type: ignore[method-assign]
@@ -167,7 +175,7 @@ class RoutedTransport:
         far = self.far.subset(members, key)
         near_ranks = [rank for rank in members if rank in self._near_peers or rank == self.rank]
         if len(near_ranks) == 1:
-            return far
+            return _alone(far)
         names = None if len(near_ranks) == len(members) else [list(members).index(rank) for rank in near_ranks]
         try:
             return RoutedTransport(self.near.family(near_ranks, key, names, len(members)), far)

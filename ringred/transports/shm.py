@@ -103,11 +103,13 @@ class ShmTransport:
         self._plane: Plane
         self.queue: DevicePlane | None = None
         if device is None:
-            self.name, compiled = "shm", neighbours.compiled
+            self.name = self.model = "shm"
+            compiled = neighbours.compiled
             self._plane = HostPlane(self.rank, self.window, self._block, self._layout)
             self.segment_bytes = SEGMENT_BYTES if compiled and self.size == len(members) else PART_BYTES
         else:
-            self.name, compiled = device.name, False
+            self.name = self.model = device.name
+            compiled = False
             self._plane = self.queue = device.plane(self.window, self._block, self._layout)
             self.segment_bytes = self._plane.part_bytes
         self._links: dict[int, Link] = {}

@@ -155,7 +155,7 @@ class TorchP2PTransport:
     `address` is the local address to bind; None leaves it to Gloo, which takes the host's own.
     """
 
-    name = "torch_p2p"
+    name = model = "torch_p2p"
     windows = False
     buffers = False
     player = queue = None
@@ -383,7 +383,9 @@ class TorchP2PTransport:
     def subset(self, members: Sequence[int], key: str) -> TorchP2PTransport:
         store = dist.PrefixStore(f"subset/{key}", self._store)
         rank = list(members).index(self.rank)
-        return TorchP2PTransport(store, rank, len(members), self._timeout, self._address)
+        transport = TorchP2PTransport(store, rank, len(members), self._timeout, self._address)
+        transport.model, transport.segment_bytes = self.model, self.segment_bytes
+        return transport
 
     def close(self) -> None:
         if self._closed:

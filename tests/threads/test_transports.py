@@ -8,13 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from ringred.communicator import Communicator
+from ringred.runtime.config import Config
 from ringred.testing import Faulty
 from ringred.testing.conformance import BREAKING, CHECKS, Check
 from ringred.testing.ranks import connect
+from ringred.transports import neighbours, routed
 from ringred.transports.base import Request, Transport
 from ringred.transports.local import Hub
+from ringred.transports.torch_p2p import TorchP2PTransport
 
 Connect = Callable[[int], Callable[[int], Transport]]
 
@@ -98,3 +104,43 @@ def test_the_kit_is_not_blind() -> None:
 
     with pytest.raises((AssertionError, Exception), match=r"message|mismatch"):
         run_check(CHECKS["messages_keep_their_order"], swapped, 2)
+
+
+def test_a_rank_that_is_alone_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cuts messages and chooses algorithms as the others do, in groups of some ranks too."""
+    here, store, size = threading.local(), HashStore(), 3
+    place = neighbours._place
+    monkeypatch.setattr(neighbours, "_place", lambda: f"{place()} {here.host}".replace(" ", "/"))
+    texts, meeting, found = [""] * size, threading.Barrier(size), [[]] * size
+
+    def rank_main(rank: int) -> None:
+        here.host = "first" if rank < 2 else "second"
+
+        def gather(text: str) -> list[str]:
+            texts[rank] = text
+            meeting.wait(20)
+            everyone = list(texts)
+            meeting.wait(20)
+            return everyone
+
+        def far() -> Transport:
+            return TorchP2PTransport(store, rank, size, 20.0, "127.0.0.1")
+
+        comm = Communicator(routed.join(gather, rank, size, far, 20.0), hosts=(0, 0, 1), config=Config(timeout=20.0))
+        pair = comm.split(0 if rank != 1 else None)  # both of its ranks are alone in it
+        sums = []
+        for group in [comm] if pair is None else [comm, pair, pair.duplicate()]:
+            for elements in (10, 3_000_000):
+                tensor = torch.ones(elements)
+                group.all_reduce(tensor)
+                sums.append(int(tensor[-1].item()))
+        comm.barrier()
+        comm.close()
+        found[rank] = sums
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[3, 3, 2, 2, 2, 2], [3, 3], [3, 3, 2, 2, 2, 2]]
