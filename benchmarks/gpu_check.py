@@ -181,6 +181,16 @@ def collectives() -> dict[str, Any]:
         comm.all_to_all(outputs, whole)
         close("all_to_all", outputs.cpu(), every[comm.rank * count : (comm.rank + 1) * count].repeat(size))
         checked += 4
+    small = torch.full((1000,), 1e-40, device=here())
+    comm.all_reduce(small)
+    close("small numbers", small.cpu(), torch.full((1000,), 1e-40) * size)
+    other = comm.duplicate()
+    for elements in (1, 1 << 20):
+        tensor = other.empty(elements).fill_(1.0)
+        other.all_reduce(tensor, async_op=True).wait()
+        close("a duplicate", tensor.cpu(), torch.full((elements,), float(size)))
+        checked += 1
+    other.close()
     for turn in range(50):  # the program's own stream still writes what is reduced
         with nullcontext() if FAKE else torch.cuda.stream(torch.cuda.Stream()):
             late = torch.full((1 << 20,), float(turn), device=here())
@@ -221,6 +231,7 @@ def killed() -> dict[str, Any]:
             if comm.rank == comm.size - 1 and turn == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
             comm.all_reduce(tensor.fill_(1.0))
+            assert tensor.eq(comm.size).all(), f"a wrong sum in turn {turn}"
             began = time.monotonic()
     except ringred.RingredError as error:
         took = time.monotonic() - began

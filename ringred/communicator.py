@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import weakref
@@ -121,10 +122,10 @@ class Communicator(Operations):
 
         Like `MPI_Comm_split`. Returns None on ranks that pass None as `color`.
         """
-        mine = torch.tensor([-1 if color is None else color, key], dtype=torch.int64)
+        mine = torch.tensor([-1 if color is None else color, key], dtype=torch.int64, device=self._planner.device)
         if color is not None and color < 0:
             raise ValueError(f"split: expected a color ≥ 0 or None, got {color}")
-        table = torch.empty(2 * self.size, dtype=torch.int64)
+        table = mine.new_empty(2 * self.size)
         self.all_gather(table, mine)
         self._splits += 1
         if color is None:
@@ -138,7 +139,8 @@ class Communicator(Operations):
         they have given to no other. Its collectives may take `timeout` seconds, or as long as those of this one."""
         config = self.config if timeout is None else replace(self.config, timeout=timeout)
         transport = self.transport.subset(members, name)
-        child = Communicator(transport, hosts=[self.hosts[rank] for rank in members], config=config, name=name)
+        hosts = [self.hosts[rank] for rank in members]
+        child = Communicator(transport, hosts=hosts, config=config, name=name, device=self._planner.device)
         child.tune(self.tuning)
         self._children.add(child)
         return child
@@ -153,7 +155,7 @@ class Communicator(Operations):
         """From now on, a collective fails if it takes longer than `seconds`."""
         self.config = replace(self.config, timeout=seconds)
         self._runner.set_timeout(seconds)
-        for there in self._devices.values():
+        for there in self._sides:
             there.set_timeout(seconds)
 
     def _on(self, device: torch.device) -> Communicator:
@@ -173,7 +175,7 @@ class Communicator(Operations):
     def on_device(self, driver: Callable[[], Any], device: torch.device) -> Communicator:
         """A communicator of the same ranks whose tensors are on the device of each rank's `driver`
         (`transports.cuda.driver`). Collective. It fails with this one, and is closed with it."""
-        name = f"{self.name} on {device.type}"
+        name = f"{self.name} on {device.type} {len(self._sides)}"
         transport = joining.transport(self.transport, driver, name)
         there = Communicator(transport, hosts=self.hosts, config=self.config, name=name, device=device)
         self._children.add(there)
@@ -222,7 +224,7 @@ class Communicator(Operations):
         algorithm is also timed, on float32; this is collective and works for all-reduce only.
         """
         elements = max(1, nbytes // 4)
-        tensor = self.empty(elements, torch.float32) if measured and memory == "window" else torch.empty(elements)
+        tensor = self.empty(elements, torch.float32) if measured and memory == "window" else self._ordinary(elements)
         return explain.table(
             collective,
             nbytes,
@@ -232,6 +234,9 @@ class Communicator(Operations):
             + (f", run by {engine(self.transport.player)}" if self.transport.windows else ""),
             (lambda candidate: probe.seconds_of(self, tensor, candidate.name, 5)) if measured else None,
         )
+
+    def _ordinary(self, elements: int) -> Tensor:
+        return torch.empty(elements, device=self._planner.device)
 
     def _models(self) -> dict[str, Topology]:
         return {memory: machine_model(self.transport.model, self.hosts, self.tuning, memory) for memory in _MEMORIES}
@@ -282,9 +287,10 @@ class Communicator(Operations):
         failure = None if self.closed else lifetime.ending_with()
         if failure is not None and id(failure) != self._born_under:
             self.abort(failure)
-        for there in self._sides:
-            there.close()
-        self._runner.close()
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._runner.close)
+            for there in self._sides:
+                ending.callback(there.close)
 
     def __enter__(self) -> Communicator:
         return self

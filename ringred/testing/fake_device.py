@@ -136,7 +136,9 @@ class FakeDevice:
         if length != nbytes:
             raise RuntimeError(f"invalid handle: expected memory of {nbytes} bytes, got {length}")
         if process == os.getpid():
-            return self._own[process, descriptor].address
+            memory = self._own[process, descriptor]
+            self._opened[memory.address] = memory  # stays mapped here, whoever frees it
+            return memory.address
         try:
             opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as failure:

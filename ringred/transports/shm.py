@@ -11,6 +11,7 @@ Why this needs no lock, and on x86-64 one fence only: docs/design/shared-memory.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ringred.errors import TransportUnavailable
 from ringred.transports import futex
-from ringred.transports.base import SETTLING_SECONDS, Counters, Fault, FaultKind
+from ringred.transports.base import SETTLING_SECONDS, UNSETTLED_SECONDS, Counters, Fault, FaultKind
 from ringred.transports.futex import fence, order
 from ringred.transports.links import (
     ACKED,
@@ -213,7 +214,7 @@ class ShmTransport:
         if gone is not None:
             raise Fault(FaultKind.PEER, held_by, gone)
         if time.monotonic() >= deadline:
-            raise Fault(FaultKind.TIMEOUT, held_by, "deadline passed")
+            raise Fault(FaultKind.TIMEOUT, self.rank if link is None else held_by, "deadline passed")
 
     def _until(self, link: Link, words: memoryview[int], at: int, value: int, deadline: float) -> None:
         """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
@@ -329,7 +330,18 @@ class ShmTransport:
 
         places = list(self._member.values())
         memory = DeviceMemory(self._neighbours, places, driver, key, self._timeout)
-        return ShmTransport(self._neighbours, places, key, self._timeout, device=memory)
+        trouble: str | None = None
+        try:
+            made = ShmTransport(self._neighbours, places, key, self._timeout, device=memory)
+        except RuntimeError as failure:  # its slots did not find room, or its flags could not be registered
+            trouble = f"{failure}"
+        try:
+            memory.agree(f"{key}: made", trouble, self._timeout)
+        except (OSError, TransportUnavailable) as failure:
+            if trouble is None:
+                made.close()
+            raise TransportUnavailable(f"rank {self.rank}: {key}: {failure}") from failure
+        return made
 
     @property
     def peers(self) -> list[int]:  # the ranks that it reaches
@@ -340,9 +352,7 @@ class ShmTransport:
             return
         self._neighbours.let_forget(self)
         self._closed = True
-        if self.queue is not None:
-            self.queue.drain()
-            self.queue.close()
+        settled = self._still()
         order()
         self._words[self._at + CLOSED] = 1
         for link in self._links.values():
@@ -350,14 +360,37 @@ class ShmTransport:
         order()
         for link in self._links.values():
             link.words[link.acked_at + LEFT] = 1  # the last that this rank writes there
+        if self.queue is not None:
+            deadline = time.monotonic() + UNSETTLED_SECONDS
+            while not settled and not self._all_left() and time.monotonic() < deadline:
+                time.sleep(SETTLING_SECONDS / 10)
+            with contextlib.suppress(RuntimeError):  # a device that failed: there is nothing to give back
+                self.queue.close(settled or self._all_left())
         self._neighbours.retire(self._free_block)
         self._neighbours.let_go()
 
+    def _still(self) -> bool:
+        """Ends what the stream does; whether peers are done with this rank's memory as well."""
+        if self.queue is None:
+            return True
+        try:
+            settled = not self._reports.written and self.queue.settle()
+            self.queue.drain()
+        except RuntimeError:
+            return False
+        return settled
+
+    def _all_left(self) -> bool:
+        """Whether no peer reads or writes this rank's memory any more."""
+        return all(
+            self._words[link.taken_at + LEFT] or self._member[link.rank] in self._neighbours.gone
+            for link in self._links.values()
+        )
+
     def _free_block(self) -> bool:
         """Frees the control block if no peer reads it any more; returns whether it did."""
-        for link in self._links.values():
-            if not self._words[link.taken_at + LEFT] and self._member[link.rank] not in self._neighbours.gone:
-                return False
+        if not self._all_left():
+            return False
         if self._froze:
             self._heap.thaw()
             if self.queue is not None:

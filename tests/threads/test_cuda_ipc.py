@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import os
 import random
 import sys
 import threading
@@ -218,6 +220,59 @@ def test_a_stream_that_stands_still_is_named_at_the_deadline_and_no_other_hangs(
     assert "rank 1" in str(failures[2])
 
 
+def test_what_a_drained_stream_sends_on_is_nobodys_result() -> None:
+    def body(comm: Communicator) -> torch.Tensor:
+        comm.set_timeout(0.3 if comm.rank == 2 else 5.0)
+        target = torch.full((2000,), 7.0) if comm.rank == 0 else torch.zeros(2000)
+        comm.broadcast(target, algorithm="tree")
+        return target
+
+    def driver(rank: int) -> FakeDevice:
+        return Stuck(0, 0.8) if rank == 0 else FakeDevice()
+
+    for _ in range(4):
+        results = run_ranks(body, 4, "cuda_ipc:fake", driver=driver, return_exceptions=True)
+        assert isinstance(results[2], CollectiveTimeout)
+        for result in results:
+            assert isinstance(result, (CollectiveTimeout, PeerFailed)) or result.eq(7.0).all(), result
+
+
+def test_memory_is_kept_until_the_streams_of_peers_have_read_it() -> None:
+    def body(comm: Communicator) -> torch.Tensor:
+        child = comm.split(0)
+        target = torch.full((3000,), 5.0) if comm.rank == 0 else torch.zeros(3000)
+        child.broadcast(target)
+        child.close()
+        if comm.rank == 0:
+            for _ in range(4):
+                comm.empty(1 << 20).fill_(-1.0)
+        return target
+
+    def driver(rank: int) -> FakeDevice:
+        return FakeDevice() if rank == 0 else Stuck(1, 0.4)
+
+    for result in run_ranks(body, 2, "cuda_ipc:fake", driver=driver):
+        assert result.eq(5.0).all()
+
+
+@pytest.mark.parametrize("what", ["stream", "register"])
+def test_a_rank_that_fails_late_is_heard_of(what: str) -> None:
+    def refuses(*arguments: object) -> None:
+        raise RuntimeError("out of something")
+
+    def body(comm: Communicator) -> str:
+        driver = FakeDevice()
+        if comm.rank == 1:
+            setattr(driver, what, refuses)
+        with pytest.raises(TransportUnavailable) as raised:
+            comm.on_device(lambda: driver, torch.device("cpu"))
+        return str(raised.value)
+
+    first, second, _ = run_ranks(body, 3, "shm")
+    assert "rank 1 cannot" in first
+    assert "out of something" in second
+
+
 def test_a_rank_that_raises_drains_the_streams_that_wait_for_it() -> None:
     def body(comm: Communicator) -> None:
         comm.all_reduce(torch.ones(10))
@@ -272,6 +327,28 @@ def test_memory_is_used_again_and_chunks_are_made_as_they_are_needed(monkeypatch
     for few, then in run_ranks(body, 2, "cuda_ipc:fake"):
         assert few <= 2
         assert then == few + 1
+
+
+def test_nothing_is_left() -> None:
+    def body(comm: Communicator) -> None:
+        comm.all_reduce(comm.empty(5000).fill_(1.0))
+        if comm.rank == 0:  # sends, and goes while the others' slow streams still read
+            comm.broadcast(torch.ones(200_000))
+        else:
+            target = torch.zeros(200_000)
+            comm.broadcast(target)
+            assert target.eq(1).all()
+
+    def left() -> tuple[int, int]:
+        gc.collect()
+        streams = [thread for thread in threading.enumerate() if thread.name == "ringred-fake-stream"]
+        return len(os.listdir("/proc/self/fd")), len(streams)
+
+    run_ranks(body, 3, "cuda_ipc:fake", driver=slow())
+    before = left()
+    for _ in range(3):
+        run_ranks(body, 3, "cuda_ipc:fake", driver=slow())
+    assert left() == before
 
 
 def test_communicators_of_some_ranks_share_the_memory_and_fail_alone() -> None:

@@ -1,4 +1,4 @@
-"""NVIDIA's driver, by CuPy (memory, handles, kernels) and cuda-bindings (flags), on the streams that torch knows.
+"""NVIDIA's driver, by CuPy (memory, handles) and cuda-bindings (flags, kernels), on the streams that torch knows.
 
 What was seen of these calls on a device is in docs/design/cuda.md.
 """
@@ -82,7 +82,7 @@ class CudaDevice:
             torch.zeros(1, device=f"cuda:{self.index}")  # the device's context, which torch and CuPy share
         self.processors = torch.cuda.get_device_properties(self.index).multi_processor_count
         self._kernels: dict[str, int] = {}
-        self._made: list[Any] = []  # whose handles those are
+        self._opened: set[int] = set()
 
     def here(self) -> Any:
         """Within it, this thread's current device is this one."""
@@ -105,11 +105,15 @@ class CudaDevice:
         if process == os.getpid():  # a handle opens only in other processes
             return int(address)
         with self.here():
-            return int(self.runtime.ipcOpenMemHandle(handle[_OWN.size :]))
+            opened = int(self.runtime.ipcOpenMemHandle(handle[_OWN.size :]))
+        self._opened.add(opened)
+        return opened
 
     def close(self, address: int) -> None:
-        with self.here():
-            self.runtime.ipcCloseMemHandle(address)
+        if address in self._opened:  # else it is of this process
+            self._opened.discard(address)
+            with self.here():
+                self.runtime.ipcCloseMemHandle(address)
 
     def tensor(self, address: int, nbytes: int, dtype: torch.dtype, owner: object) -> Tensor:
         if not nbytes:
@@ -132,10 +136,26 @@ class CudaDevice:
         found = self._kernels.get(name)
         if found is None:
             with self.here():
-                made = self.cupy.RawKernel(kernels.source([name]), name, options=kernels.OPTIONS)
-                self._made.append(made)
-                found = self._kernels[name] = int(made.kernel.ptr)
+                module = _checked(self.driver.cuModuleLoadData(self._compiled(name)))
+                found = self._kernels[name] = int(_checked(self.driver.cuModuleGetFunction(module, name.encode())))
         return found
+
+    def _compiled(self, name: str) -> bytes:
+        """The kernel for this device. Not by CuPy, which has small numbers flushed to zero."""
+        from cuda.bindings import nvrtc
+
+        major, minor = torch.cuda.get_device_capability(self.index)
+        options = [option.encode() for option in (*kernels.OPTIONS, f"--gpu-architecture=sm_{major}{minor}")]
+        program = _checked(nvrtc.nvrtcCreateProgram(kernels.source([name]).encode(), b"folds.cu", 0, [], []))
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if int(error) != 0:
+            log = b" " * int(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"{name} does not compile for sm_{major}{minor}: {log.decode(errors='replace')}")
+        cubin = b" " * int(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        nvrtc.nvrtcDestroyProgram(program)
+        return cubin
 
     def stream(self) -> _Stream:
         return _Stream(self)

@@ -30,6 +30,9 @@ _ENTRY = 8 + HANDLE_BYTES  # bytes of a table's entry: the chunk's length, and i
 _UNIT = 512  # bytes to which a block is aligned
 
 
+_kept: list[DeviceMemory] = []  # which peers of a failed communicator may still write to
+
+
 class _Chunk:
     def __init__(self, number: int, address: int, nbytes: int) -> None:
         self.number, self.address, self.nbytes = number, address, nbytes
@@ -54,15 +57,15 @@ class DeviceMemory:
         self._opened: dict[tuple[int, int], int] = {}
         self._returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run at any time
         self._passing: list[tuple[list[Event], list[tuple[int, int]]]] = []
-        self._frozen = 0
+        self._frozen = self._users = 0
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._window = neighbours.windows[neighbours.rank]
         self._table = neighbours.heap.take(_CHUNKS * _ENTRY)
         try:
             trouble = self._begun(make)
             self._tables = self._exchanged(f"{key}: tables", self._table, timeout)
-            self._agree(f"{key}: drivers", trouble, timeout)
-            self._agree(f"{key}: peers", self._try_peers(), timeout)
+            self.agree(f"{key}: drivers", trouble, timeout)
+            self.agree(f"{key}: peers", self._try_peers(), timeout)
         except (OSError, TransportUnavailable) as failure:
             neighbours.heap.give_back(self._table, _CHUNKS * _ENTRY)
             raise TransportUnavailable(f"rank {neighbours.rank}: {key}: {failure}") from failure
@@ -73,14 +76,15 @@ class DeviceMemory:
             self.driver = make()
             self.name = self.driver.name
             self._new_chunk(self.driver.chunk_bytes)
-        except (RuntimeError, TransportUnavailable) as failure:
-            return str(failure)
+        except Exception as failure:  # whatever a driver may raise, the others hear of it
+            return f"{failure}" if isinstance(failure, TransportUnavailable) else f"{failure!r}"
         return None
 
     def _exchanged(self, key: str, number: int, timeout: float) -> dict[int, int]:
         return self._neighbours.exchange(self._members, key, number, timeout)
 
-    def _agree(self, key: str, trouble: str | None, timeout: float) -> None:
+    def agree(self, key: str, trouble: str | None, timeout: float) -> None:
+        """Raises `TransportUnavailable` on all if one of them has trouble."""
         refused = [member for member, fine in self._exchanged(key, trouble is None, timeout).items() if not fine]
         if refused:
             raise TransportUnavailable(trouble or f"rank {refused[0]} cannot, and says why")
@@ -99,7 +103,29 @@ class DeviceMemory:
         """The plane of a transport with its control block there."""
         plane = DevicePlane(self, window, block, layout)
         self._streams.add(plane.stream)
+        self._users += 1
         return plane
+
+    def forget(self, stream: Stream) -> None:
+        """Blocks do not wait for this stream any more."""
+        self._streams.discard(stream)
+
+    def let_go(self, slots: tuple[int, int] | None) -> None:
+        """Removes one plane, with its slots; None if peers may still look at this memory, which then is kept for ever.
+        After the last plane the peers' memory is closed, and each own chunk freed once no tensor lies in it."""
+        self._users -= 1
+        if slots is None:
+            _kept.append(self)
+        elif self._users:
+            self.give_back(*slots)
+        elif self not in _kept:
+            for (member, _), opened in self._opened.items():
+                assert member != self._neighbours.rank, "only what is a peer's is opened"
+                self.driver.close(opened)
+            self._opened.clear()
+            self._chunks.clear()
+            self._returned.clear()
+            self._passing.clear()
 
     # ------------------------------------------------------------------ this rank's own
 
@@ -107,9 +133,9 @@ class DeviceMemory:
         """A 1-D tensor, uninitialised; its memory is used again when nobody holds it and the streams are done."""
         nbytes = elements * dtype.itemsize
         if not nbytes:
-            return torch.empty(0, dtype=dtype)
+            return self.driver.tensor(0, 0, dtype, None)
         offset = self.take(nbytes)
-        owner = _Owner()
+        owner = _Owner(self._chunks[offset >> _CHUNK_BITS])
         weakref.finalize(owner, self._returned.append, (offset, nbytes)).atexit = False
         return self.driver.tensor(self.address(None, offset), nbytes, dtype, owner)
 
@@ -139,11 +165,12 @@ class DeviceMemory:
         self._window.memory[at : at + _ENTRY] = nbytes.to_bytes(8, "little") + handle
         order()  # a descriptor that tells of it is written later
         self._chunks.append(_Chunk(number, address, nbytes))
+        weakref.finalize(self._chunks[-1], self.driver.free, address).atexit = False
         return self._chunks[-1]
 
     def _reclaim(self) -> None:
         """Frees blocks that were given back, and whose streams have passed the point at which this was noticed."""
-        while self._passing and all(event.done() for event in self._passing[0][0]):
+        while not self._frozen and self._passing and all(event.done() for event in self._passing[0][0]):
             for offset, nbytes in self._passing.pop(0)[1]:
                 start = offset & (1 << _CHUNK_BITS) - 1
                 blocks = self._chunks[offset >> _CHUNK_BITS].blocks
@@ -181,6 +208,8 @@ class DeviceMemory:
 
     def within(self, member: int, offset: int, nbytes: int) -> bool:
         """Whether the member has a chunk with these bytes."""
+        if offset >> _CHUNK_BITS >= _CHUNKS:  # nowhere
+            return False
         length, _ = self._entry(member, offset >> _CHUNK_BITS)
         return (offset & (1 << _CHUNK_BITS) - 1) + nbytes <= length
 
@@ -193,12 +222,9 @@ class DeviceMemory:
         length, handle = self._entry(member, number)
         return self.driver.open(handle, length)
 
-    def close(self) -> None:
-        """Gives everything back but chunks of which tensors are still held."""
-        for opened in self._opened.values():
-            self.driver.close(opened)
-        self._opened.clear()
-
 
 class _Owner:
     """Kept by a tensor and its views; when it goes, the block is free."""
+
+    def __init__(self, chunk: _Chunk) -> None:
+        self._chunk = chunk

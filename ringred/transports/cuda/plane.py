@@ -20,9 +20,19 @@ import torch
 from torch import Tensor
 
 from ringred.transports import futex
+from ringred.transports.base import UNSETTLED_SECONDS
 from ringred.transports.cuda.driver import Event, Kernel
 from ringred.transports.futex import order
-from ringred.transports.links import EXPOSED_COUNT, FLAG_STRIDE, FORCED, Layout, Link
+from ringred.transports.links import (
+    ABORTED,
+    EXPOSED_COUNT,
+    FLAG_STRIDE,
+    FORCED,
+    GONE,
+    SENT,
+    Layout,
+    Link,
+)
 from ringred.transports.windows import Window
 
 if TYPE_CHECKING:
@@ -167,18 +177,14 @@ class DevicePlane:
 
     def passed(self, look: Callable[[int], None]) -> None:
         """Returns once the stream has done all that was enqueued so far. Meanwhile it calls `look` every so often,
-        with the peer whose flag holds the stream, or −1; that may raise, after which the stream is drained."""
+        with the peer whose flag holds the stream, or −1; that may raise."""
         event = self.stream.record()
         until, pause = time.monotonic_ns() + _SPIN_NS, _LOOK / 25
         while not event.done():
             if time.monotonic_ns() < until:
                 futex.give_way()
                 continue
-            try:
-                look(self.held_by())
-            except BaseException:
-                self.drain()
-                raise
+            look(self.held_by())
             time.sleep(pause)
             pause = min(_LOOK, 1.2 * pause)
 
@@ -198,21 +204,35 @@ class DevicePlane:
         return int.from_bytes(self._links[rank].window.memory[at : at + 4], "little")
 
     def drain(self) -> None:
-        """Ends all waiting of the stream, which goes on with whatever is there: for a communicator that has failed."""
+        """Ends all waiting of the stream, which goes on with whatever is there: for a communicator that has failed,
+        once all ranks can know that, so that none takes for a result what this one sends from now on."""
         event: Event = self.stream.record()
-        until = time.monotonic_ns() + _SPIN_NS
-        while not event.done() and (self.held_by() < 0 or time.monotonic_ns() < until):
-            futex.give_way()
-        if event.done():
-            return
-        self._window.words[self._block // 8 + FORCED] = 1
-        order()
-        deadline = time.monotonic() + _DRAINING
-        while not event.done() and time.monotonic() < deadline:
-            for (rank, kind), value in self._waited.items() if self.held_by() >= 0 else ():
-                at = self._flag_at(rank, kind)
-                self._links[rank].window.memory[at : at + 4] = (value & _32_BITS).to_bytes(4, "little")
+        began = time.monotonic()
+        forced = False
+        while not event.done() and time.monotonic() < began + _DRAINING:
+            if time.monotonic() < began + _SPIN_NS / 1e9:
+                futex.give_way()
+                continue
+            if self.held_by() >= 0:
+                if not forced:
+                    forced = True
+                    self._window.words[self._block // 8 + FORCED] = 1
+                    order()
+                for (rank, kind), value in self._waited.items():
+                    at = self._flag_at(rank, kind)
+                    self._links[rank].window.memory[at : at + 4] = (value & _32_BITS).to_bytes(4, "little")
             time.sleep(_LOOK)
+
+    def settle(self) -> bool:
+        """Whether the streams of all peers have read what was sent to them; waits some seconds for that. Then nobody
+        looks at this rank's memory any more."""
+        deadline = time.monotonic() + UNSETTLED_SECONDS
+        for link in self._links.values():
+            while self._flag_of(link.rank, _CONSUMED) - link.state[SENT] & 1 << 31:
+                if link.state[GONE] or link.words[link.words_at + ABORTED] or time.monotonic() > deadline:
+                    return False
+                time.sleep(_LOOK)
+        return True
 
     def freeze(self) -> None:
         """As `Heap.freeze`."""
@@ -222,12 +242,16 @@ class DevicePlane:
         """As `Heap.thaw`."""
         self._memory.thaw()
 
-    def close(self) -> None:
-        """Gives its stream and slots back. What was enqueued is done first."""
+    def close(self, freely: bool) -> None:
+        """Gives its stream back, and if no peer looks at it any more, which `freely` says, its memory. What was
+        enqueued is done first."""
         if self._closed:
             return
         self._closed = True
-        self.stream.close()
+        self._memory.forget(self.stream)
+        if self.stream.record().done() or freely:
+            self.stream.close()
         for block in self._registered:
             self._driver.unregister(block)
-        self._memory.give_back(self._slots, self._sizes.slots_nbytes)
+        self._views.clear()
+        self._memory.let_go((self._slots, self._sizes.slots_nbytes) if freely else None)
