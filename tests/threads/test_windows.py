@@ -112,7 +112,7 @@ def test_windows_and_ordinary_tensors_meet(algorithm: str, size: int, transport:
 
 def test_kinds_of_memory_that_decide_otherwise_are_named() -> None:
     def body(comm: Communicator) -> None:
-        comm.tune({"tensor": (1.0, 0.0, 0.0, 0.0), "window": (0.0, 1.0, 1.0, 0.0)})
+        comm.tune({"tensor": (1.0, 0.0, 0.0, 0.0, 0.0), "window": (0.0, 1.0, 1.0, 0.0, 0.0)})
         comm.all_reduce(comm.empty(1000) if comm.rank else torch.ones(1000))
 
     for failure in run_ranks(body, 3, "shm", return_exceptions=True):
