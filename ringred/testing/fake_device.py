@@ -212,13 +212,16 @@ class _Stream:
 
     def _play(self) -> None:
         while (operation := self._queue.get()) is not None:
+            if self.failure is not None:  # nothing is done after that, as on a device: its memory may be gone
+                continue
             try:
                 if self._delay is not None and self._random.random() < 0.3:
                     time.sleep(self._random.random() * self._delay[0])
                 operation()
             except BaseException as failure:
-                self.failure = self.failure or failure
-        self._see()
+                self.failure = failure
+        if self.failure is None:
+            self._see()
 
     def _see(self) -> None:
         unseen, self._unseen = self._unseen, None
