@@ -301,7 +301,8 @@ class ShmTransport:
         self._rouse()
         self._reports.alarm()
         if self.queue is not None:
-            self.queue.drain()
+            with contextlib.suppress(RuntimeError):  # a device that failed does nothing any more
+                self.queue.drain()
 
     def reports(self, timeout: float) -> dict[int, str]:
         deadline = time.monotonic() + timeout
@@ -363,7 +364,7 @@ class ShmTransport:
         if self.queue is not None:
             deadline = time.monotonic() + UNSETTLED_SECONDS
             while not settled and not self._all_left() and time.monotonic() < deadline:
-                time.sleep(SETTLING_SECONDS / 10)
+                time.sleep(SETTLING_SECONDS / 10)  # after a failure only, or where a peer's stream is slow
             with contextlib.suppress(RuntimeError):  # a device that failed: there is nothing to give back
                 self.queue.close(settled or self._all_left())
         self._neighbours.retire(self._free_block)

@@ -59,11 +59,11 @@ class DevicePlane:
         self._slots = memory.take(self._sizes.slots_nbytes)
         self._driver = memory.driver
         self.stream = self._driver.stream()
-        self._registered: dict[int, int] = {}  # blocks, by their address here
+        self._registered: list[int] = []  # the addresses of control blocks
         self._links: dict[int, Link] = {}
         self._waited: dict[tuple[int, int], int] = {}  # by peer and kind: the greatest value that was waited for
         self._exposed = 0
-        self._closed = False
+        self._stuck = False  # whether its stream does not end, whatever is done
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
     def meet(self, links: Sequence[Link], members: dict[int, int]) -> None:
@@ -75,7 +75,7 @@ class DevicePlane:
 
     def _register(self, block: int) -> int:
         device = self._driver.register(block, self._layout.control_nbytes)
-        self._registered[block] = device
+        self._registered.append(block)
         return device + self._layout.flags
 
     # ------------------------------------------------------------------ places
@@ -133,12 +133,12 @@ class DevicePlane:
 
     # ------------------------------------------------------------------ ordering
 
-    def _own_flag(self, kind: int, index: int) -> int:
-        return self._flags + FLAG_STRIDE * (2 * self._layout.size if kind == _EXPOSED else 2 * index + kind)
+    def _flag_place(self, kind: int, index: int) -> int:
+        """Where in a rank's flags the one is for the peer with this index; all peers share that of exposed memory."""
+        return FLAG_STRIDE * (2 * self._layout.size if kind == _EXPOSED else 2 * index + kind)
 
-    def _flag_place(self, kind: int, own: int) -> int:
-        """Where in a peer's flags the one is that this rank's stream waits for."""
-        return FLAG_STRIDE * (2 * self._layout.size if kind == _EXPOSED else 2 * own + kind)
+    def _mark(self, kind: int, index: int, number: int) -> None:
+        self.stream.set_flag(self._flags + self._flag_place(kind, index), number & _32_BITS)
 
     def _wait(self, link: Link, kind: int, number: int) -> None:
         if number > self._waited.get((link.rank, kind), 0):
@@ -146,20 +146,20 @@ class DevicePlane:
             self.stream.wait_flag(self._theirs[link.rank] + self._flag_place(kind, link.own), number & _32_BITS)
 
     def mark_sent(self, link: Link, number: int) -> None:
-        self.stream.set_flag(self._own_flag(_SENT, link.index), number & _32_BITS)
+        self._mark(_SENT, link.index, number)
 
     def after_sent(self, link: Link, number: int) -> None:
         self._wait(link, _SENT, number)
 
     def mark_consumed(self, link: Link, number: int) -> None:
-        self.stream.set_flag(self._own_flag(_CONSUMED, link.index), number & _32_BITS)
+        self._mark(_CONSUMED, link.index, number)
 
     def after_consumed(self, link: Link, number: int) -> None:
         self._wait(link, _CONSUMED, number)
 
     def mark_exposed(self) -> None:
         self._exposed += 1
-        self.stream.set_flag(self._own_flag(_EXPOSED, 0), self._exposed & _32_BITS)
+        self._mark(_EXPOSED, 0, self._exposed)
         self._window.words[self._block // 8 + EXPOSED_COUNT] = self._exposed
 
     def after_exposed(self, link: Link) -> None:
@@ -206,22 +206,21 @@ class DevicePlane:
     def drain(self) -> None:
         """Ends all waiting of the stream, which goes on with whatever is there: for a communicator that has failed,
         once all ranks can know that, so that none takes for a result what this one sends from now on."""
+        self._stuck = True
         event: Event = self.stream.record()
         began = time.monotonic()
-        forced = False
         while not event.done() and time.monotonic() < began + _DRAINING:
             if time.monotonic() < began + _SPIN_NS / 1e9:
                 futex.give_way()
                 continue
             if self.held_by() >= 0:
-                if not forced:
-                    forced = True
-                    self._window.words[self._block // 8 + FORCED] = 1
-                    order()
+                self._window.words[self._block // 8 + FORCED] = 1
+                order()
                 for (rank, kind), value in self._waited.items():
                     at = self._flag_at(rank, kind)
                     self._links[rank].window.memory[at : at + 4] = (value & _32_BITS).to_bytes(4, "little")
             time.sleep(_LOOK)
+        self._stuck = not event.done()
 
     def settle(self) -> bool:
         """Whether the streams of all peers have read what was sent to them; waits some seconds for that. Then nobody
@@ -243,15 +242,12 @@ class DevicePlane:
         self._memory.thaw()
 
     def close(self, freely: bool) -> None:
-        """Gives its stream back, and if no peer looks at it any more, which `freely` says, its memory. What was
-        enqueued is done first."""
-        if self._closed:
-            return
-        self._closed = True
+        """Gives its stream back, and if no peer looks at it any more, which `freely` says, its memory. A stream that
+        could not be drained keeps all that it may still use."""
         self._memory.forget(self.stream)
-        if self.stream.record().done() or freely:
-            self.stream.close()
-        for block in self._registered:
-            self._driver.unregister(block)
         self._views.clear()
-        self._memory.let_go((self._slots, self._sizes.slots_nbytes) if freely else None)
+        if not self._stuck:
+            self.stream.close()
+            for block in self._registered:
+                self._driver.unregister(block)
+        self._memory.let_go((self._slots, self._sizes.slots_nbytes) if freely and not self._stuck else None)
