@@ -224,7 +224,8 @@ class Communicator(Operations):
         algorithm is also timed, on float32; this is collective and works for all-reduce only.
         """
         elements = max(1, nbytes // 4)
-        tensor = self.empty(elements, torch.float32) if measured and memory == "window" else self._ordinary(elements)
+        shared = measured and memory == "window"
+        tensor = self.empty(elements, torch.float32) if shared else torch.empty(elements, device=self._planner.device)
         return explain.table(
             collective,
             nbytes,
@@ -234,9 +235,6 @@ class Communicator(Operations):
             + (f", run by {engine(self.transport.player)}" if self.transport.windows else ""),
             (lambda candidate: probe.seconds_of(self, tensor, candidate.name, 5)) if measured else None,
         )
-
-    def _ordinary(self, elements: int) -> Tensor:
-        return torch.empty(elements, device=self._planner.device)
 
     def _models(self) -> dict[str, Topology]:
         return {memory: machine_model(self.transport.model, self.hosts, self.tuning, memory) for memory in _MEMORIES}

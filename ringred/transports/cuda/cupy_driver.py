@@ -77,34 +77,34 @@ class CudaDevice:
 
         self.index = torch.cuda.current_device() if index is None else index
         self.cupy, self.driver, self.runtime = cupy, driver, cupy.cuda.runtime
-        with self.here():
+        with self.current():
             torch.cuda.init()
             torch.zeros(1, device=f"cuda:{self.index}")  # the device's context, which torch and CuPy share
         self.processors = torch.cuda.get_device_properties(self.index).multi_processor_count
         self._kernels: dict[str, int] = {}
         self._opened: set[int] = set()
 
-    def here(self) -> Any:
+    def current(self) -> Any:
         """Within it, this thread's current device is this one."""
         return self.cupy.cuda.Device(self.index)
 
     def allocate(self, nbytes: int) -> int:
-        with self.here():
+        with self.current():
             return int(self.runtime.malloc(nbytes))
 
     def free(self, address: int) -> None:
-        with self.here():
+        with self.current():
             self.runtime.free(address)
 
     def export(self, address: int) -> bytes:
-        with self.here():
+        with self.current():
             return _OWN.pack(os.getpid(), address) + bytes(self.runtime.ipcGetMemHandle(address))
 
     def open(self, handle: bytes, nbytes: int) -> int:
         process, address = _OWN.unpack_from(handle)
         if process == os.getpid():  # a handle opens only in other processes
             return int(address)
-        with self.here():
+        with self.current():
             opened = int(self.runtime.ipcOpenMemHandle(handle[_OWN.size :]))
         self._opened.add(opened)
         return opened
@@ -112,7 +112,7 @@ class CudaDevice:
     def close(self, address: int) -> None:
         if address in self._opened:  # else it is of this process
             self._opened.discard(address)
-            with self.here():
+            with self.current():
                 self.runtime.ipcCloseMemHandle(address)
 
     def tensor(self, address: int, nbytes: int, dtype: torch.dtype, owner: object) -> Tensor:
@@ -123,19 +123,19 @@ class CudaDevice:
             return flat.view(dtype)
 
     def register(self, address: int, nbytes: int) -> int:
-        with self.here():
+        with self.current():
             _checked(self.driver.cuMemHostRegister(address, nbytes, _MAPPED))
             return int(_checked(self.driver.cuMemHostGetDevicePointer(address, 0)))
 
     def unregister(self, address: int) -> None:
-        with self.here():
+        with self.current():
             _checked(self.driver.cuMemHostUnregister(address))
 
     def kernel(self, name: str) -> int:
         """The handle of a kernel, which is compiled if it never was."""
         found = self._kernels.get(name)
         if found is None:
-            with self.here():
+            with self.current():
                 module = _checked(self.driver.cuModuleLoadData(self._compiled(name)))
                 found = self._kernels[name] = int(_checked(self.driver.cuModuleGetFunction(module, name.encode())))
         return found
@@ -188,13 +188,13 @@ class _Stream:
 
     def __init__(self, device: CudaDevice) -> None:
         self._device = device
-        with device.here():
+        with device.current():
             self._own = device.cupy.cuda.Stream(non_blocking=True)
         self.handle = int(self._own.ptr)
         self.stream = torch.cuda.ExternalStream(self.handle, device=f"cuda:{device.index}")
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        with self._device.here():
+        with self._device.current():
             self._device.runtime.memcpyAsync(target, source, nbytes, _ANY_DIRECTION, self.handle)
 
     def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
@@ -204,17 +204,17 @@ class _Stream:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         blocks, threads = kernels.geometry(out.nbytes, device.processors)
         function = device.kernel(kernels.name_of(str(kernel.op.value), kernel.dtype))
-        with device.here():
+        with device.current():
             grid = (blocks, 1, 1, threads, 1, 1)
             launched = device.driver.cuLaunchKernel(function, *grid, 0, self.handle, ctypes.addressof(pointers), 0)
             _checked(launched)
 
     def set_flag(self, address: int, value: int) -> None:
-        with self._device.here():
+        with self._device.current():
             _checked(self._device.driver.cuStreamWriteValue32(self.handle, address, value, _FLAGS_OF_WRITE))
 
     def wait_flag(self, address: int, value: int) -> None:
-        with self._device.here():
+        with self._device.current():
             _checked(self._device.driver.cuStreamWaitValue32(self.handle, address, value, _FLAGS_OF_WAIT))
 
     def here(self) -> Event | None:
