@@ -45,8 +45,10 @@ def wrong_sums(comm: Communicator, count: int, seed: int) -> int:
     return wrong
 
 
-def slow(faults: Faults | None = None, slices: Slices | None = None) -> Callable[[int], FakeDevice]:
-    return lambda rank: FakeDevice(delay=(0.0005, rank), faults=faults, slices=slices)
+def slow(
+    faults: Faults | None = None, slices: Slices | None = None, seconds: float = 0.0005
+) -> Callable[[int], FakeDevice]:
+    return lambda rank: FakeDevice(delay=(seconds, rank), faults=faults, slices=slices)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -387,14 +389,8 @@ def main(count: int) -> None:
     draw, done, wrong = random.Random(0), 0, 0
     while done < count:
         size, seconds, seed = draw.randint(2, 5), draw.choice((0.0, 0.0002, 0.001)), draw.randrange(1 << 30)
-        wrong += max(
-            run_ranks(
-                lambda comm, seed=seed: wrong_sums(comm, 50, seed),  # type: ignore[misc]
-                size,
-                "cuda_ipc:fake",
-                driver=lambda rank, seconds=seconds: FakeDevice(delay=(seconds, rank)),  # type: ignore[misc]
-            )
-        )
+        sums = functools.partial(wrong_sums, count=50, seed=seed)
+        wrong += max(run_ranks(sums, size, "cuda_ipc:fake", driver=slow(seconds=seconds)))
         done += 50
     print(f"{done} all-reduces: {wrong} wrong")
 
