@@ -73,7 +73,7 @@ class Communicator(Operations):
         )
         self._devices: dict[torch.device, Communicator] = {}
         self._sides: list[Communicator] = []
-        self._runner = Runner(transport, self.config.timeout, name)
+        self._runner = Runner(transport, self.config.timeout, name, self.config.blocking)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
         if self.config.trace and name == "world":
@@ -163,13 +163,12 @@ class Communicator(Operations):
 
         Raises `TransportUnavailable`, on every rank, where one of them has no such device or cannot use it.
         """
-        if device.type != "cuda":
+        if device.type not in joining.DRIVERS:
             raise UnsupportedTensor(f"rank {self.rank}: expected tensors of the CPU or of CUDA, got them on {device}")
-        if device.index is None and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = joining.with_index(device)
         there = self._devices.get(device)
         if there is None:
-            there = self._devices[device] = self.on_device(lambda: joining.cuda_device(device), device)
+            there = self._devices[device] = self.on_device(lambda: joining.DRIVERS[device.type](device), device)
         return there
 
     def on_device(self, driver: Callable[[], Any], device: torch.device) -> Communicator:
@@ -181,6 +180,10 @@ class Communicator(Operations):
         self._children.add(there)
         self._sides.append(there)
         return there
+
+    def runner_on(self, device: torch.device) -> Runner:
+        """What runs the collectives on tensors of `device`. The first call for it is collective."""
+        return self._runner if device == self._planner.device else self._on(device)._runner
 
     # ------------------------------------------------------------------ properties, costs and traces
 
@@ -256,12 +259,12 @@ class Communicator(Operations):
     def for_purpose(self, purpose: str) -> Iterator[None]:
         """Calls that this thread makes within it only meet calls for the same `purpose` on other ranks: it is part of
         their contracts, and errors name it. One thread at a time."""
-        with self._runner.order:
-            self._runner.purpose = purpose
-            try:
-                yield
-            finally:
-                self._runner.purpose = ""
+        with contextlib.ExitStack() as restored:
+            for runner in (self._runner, *(there._runner for there in self._sides)):
+                restored.enter_context(runner.order)
+                runner.purpose = purpose
+                restored.callback(setattr, runner, "purpose", "")
+            yield
 
     # ------------------------------------------------------------------ ending
 

@@ -21,6 +21,7 @@ from ringred.data_parallel.arguments import BucketPlan
 from ringred.data_parallel.as_given import AsGiven
 from ringred.data_parallel.join import UnevenInputs, check_joinable
 from ringred.data_parallel.layout import Members, Settings
+from ringred.data_parallel.moving import moved
 from ringred.data_parallel.overlap import OverlapReport, forecast, report
 from ringred.data_parallel.policy import Policy, comm_hook
 from ringred.data_parallel.reducer import Reducer
@@ -102,7 +103,7 @@ class DistributedDataParallel(nn.Module):
         arguments.warn_of_ignored(check_reduction, forward_sync_buffers is not None and broadcast_buffers is not None)
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         named = [(name, p) for name, p in module.named_parameters() if name not in ignored]
-        arguments.check_parameters(named, device_ids, output_device)
+        self._inputs_to = arguments.check_parameters(named, device_ids, output_device)
         # broadcast_buffers=False leaves buffers alone at the start as well, as in torch.
         init_buffers = forward_sync_buffers is not None or broadcast_buffers is not False
         self.forward_sync_buffers = init_buffers if forward_sync_buffers is None else forward_sync_buffers
@@ -166,6 +167,7 @@ class DistributedDataParallel(nn.Module):
             "desync_check_every": self._desync_check_every,
             "forward_sync_buffers": self.forward_sync_buffers,
             "training": self.training,
+            "inputs_to": self._inputs_to,
         }
 
     # ------------------------------------------------------------------ forward
@@ -175,6 +177,8 @@ class DistributedDataParallel(nn.Module):
         tracer = self.comm.tracer
         with tracer.record("ddp", "forward") if tracer is not None else nullcontext():
             syncing, scale = self._before_forward()
+            if self._inputs_to is not None:
+                inputs, kwargs = moved(self._inputs_to, inputs, kwargs)
             with compiled_in_buckets(self.reducer.settings.caps[-1]):
                 outputs = self.module(*inputs, **kwargs)
             self._after_forward(outputs, syncing, scale)
@@ -206,7 +210,7 @@ class DistributedDataParallel(nn.Module):
                 self.check_desync()
         if copying:
             broadcast_tensors(self.comm, self._current_buffers(), root)
-        reducer.note_wait(time.monotonic_ns() - began)
+        reducer.clock.waited(time.monotonic_ns() - began)
         return syncing, scale
 
     @not_compiled(callees=True)
@@ -287,7 +291,7 @@ class DistributedDataParallel(nn.Module):
         state = [p for name, p in self.module.named_parameters() if name not in self.parameters_to_ignore]
         buffers = self._current_buffers() if self.forward_sync_buffers else []
         broadcast_tensors(self.comm, [*state, *buffers], uneven.last_root)
-        self.reducer.restart_clock()
+        self.reducer.clock.restart()
 
     def _scales(self, uneven: UnevenInputs) -> bool:
         """Whether gradients are divided by the number of ranks that have inputs, instead of all."""
@@ -353,7 +357,7 @@ class DistributedDataParallel(nn.Module):
         """Reports, for each bucket of the last synchronised backward, when it was full, when its reduction started and
         ended, and how long it ran after backward; and which `bucket_cap_mb` would hide more. Raises
         `RingredError` before the first synchronised backward."""
-        times = self.reducer.last
+        times = self.reducer.clock.last
         if times is None:
             raise RingredError(f"rank {self.comm.rank}: overlap_report: no synchronised backward was made yet")
         first = FIRST_BUCKET_BYTES if len(self.reducer.settings.caps) == 2 else None
@@ -364,7 +368,7 @@ class DistributedDataParallel(nn.Module):
 
     def straggler_report(self) -> StragglerReport:
         """Reports which rank the others waited for over the last iterations; the same on all ranks. Collective."""
-        return straggler_report(self.comm, self.reducer.arrivals)
+        return straggler_report(self.comm, self.reducer.clock.arrivals)
 
     @classmethod
     def _get_active_ddp_module(cls) -> Any:
@@ -384,7 +388,7 @@ def _again(module: nn.Module, state: dict[str, Any], comm: Communicator | None =
     nn.Module.__init__(model)
     model.process_group = comm
     model.comm = default_communicator(comm)
-    model.forward_sync_buffers = state["forward_sync_buffers"]
+    model.forward_sync_buffers, model._inputs_to = state["forward_sync_buffers"], state["inputs_to"]
     named = dict(module.named_parameters(remove_duplicate=False))
     trigger = None if state["trigger"] is None else named[state["trigger"]]
     parameters = tuple(named[name] for name in state["members"]["names"])

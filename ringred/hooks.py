@@ -46,7 +46,7 @@ def all_reduce_hook(comm: Communicator, bucket: dist.GradBucket) -> Future[Tenso
         model.register_comm_hook(ringred.init(), ringred.hooks.all_reduce_hook)
 
     Returns a future of the bucket's flat buffer, of which gradients are views; it fails as the
-    all-reduce does. `comm` must have the ranks of the model's process group, in their order. CPU tensors.
+    all-reduce does. `comm` must have the ranks of the model's process group, in their order.
     """
     gradients: Tensor = bucket.buffer()
     work = comm.all_reduce(gradients, ReduceOp.AVG, async_op=True)
@@ -75,7 +75,7 @@ class Half(Policy):
 
     def reduce(self, comm: Communicator, gradients: Gradients) -> Tensor:
         flat = _real(gradients.flat)
-        small = comm.empty(flat.numel(), self.dtype).copy_(flat)
+        small = comm.empty(flat.numel(), self.dtype, flat.device).copy_(flat)
         comm.all_reduce(small, ReduceOp.AVG)
         flat.copy_(small)
         return gradients.flat
@@ -99,20 +99,20 @@ class Int8(Policy):
         flat, block = _real(gradients.flat), self.block
         count = -(-flat.numel() // block)
         bounds = share_bounds(count, comm.size)
-        blocks = torch.zeros(count, block, dtype=torch.float32)
+        blocks = torch.zeros(count, block, dtype=torch.float32, device=flat.device)
         blocks.view(-1)[: flat.numel()] = flat
         values, scales = self._rounded("sent", gradients, blocks)
         outgoing = [_packed(values[lo:hi], scales[lo:hi]) for lo, hi in bounds]
         lo, hi = bounds[comm.rank]
         incoming = [torch.empty_like(outgoing[comm.rank]) for _ in range(comm.size)]
         comm.all_to_all(incoming, outgoing)
-        mean = torch.zeros(hi - lo, block, dtype=torch.float32)
+        mean = blocks.new_zeros(hi - lo, block)
         one = torch.empty_like(mean)
         for part in incoming:
             mean += dequantised(*_unpacked(part, block), out=one)
         mean /= comm.size
         values, scales = self._rounded("owned", gradients, mean)
-        gathered = [torch.empty((high - low) * (block + 4), dtype=torch.uint8) for low, high in bounds]
+        gathered = [incoming[0].new_empty((high - low) * (block + 4)) for low, high in bounds]
         comm.all_gather(gathered, _packed(values, scales))
         for part, (low, high) in zip(gathered, bounds, strict=True):
             dequantised(*_unpacked(part, block), out=blocks[low:high])
@@ -197,7 +197,8 @@ class PowerSGD(Policy):
 
         right = self.kept("right", gradients, left_out.new_empty(rank * sum(m.shape[1] for m, _ in matrices)))
         if not right.any():
-            right.normal_(generator=torch.Generator().manual_seed(gradients.number))  # the same on every rank
+            drawn = torch.empty(right.shape, dtype=right.dtype)  # the same on every rank, whatever its device
+            right.copy_(drawn.normal_(generator=torch.Generator().manual_seed(gradients.number)))
         rights = _factors(right, [matrix.shape[1] for matrix, _ in matrices], rank)
         first = left_out.new_empty(rank * sum(m.shape[0] for m, _ in matrices) + sum(v.numel() for v, _ in vectors))
         lefts = _factors(first, [matrix.shape[0] for matrix, _ in matrices], rank)

@@ -20,6 +20,7 @@ from ringred.data_parallel.policy import Policy
 from ringred.errors import UnknownAlgorithm, UnsupportedTensor
 from ringred.runtime.folds import ReduceOp, reduce_op
 from ringred.runtime.select import AUTOMATIC, RANK_ORDER
+from ringred.transports.cuda import joining
 
 __all__ = [
     "BucketPlan",
@@ -45,22 +46,30 @@ BucketPlan = Sequence[Sequence[str]]
 """The names of the parameters, bucket by bucket, in the order in which buckets are reduced."""
 
 
-def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, output_device: Any) -> None:
-    """Raises for parameters that cannot be reduced, and for device arguments, as torch does for CPU modules."""
+def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, output_device: Any) -> torch.device | None:
+    """The device that inputs are moved to; None if they stay where they are. Raises for parameters that cannot be
+    reduced, and for device arguments that do not fit them, as torch does."""
     if device_ids is not None and len(device_ids) > 1:
         raise ValueError("device_ids can only be None or contain a single element.")
+    where: torch.device | None = None
     for name, parameter in named:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise RuntimeError(
                 f"parameter {name!r} is uninitialized: run a dummy forward pass before wrapping the module"
             )
-        if parameter.device.type != "cpu":
-            raise UnsupportedTensor(f"parameter {name!r}: expected it on the CPU, got {parameter.device}")
-    if device_ids or output_device is not None:
+        where = where or parameter.device
+        if parameter.device != where or (where.type != "cpu" and where.type not in joining.DRIVERS):
+            expected = "on the CPU or a CUDA device" if parameter.device == where else f"on {where}, as those before"
+            raise UnsupportedTensor(f"parameter {name!r}: expected it {expected}, got {parameter.device}")
+    if (not device_ids and output_device is None) or where is None:
+        return None
+    asked = [torch.device(where.type, one) if isinstance(one, int) else torch.device(one) for one in device_ids or ()]
+    if where.type == "cpu" or any(one != where for one in asked):
         raise ValueError(
-            f"device_ids and output_device only work with GPU modules, but got device_ids {device_ids}, output_device "
-            f"{output_device}, and parameters on the CPU"
+            f"device_ids and output_device only work with GPU modules on that device, but got device_ids {device_ids}, "
+            f"output_device {output_device}, and parameters on {'the CPU' if where.type == 'cpu' else where}"
         )
+    return where if asked else None
 
 
 def check_supported(mixed_precision: Any, lazy_bucket_allocation: bool) -> None:

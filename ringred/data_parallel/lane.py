@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from ringred.communicator import Communicator
 from ringred.errors import CollectiveMismatch
 from ringred.runtime.work import Progress, Work
@@ -15,6 +17,7 @@ from ringred.runtime.work import Progress, Work
 __all__ = ["Lane"]
 
 T = TypeVar("T")
+_HOST = torch.device("cpu")
 
 
 class Lane:
@@ -31,23 +34,31 @@ class Lane:
         _threads.add(self._progress)
         weakref.finalize(self, _end, self._progress, self.comm)
 
-    def submit(self, job: Callable[[Communicator], T], purpose: str = "") -> Work[T]:
+    def submit(self, job: Callable[[Communicator], T], purpose: str = "", device: torch.device = _HOST) -> Work[T]:
         """Runs `job` on the lane's communicator, after all jobs submitted before. If it raises, other ranks raise too.
 
-        `purpose` is as in `Communicator.for_purpose`.
+        `purpose` is as in `Communicator.for_purpose`. Its tensors are on `device`: what the job and torch do there
+        comes after what the program has enqueued by now, and the program goes on with the tensor that it returns.
         """
         comm = self.comm
+        runner = comm.runner_on(device)
+        ready = runner.here()
         work: Work[T] = Work(self._name)
 
         def done() -> T:
             try:
-                with comm.for_purpose(purpose):
-                    return job(comm)
+                with comm.for_purpose(purpose), runner.following(ready) as began:
+                    made = job(comm)
+                work.rest = runner.rest_of_job(ready, began, made, job)
+                return made
             except BaseException as failure:
                 comm.abort(failure)  # peers may be waiting in collectives that this rank will not reach
                 raise
 
-        self._progress.submit(lambda: work.finish(done))
+        if comm.size == 1 and device != _HOST:
+            work.finish(done)  # on the program's own stream
+        else:
+            self._progress.submit(lambda: work.finish(done))
         return work
 
 

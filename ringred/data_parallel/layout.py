@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -133,7 +134,10 @@ class Layout:
             SparseBucket(indices[0], parameters[indices[0]])
             if indices[0] in sparse
             else Bucket(
-                indices, parameters, self.comm.empty, copier(sum(parameters[index].nbytes for index in indices))
+                indices,
+                parameters,
+                partial(self.comm.empty, device=parameters[indices[0]].device),
+                copier(sum(parameters[index].nbytes for index in indices)),
             )
             for indices in plan
         ]
@@ -143,7 +147,7 @@ class Layout:
         self.delayed = [number for number, indices in enumerate(plan) if indices[0] in self.members.delayed]
         if self.shares is not None:
             self.shares.extend(
-                Share(share_bounds(bucket.flat.numel(), self.comm.size), self.comm.rank, bucket.flat.dtype)
+                Share(share_bounds(bucket.flat.numel(), self.comm.size), self.comm.rank, bucket.flat)
                 for bucket in self.buckets
                 if isinstance(bucket, Bucket)
             )

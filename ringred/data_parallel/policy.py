@@ -77,7 +77,7 @@ class Policy:
                     f"{type(failure).__name__}: {failure}"
                 ) from failure
 
-        return self._lane.submit(job, purpose)
+        return self._lane.submit(job, purpose, gradients.flat.device)
 
     @property
     def counters(self) -> Counters:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,16 +13,14 @@ from ringred.buckets import Bucket, SparseBucket
 from ringred.communicator import Communicator
 from ringred.data_parallel.autograd_hooks import at_the_end_of_backward, register, weakly
 from ringred.data_parallel.backward import Backward, Forward
+from ringred.data_parallel.clock import Clock
 from ringred.data_parallel.graph import leaves_behind, tensors_in
 from ringred.data_parallel.layout import Layout, Members, Settings
-from ringred.data_parallel.overlap import BackwardTimes, trace
 from ringred.data_parallel.policy import Policy
 from ringred.data_parallel.reductions import CommHook, Nothing, Share
 from ringred.runtime.folds import ReduceOp
 
 __all__ = ["Reducer"]
-
-_ARRIVALS = 1000  # backward passes whose arrival times are kept
 
 
 class Reducer:
@@ -47,10 +43,7 @@ class Reducer:
         self.comm, self.members, self.settings, self.name = comm, members, settings, name
         self.layout = Layout(comm, members, settings, plan)
         self.rebuilt = plan is not None or (settings.find_unused and not settings.static_graph)
-        self.arrivals: deque[float] = deque(maxlen=_ARRIVALS)
-        """For each of the last backwards: seconds from the end of the previous backward's reductions until the last
-        bucket was full, without the time that forward spent in collectives."""
-        self.last: BackwardTimes | None = None
+        self.clock = Clock(comm.runner_on(members.parameters[0].device).here)
         self._reduced = False  # whether a backward was reduced yet, by `shadow` or not
         self._began = 0  # number of backwards so far, those of `shadow` included
         delayed = set(members.delayed)
@@ -65,7 +58,6 @@ class Reducer:
         self._pass: Backward | None = None
         self._open = False  # whether a backward that passed through outputs of forward is running
         self._presumed_unused: frozenset[int] = frozenset()
-        self._began_ns = self._forward_ended_ns = self._waited_ns = self._free_ns = 0
         hooks = [
             (parameter, weakly(self, Reducer.on_delayed if at in delayed else Reducer.on_gradient, at))
             for at, parameter in enumerate(members.parameters)
@@ -115,7 +107,7 @@ class Reducer:
             ]
         self._open, self._presumed_unused = False, frozenset()
         self._pass = self._new_backward(forward)
-        self._began_ns, self._forward_ended_ns = 0, time.monotonic_ns()
+        self.clock.forward_ended()
         on_backward = weakly(self, Reducer.on_backward, forward)
         for tensor in tensors:
             if tensor.requires_grad and tensor.grad_fn is not None:
@@ -142,8 +134,7 @@ class Reducer:
 
     def on_backward(self, forward: Forward) -> None:
         """Called when a backward reaches an output of a synchronised forward."""
-        if not self._began_ns:
-            self._began_ns = time.monotonic_ns()
+        self.clock.backward_began()
         now = self._pass
         if now is not None and now.forward is not forward:
             if (now.touched or self._open) and now.forward.scale is not forward.scale:
@@ -279,7 +270,7 @@ class Reducer:
 
     def finish(self) -> None:
         """Runs at the end of the backward in which the last bucket was full."""
-        ended_ns = time.monotonic_ns()
+        ended = self.clock.ended()
         now, self._pass = self._pass, None
         assert now is not None, "a backward that ends has begun"
         now.wait()
@@ -291,7 +282,7 @@ class Reducer:
             self._recording = False
             delayed = self.members.delayed
             self._unused_always = [at for at, firings in enumerate(self._firings) if not firings and at not in delayed]
-        self._note_times(now, ended_ns)
+        self._note_times(now, ended)
         self._used.clear()
         now.raise_non_finite()
         now.hand_out(self._used_always if now.used_somewhere is None else now.used_somewhere)
@@ -304,39 +295,17 @@ class Reducer:
         if self.settings.static_graph and self._used_always is None:
             self._used_always = now.used_somewhere
 
-    def _note_times(self, now: Backward, ended_ns: int) -> None:
-        if self._free_ns:
-            self.arrivals.append((max(now.full_ns) - self._free_ns - self._waited_ns) / 1e9)
-        self._free_ns, self._waited_ns = max(work.ended_ns for work in now.works), 0
+    def _note_times(self, now: Backward, ended: tuple[int, Any]) -> None:
         buckets = self.layout.buckets
-        # Only numbers are kept: the buckets and works would keep memory alive after new ones have replaced them.
-        self.last = BackwardTimes(
-            began_ns=self._began_ns or self._forward_ended_ns,
-            ended_ns=ended_ns,
-            ready_ns=now.ready_ns,
-            full_ns=now.full_ns,
-            started_ns=[work.started_ns for work in now.works],
-            done_ns=[work.ended_ns for work in now.works],
-            nbytes=[bucket.nbytes for bucket in buckets],
-            parameters=[len(bucket.indices) for bucket in buckets],
-            algorithms=[
-                "skipped" if isinstance(work, Nothing) else self.layout.reduction(at, self.settings.op).algorithm
-                for at, work in enumerate(now.works)
-            ],
-        )
-        if self.comm.tracer is not None:
-            trace(self.last, self.comm.tracer)
+        algorithms = [
+            "skipped" if isinstance(work, Nothing) else self.layout.reduction(at, self.settings.op).algorithm
+            for at, work in enumerate(now.works)
+        ]
+        sizes = [bucket.nbytes for bucket in buckets], [len(bucket.indices) for bucket in buckets]
+        self.clock.note(ended, now.ready_ns, now.full_ns, now.works, (*sizes, algorithms))
+        self.clock.trace(self.comm.tracer)
 
     # ------------------------------------------------------------------ between two backwards
-
-    def restart_clock(self) -> None:
-        """Forgets the arrival times: within `join` the ranks did not all do the same work."""
-        self.arrivals.clear()
-        self._free_ns = self._waited_ns = 0
-
-    def note_wait(self, nanoseconds: int) -> None:
-        """Adds time that forward spent in collectives, which does not count as this rank's own time."""
-        self._waited_ns += nanoseconds
 
     def rebuild(self) -> None:
         """Lays the buckets out anew, once, in the order in which rank 0's first gradients became ready."""
@@ -379,7 +348,7 @@ class Reducer:
         return self.layout.shard(plan)
 
     def _expect_fresh(self, what: str) -> None:
-        if self.last is not None or (self._pass is not None and self._pass.touched):
+        if self.clock.noted or (self._pass is not None and self._pass.touched):
             raise RuntimeError(f"rank {self.comm.rank}: {what} before the first backward, or not at all")
 
     def shadow(self, scaled: bool) -> None:

@@ -41,7 +41,10 @@ class InFlight(Protocol):
     """A reduction that was started; times are of `time.monotonic_ns`."""
 
     started_ns: int
-    ended_ns: int
+
+    @property
+    def ended_ns(self) -> int:
+        """When it was done."""
 
     def wait(self) -> Any:
         """Returns once the bucket holds the result; raises what the reduction failed with."""
@@ -135,6 +138,11 @@ class _ByPolicy:
         self._work, self._flat = work, flat
         self.started_ns = self.ended_ns = 0
 
+    @property
+    def rest(self) -> Any:
+        """As of `Work`."""
+        return self._work.rest
+
     def wait(self) -> None:
         result = self._work.wait()
         self.started_ns, self.ended_ns = self._work.started_ns, self._work.ended_ns
@@ -173,13 +181,13 @@ class _Hooked:
 
 class Share:
     """This rank's share of a bucket whose result is split over the ranks. `bounds[r]` is the (begin, end) of rank r's
-    share, and `gradient` the reduced gradient of this rank's. `holds` is whether `gradient` is valid, so that the next
-    result is added to it."""
+    share, and `gradient` the reduced gradient of this rank's, where the bucket's `flat` is. `holds` is whether it is
+    valid, so that the next result is added to it."""
 
-    def __init__(self, bounds: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, bounds: Sequence[tuple[int, int]], rank: int, flat: Tensor) -> None:
         self.bounds = list(bounds)
         self.own = self.bounds[rank]
-        self.gradient = torch.zeros(self.own[1] - self.own[0], dtype=dtype)
+        self.gradient = flat.new_zeros(self.own[1] - self.own[0])
         self.holds = False
 
 
@@ -221,6 +229,11 @@ class _Scattering:
         self._work, self._share, self._before = work, share, before
         self.started_ns = self.ended_ns = 0
 
+    @property
+    def rest(self) -> Any:
+        """As of `Work`."""
+        return self._work.rest
+
     def wait(self) -> None:
         self._work.wait()
         self.started_ns, self.ended_ns = self._work.started_ns, self._work.ended_ns
@@ -241,11 +254,12 @@ class SparseReduction:
     def start(self, purpose: str) -> InFlight:
         bucket, op = self._bucket, self._op
 
-        def job(comm: Communicator) -> None:
+        def job(comm: Communicator) -> Tensor:
             assert bucket.gradient is not None, "a bucket is full when its reduction starts"
             bucket.gradient = _sum_rows(comm, bucket.gradient, op)
+            return bucket.gradient
 
-        return self._lane.submit(job, purpose)
+        return self._lane.submit(job, purpose, bucket.values.device)
 
 
 def _sum_rows(comm: Communicator, gradient: Tensor, op: ReduceOp) -> Tensor:

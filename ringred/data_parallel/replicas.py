@@ -23,7 +23,7 @@ def _describe(module: nn.Module, ignored: set[str]) -> list[str]:
     named: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in module.named_parameters()]
     named += [("buffer", *item) for item in module.named_buffers()]
     return [
-        f"{kind} {name!r}: {list(t.shape)}, strides {list(t.stride())}, {t.dtype}"
+        f"{kind} {name!r}: {list(t.shape)}, strides {list(t.stride())}, {t.dtype}, on {t.device.type}"
         f"{'' if t.requires_grad else ', requires no gradient'}"
         for kind, name, t in named
         if name not in ignored
@@ -59,7 +59,7 @@ def check_same_values(comm: Communicator, names: Sequence[str], tensors: Sequenc
     """Raises `ReplicasDiverged` on every rank if `tensors` differ between ranks in a single bit, naming the first one
     that does and the ranks. Collective."""
     table = torch.empty(comm.size * 2 * len(tensors), dtype=torch.int64)
-    comm.all_gather(table, torch.stack([_checksum(tensor) for tensor in tensors]).view(-1))
+    comm.all_gather(table, torch.stack([_checksum(tensor).cpu() for tensor in tensors]).view(-1))
     rows = table.view(comm.size, len(tensors), 2)
     differs = (rows != rows[0]).flatten(2).any(2).any(0)
     if not differs.any():
@@ -93,11 +93,11 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 
 def _weighted(sums: Tensor) -> Tensor:
-    return (sums * torch.arange(1, sums.numel() + 1)).sum()
+    return (sums * torch.arange(1, sums.numel() + 1, device=sums.device)).sum()
 
 
 def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 0) -> None:
-    """Copies the tensors of rank `src` to all ranks, those of one dtype together."""
+    """Copies the tensors of rank `src` to all ranks, those of one dtype and device together."""
     for part, flat in _coalesced(comm, tensors):
         comm.broadcast(flat, src)
         if comm.rank != src:
@@ -105,18 +105,18 @@ def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 
 
 
 def average_tensors(comm: Communicator, tensors: Sequence[Tensor]) -> None:
-    """Replaces the tensors by their mean over all ranks; tensors of one dtype are reduced together."""
+    """Replaces the tensors by their mean over all ranks; those of one dtype and device are reduced together."""
     for part, flat in _coalesced(comm, tensors):
         comm.all_reduce(flat, ReduceOp.AVG)
         _write_back(part, flat)
 
 
 def _coalesced(comm: Communicator, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yields tensors of one dtype with a flat copy of them; yields nothing if there is only one rank."""
-    groups: dict[torch.dtype, list[Tensor]] = {}
+    """Yields tensors of one dtype and device with a flat copy of them; yields nothing if there is only one rank."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors if comm.size > 1 else ():
         # `.data`, as in torch: writing to it does not invalidate tensors that autograd has saved for a backward.
-        groups.setdefault(tensor.dtype, []).append(tensor.data)
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.data)
     for together in groups.values():
         for part in _parts(together, _COALESCED_BYTES):
             yield part, torch.cat([tensor.reshape(-1) for tensor in part])

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all ranks, on CPUs, where torch's SyncBatchNorm does not work."""
+"""Batch normalisation over the batches of all ranks, on CPUs too, where torch's SyncBatchNorm does not work."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         normalise: Any = _Normalise.apply
         output, mean, variance, count = normalise(input, self.weight, self.bias, self.eps, self.comm)
         if self.running_mean is not None:
-            self._track(mean, variance, int(count))
+            self._track(mean, variance, count)
         result: Tensor = output
         return result
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         assert self.running_mean is not None, "statistics are tracked"
         assert self.running_var is not None, "statistics are tracked"
         assert self.num_batches_tracked is not None, "statistics are tracked"
@@ -133,7 +133,7 @@ class _Normalise(torch.autograd.Function):
         rows = table.view(comm.size, -1)
         means, squares, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
         count = counts.sum()
-        if count < 2:
+        if own < 2 and count < 2:  # in this order: to look at `count` is to wait for the device
             raise ValueError(f"SyncBatchNorm: expected more than 1 value per channel in training, got {int(count)}")
         mean = (means * counts).sum(0) / count
         variance = (squares.sum(0) + ((means - mean).square() * counts).sum(0)) / count

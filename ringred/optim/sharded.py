@@ -48,7 +48,7 @@ class _Shard:
     def state(self, name: str, like: Tensor) -> Tensor:
         """This rank's share of the optimizer state `name`, one value per element; zeros where there is none."""
         lo, hi = self.share.own
-        own = torch.zeros(hi - lo, dtype=like.dtype)
+        own = torch.zeros(hi - lo, dtype=like.dtype, device=self.flat.device)
         for piece, (_, first, last) in zip(self.pieces, self.spans, strict=True):
             assert self.optimizer is not None, "there is one where there are pieces"
             value = self.optimizer.state[piece].get(name)
@@ -148,7 +148,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _moved(self, bucket: Bucket) -> Tensor:
         """Moves the parameters of `bucket` into one flat tensor, to the places that their gradients have there."""
         members = self.model.reducer.members
-        flat = self.comm.empty(bucket.flat.numel(), bucket.flat.dtype)
+        flat = self.comm.empty(bucket.flat.numel(), bucket.flat.dtype, bucket.flat.device)
         for index, view in zip(bucket.indices, bucket.views_in(flat), strict=True):
             view.copy_(members.parameters[index].detach())
             members.parameters[index].data = view
@@ -212,7 +212,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         held = [shard.share.gradient for shard in self._shards if shard.share.holds]
         for gradient in held:
             real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-            squares += torch.linalg.vector_norm(real, dtype=torch.float64).square()
+            squares += torch.linalg.vector_norm(real, dtype=torch.float64).square().cpu()
         self.comm.all_reduce(squares)
         norm = squares.sqrt().squeeze(0)
         coefficient = min(1.0, max_norm / (norm.item() + 1e-6))
@@ -278,7 +278,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     continue
                 for index, view in zip(shard.bucket.indices, shard.bucket.views_in(torch.cat(parts)), strict=True):
                     if self._group_of_place[index] in kinds and view.numel():
-                        value = view.clone() if like.dim() else view.flatten()[0].clone()
+                        value = view.clone() if like.dim() else view.flatten()[0].to(like.device, copy=True)
                         state.setdefault(place[id(parameters[index])], {})[name] = value
         if self.comm.rank != dst:
             return None
@@ -301,14 +301,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             held = [state.get(place[id(parameters[index])], {}) for index in indices]
             for name in {name for each in held for name, value in each.items() if isinstance(value, Tensor)}:
                 like = next(each[name] for each in held if name in each)
-                whole = torch.zeros(shard.flat.numel(), dtype=like.dtype)
+                whole = torch.zeros(shard.flat.numel(), dtype=like.dtype, device=shard.flat.device)
                 for view, each in zip(shard.bucket.views_in(whole), held, strict=True):
                     if name in each:
                         view.copy_(each[name])
-                for piece, (_, first, last) in zip(shard.pieces, shard.spans, strict=True):
+                for piece, (number, first, last) in zip(shard.pieces, shard.spans, strict=True):
                     assert shard.optimizer is not None, "there is one where there are pieces"
                     part = whole[first:last].clone()
-                    shard.optimizer.state[piece][name] = part if like.dim() else part[0].clone()
+                    if not like.dim():
+                        own = self.param_groups[number]
+                        # As in torch, counts of steps stay on the host, unless the optimizer wants them on the device.
+                        part = part[0] if own.get("capturable") or own.get("fused") else part[0].cpu()
+                    shard.optimizer.state[piece][name] = part
         for group, options in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in options.items() if name != "params"})
         self._stepped = True
@@ -340,7 +344,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         parameter group. The result is the same on all ranks, also on those without a piece of `shard`."""
         found: dict[str, dict[int, Tensor]] = {}
         for group in sorted({self._group_of_place[index] for index in shard.bucket.indices}) if self._stepped else ():
-            trial = nn.Parameter(torch.zeros(1, dtype=shard.flat.dtype))
+            trial = nn.Parameter(torch.zeros(1, dtype=shard.flat.dtype, device=shard.flat.device))
             trial.grad = torch.zeros_like(trial)
             optimizer = self._kind([{"params": [trial], **self._options(group)}], **self._defaults)
             optimizer.step()

@@ -103,7 +103,8 @@ def bind(
 def run(
     plan: Plan, transport: Transport, contract: int, turn: int, timeout_ns: int, tracer: Tracer | None = None
 ) -> None:
-    """Runs `plan` over `transport` as the collective `contract`, see `Transport.begin`, in at most `timeout_ns`.
+    """Runs `plan` over `transport` as the collective `contract`, see `Transport.begin`, in at most `timeout_ns`. With a
+    queue, all is enqueued then, and not done.
 
     Raises `Fault` like `Transport.wait`; after that the transport is unusable.
     """
@@ -159,8 +160,6 @@ def run(
             queue.copy(operation[1], operation[2])
         else:
             operation[1].copy_(operation[2])
-    if queue is not None:
-        transport.passed(deadline)
 
 
 def _played(plan: Plan, player: Player, contract: int, timeout_ns: int, tracer: Tracer | None) -> bool:

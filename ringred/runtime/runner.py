@@ -8,16 +8,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ringred.errors import CollectiveMismatch, PeerFailed, RingredError
 from ringred.runtime import tensors
 from ringred.runtime.calls import Call, Native, Post, Prepared
+from ringred.runtime.enqueued import Doing, Enqueued
 from ringred.runtime.executor import Plan, run
 from ringred.runtime.failures import RAISED, Report, diagnose
 from ringred.runtime.trace import Tracer
@@ -40,34 +41,32 @@ _62_BITS = (1 << 62) - 1
 _LONGEST_NS = 1 << 61
 
 
-class _OneWay(NamedTuple):
-    """A collective that this rank has done, perhaps before others began it."""
-
-    number: int
-    text: str
-    site: str
-
-
 class Runner:
-    """Puts the calls of a communicator in one order, and runs one at a time; each may take `timeout` seconds."""
+    """Puts the calls of a communicator in one order, and runs one at a time; each may take `timeout` seconds.
 
-    def __init__(self, transport: Transport, timeout: float, name: str) -> None:
+    On a device a call is done once it is enqueued, if the program goes on there too, and is watched from then on by a
+    thread of its own. `blocking` makes the host wait for the device instead.
+    """
+
+    def __init__(self, transport: Transport, timeout: float, name: str, blocking: bool = False) -> None:
         self.transport = transport
         self.set_timeout(timeout)
         self._attempt = None if transport.player is None else transport.player.attempt
-        self._queue = transport.queue
+        self._queue, self._blocking = transport.queue, blocking
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
         self.closed = False
         self.purpose = ""  # the purpose of the calls that are launched from now on, see `Call.for_purpose`
         self.order = threading.RLock()
         self._progress = Progress(f"ringred-{name}-{self.rank}")
+        self._watch = Progress(f"ringred-watch-{name}-{self.rank}")
+        self._failing = threading.Lock()
         self._sequence = 0
         self._pair_sequence: dict[tuple[int, int], int] = {}
         self._outgoing: deque[list[Request]] = deque()
         self._started: deque[Work[None]] = deque()  # to find those that failed while nobody waited for them
         self._current: tuple[int, Call, str | FrameType, bool] | None = None
-        self._one_way: deque[_OneWay] = deque(maxlen=_ONE_WAY)  # since the last collective that all ranks had begun
+        self._one_way: deque[Doing] = deque(maxlen=_ONE_WAY)  # done perhaps before others began, since all last had
         self._failure: RingredError | None = None
 
     def set_timeout(self, seconds: float) -> None:
@@ -94,17 +93,19 @@ class Runner:
                 raise RingredError(
                     f"rank {self.rank}: {call.text}: called in the middle of {self._doing()[1]}, from a signal handler?"
                 )
+            point = self.here()
             number = self._next(pair)
-            point = None if self._queue is None else self._queue.here()
             if not async_op and self._progress.idle():
-                self._run(prepared, number, sys._getframe(1), point=point)
+                rest = self._run(prepared, number, sys._getframe(1), point=point)
+                if rest is not None:
+                    rest.wait(None)
                 return None
             site = _call_site(sys._getframe(1))
+            work: Work[None] = Work(f"rank {self.rank}: {_numbered(prepared.call, number)} at {site}")
 
             def job(held: object = tensors.holding(holding)) -> None:
-                self._run(prepared, number, site, point=point)
+                work.rest = self._run(prepared, number, site, point=point, held=held)
 
-            work: Work[None] = Work(f"rank {self.rank}: {_numbered(prepared.call, number)} at {site}")
             if self.size == 1:  # nobody to wait for; and on a device the caller's stream orders it
                 work.finish(job)
                 return work
@@ -160,13 +161,15 @@ class Runner:
         """Remembers that a collective was done, perhaps before others began it, or that all have come so far."""
         if prepared.one_way:
             if sent:
-                self._one_way.append(_OneWay(*self._doing()))
+                self._one_way.append(self._doing())
         elif self._one_way and prepared.pair is None:
             self._one_way.clear()
 
     def abort(self, cause: BaseException) -> None:
         """Tells every rank that this one failed with `cause` and takes no further part."""
-        if self._failure is None and not self.closed:
+        with self._failing:  # who raises lets tensors go, which the device may use until it is drained
+            if self._failure is not None or self.closed:
+                return
             self._failure = PeerFailed(f"rank {self.rank}: gave this communicator up after {cause!r}")
             number, call, site = self._doing()
             what = f"{type(cause).__name__}: {cause}"[:1000]
@@ -183,6 +186,7 @@ class Runner:
                 return
             self.closed = True
         self._progress.close()
+        self._watch.close()
         mismatch: CollectiveMismatch | None = None
         if self._failure is None:
             with contextlib.suppress(Fault):  # it is no error of this rank if a peer no longer receives
@@ -218,6 +222,8 @@ class Runner:
         deadline = self._deadline()
         for request in requests:
             self.transport.wait(request, deadline)
+        if self._queue is not None:
+            self.transport.passed(self._queue.record(), deadline)
 
     def _refuse(self, call: Call) -> None:
         where = f"rank {self.rank}: {call.text}"
@@ -227,14 +233,15 @@ class Runner:
             f"{where}: this communicator is unusable since an earlier failure: {self._failure}"
         ) from self._failure
 
-    def _doing(self) -> tuple[int, str, str]:
-        """The number, the text and the place in the user's program of the call that is under way."""
+    def _doing(self) -> Doing:
+        """The call that is under way."""
         if self._current is None:
-            return self._sequence, "no collective", ""
+            return Doing(self._sequence, "no collective", "")
         number, call, site, of_a_pair = self._current
         text = _numbered(call, number)
         # All ranks count collectives in the same way; a call between two ranks gets the number of the last collective.
-        return (self._sequence if of_a_pair else number), text, site if isinstance(site, str) else _call_site(site)
+        turn = self._sequence if of_a_pair else number
+        return Doing(turn, text, site if isinstance(site, str) else _call_site(site))
 
     def _run(
         self,
@@ -243,25 +250,30 @@ class Runner:
         site: str | FrameType,
         began_ns: int | None = None,
         point: Any = None,
-    ) -> None:
+        held: object = None,
+    ) -> Enqueued | None:
+        """Runs a call; on a device, after `point`. Returns what the device has still to do."""
         call, of_a_pair = prepared.call, prepared.pair is not None
         if self._failure is not None:
             self._refuse(call)
         self._current = (number, call, site, of_a_pair)
         sent = self.transport.counters.messages_sent if prepared.one_way else 0
         began = time.monotonic() if began_ns is None else began_ns / 1e9
+        rest: Enqueued | None = None
         try:
-            with contextlib.nullcontext() if self._queue is None else self._queue.following(point):
+            with self.following(point) as begun:
+                if prepared.fill or prepared.scaled is not None:
+                    self._torch_follows()
                 for target, source in prepared.fill:
                     target.copy_(source)
                 self._play(prepared, contract(call.digest, number), -1 if of_a_pair else number)
+                if prepared.back:
+                    self._torch_follows()
                 for target, source in prepared.back:
                     target.copy_(source)
-                if prepared.back:
-                    self.transport.passed(self._deadline())
+            rest = self.rest(point, begun, began + self.timeout_ns / 1e9, self._doing(), (prepared, held))
         except Fault as fault:
-            self._failure = self._diagnosed(fault, time.monotonic() - began)
-            raise self._failure from fault
+            raise self._failed(fault, time.monotonic() - began, self._doing()) from fault
         except RingredError:
             raise
         except BaseException as failure:
@@ -274,6 +286,57 @@ class Runner:
                 self.tracer.span("collective", text, int(began * 1e9), time.monotonic_ns(), site=where)
         finally:
             self._current = None
+        return rest
+
+    # ------------------------------------------------------------------ on a device
+
+    def here(self) -> Any:
+        """The point of the calling thread's program, for `following`."""
+        return None if self._queue is None else self._queue.here()
+
+    @contextlib.contextmanager
+    def following(self, point: Any) -> Iterator[Any]:
+        """What is done within it comes after `point`; gives the point of the queue at which it begins."""
+        if self._queue is None:
+            yield None
+            return
+        with self._queue.following(point):
+            yield self._queue.record()
+
+    def rest(self, ready: Any, began: Any, deadline: float, doing: Doing, held: object) -> Enqueued | None:
+        """What the device has still to do of all that was enqueued, watched from now on; see `Enqueued`."""
+        if self._queue is None:
+            return None
+        precede = None if self._blocking else self._queue.precede
+        rest = Enqueued(ready, began, self._queue.record(), deadline, doing, precede, held)
+        self._watch.submit(lambda: self._watched(rest))
+        return rest
+
+    def rest_of_job(self, ready: Any, began: Any, made: object, job: object) -> Enqueued | None:
+        """As `rest`, for a job of calls and torch's own operations that ran within `following(ready)`, and made the
+        tensor `made`, or None."""
+        if self._queue is not None and isinstance(made, torch.Tensor):
+            self._queue.share(made, ready)
+        return self.rest(ready, began, self._deadline(), self._doing(), (job, made))
+
+    def _torch_follows(self) -> None:
+        """From here on torch's operations come after what is in the queue."""
+        if self._queue is not None and not self._queue.precede(point := self._queue.record()):
+            self.transport.passed(point, self._deadline())
+
+    def _watched(self, rest: Enqueued) -> None:
+        """Returns once a device has done the rest of a call, or that failed."""
+        failure: BaseException | None = None
+        try:
+            self.transport.passed(rest.point, rest.deadline)
+            failure = self._failure  # then the stream did not wait for what it should have
+        except Fault as fault:
+            failure = self._failed(fault, self.timeout_ns / 1e9 - (rest.deadline - time.monotonic()), rest.doing)
+            failure.__cause__ = fault
+        except BaseException as failed:
+            failure = failed
+            self.abort(failed)
+        rest.end(failure)
 
     def _play(self, prepared: Prepared, contract: int, turn: int) -> None:
         plan = prepared.plan
@@ -289,23 +352,29 @@ class Runner:
             native.native_all_reduce(plan.tensor, plan.op.value, self._deadline())
         elif isinstance(plan, Post):
             self._outgoing.append([self.transport.isend(plan.peer, part) for part in plan.parts])
-            self.transport.passed(self._deadline())
             if len(self._outgoing) > _OUTGOING:
                 self._wait_sent(self._outgoing.popleft())
 
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout_ns / 1e9
 
-    def _diagnosed(self, fault: Fault, waited: float) -> RingredError:
+    def _failed(self, fault: Fault, waited: float, doing: Doing) -> RingredError:
+        """The exception for a fault, after which nothing can be called any more; of two threads' faults, the first."""
+        with self._failing:
+            if self._failure is None:
+                self._failure = self._diagnosed(fault, waited, doing)
+            return self._failure
+
+    def _diagnosed(self, fault: Fault, waited: float, doing: Doing | None = None) -> RingredError:
         """Publishes this rank's report, reads those of the other ranks and combines them into one exception."""
-        number, call, site = self._doing()
+        number, call, site = doing or self._doing()
         if self._one_way:
             # Peers fail in the first collective that they see differently; this rank may have left that one.
             patience = _SHORT_WAIT if fault.kind == FaultKind.MISMATCH else 0.0  # whoever sees it too says so at once
             said = self.transport.reports(patience).values()
             heard = [report for report in map(Report.load, said) if report is not None]
             turns = {report.number for report in heard}
-            last = self._one_way[-1] if self._current is None else (number, call, site)
+            last = self._one_way[-1] if doing is None else doing
             number, call, site = next((done for done in self._one_way if done.number in turns), last)
         mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, fault.detail[:1000])
         self.transport.abort(mine.dump())

@@ -16,6 +16,7 @@ from ringred.errors import UnsupportedTensor
 from ringred.runtime.calls import Copies
 from ringred.runtime.folds import SUPPORTED, ReduceOp, check_dtype
 from ringred.runtime.select import share_bounds
+from ringred.transports.cuda import joining
 
 __all__ = [
     "Flat",
@@ -81,7 +82,7 @@ def flat(where: str, tensor: Tensor, op: ReduceOp | None, *, fill: bool = True, 
         raise UnsupportedTensor(f"{where}: expected a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise UnsupportedTensor(f"{where}: expected a dense (strided) tensor, got layout {tensor.layout}")
-    if tensor.device.type not in ("cpu", "cuda"):
+    if tensor.device.type != "cpu" and tensor.device.type not in joining.DRIVERS:
         raise UnsupportedTensor(f"{where}: expected a tensor of the CPU or of CUDA, got one on {tensor.device}")
     if tensor.numel() and (tensor._is_zerotensor() or not tensor.data_ptr()):
         raise UnsupportedTensor(f"{where}: expected a tensor with memory, got one without")

@@ -8,13 +8,28 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ringred.errors import CollectiveTimeout
 
-__all__ = ["Progress", "Work"]
+__all__ = ["Progress", "Rest", "Work"]
 
 T = TypeVar("T")
+
+
+class Rest(Protocol):
+    """What a device has still to do of a work when its host has done its part."""
+
+    failure: BaseException | None
+    ended_ns: int
+    """When it was seen to be done, of time.monotonic_ns."""
+
+    def done(self) -> bool:
+        """Whether it did it, or failed; never blocks."""
+
+    def wait(self, timeout: float | None) -> bool:
+        """Makes what the calling thread's program does next come after it; False if that took `timeout` seconds. Raises
+        its failure, as far as it is known."""
 
 
 class Work(Generic[T]):
@@ -24,15 +39,25 @@ class Work(Generic[T]):
         self._future: Future[T] = Future()
         self._description = description
         self._heard = False
-        self.started_ns = self.ended_ns = 0  # times of time.monotonic_ns, taken on the progress thread
+        self.rest: Rest | None = None  # set before the host's part is done
+        self.started_ns = self._ended_ns = 0  # times of time.monotonic_ns, taken on the progress thread
 
     def wait(self, timeout: float | None = None) -> T:
         """Blocks until done and returns the result; raises the collective's exception, or `CollectiveTimeout`
-        after `timeout` seconds, with the collective still in flight."""
+        after `timeout` seconds, with the collective still in flight.
+
+        For tensors of a CUDA device it blocks only until all is enqueued: what the program enqueues next, on the
+        stream that is current here, comes after the collective.
+        """
+        began = time.monotonic()
         try:
             outcome = self._future.result(timeout)
+            if self.rest is not None:
+                left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+                if not self.rest.wait(left):
+                    raise FutureTimeout
         except FutureTimeout:
-            if not self._future.done():
+            if not self.is_completed():
                 raise CollectiveTimeout(f"{self._description}: not done after waiting {timeout:g} s") from None
             self._heard = True
             raise
@@ -48,15 +73,18 @@ class Work(Generic[T]):
         return self.exception() is not None and not self._heard
 
     def is_completed(self) -> bool:
-        """Whether the work is done, successfully or not; never blocks."""
-        return self._future.done()
+        """Whether the work is done, by the device too, successfully or not; never blocks."""
+        return self._future.done() and (self.rest is None or self.rest.done())
 
     def exception(self) -> BaseException | None:
         """The exception of the work, or None if it succeeded or is not done yet; never blocks."""
-        return self._future.exception() if self._future.done() else None
+        if not self._future.done():
+            return None
+        return self._future.exception() or (None if self.rest is None else self.rest.failure)
 
     def on_done(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` when the work is done: on the progress thread, or immediately if it is done already.
+        """Calls `callback` when the work is done, or enqueued on a device: on the progress thread, or immediately if it
+        is done already.
 
         `callback` may start further collectives with `async_op=True`, but must not wait for any.
         """
@@ -68,11 +96,16 @@ class Work(Generic[T]):
         try:
             outcome = job()
         except BaseException as failure:
-            self.ended_ns = time.monotonic_ns()
+            self._ended_ns = time.monotonic_ns()
             self._future.set_exception(failure)
         else:
-            self.ended_ns = time.monotonic_ns()
+            self._ended_ns = time.monotonic_ns()
             self._future.set_result(outcome)
+
+    @property
+    def ended_ns(self) -> int:
+        """When it was done, of time.monotonic_ns; 0 before."""
+        return self._ended_ns if self.rest is None else self.rest.ended_ns
 
 
 class Progress:

@@ -18,7 +18,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -159,6 +159,10 @@ class FakeDevice:
         with torch.inference_mode(False):
             return torch.frombuffer(memory, dtype=dtype)
 
+    def seen_by_the_host(self, tensor: Tensor) -> Tensor:
+        """A tensor of the device as one of the CPU."""
+        return tensor
+
     def register(self, address: int, nbytes: int) -> int:
         if address % _PAGE or address in self._registered:
             raise RuntimeError(f"host memory at {address:#x} is not at a page's start, or is registered already")
@@ -179,13 +183,19 @@ class FakeDevice:
 
 class _Event:
     def __init__(self, stream: _Stream) -> None:
-        self._stream, self._passed = stream, threading.Event()
+        self._stream, self._passed, self._at = stream, threading.Event(), 0.0
 
     def pass_by(self) -> None:
+        self._at = time.monotonic()
         self._passed.set()
 
+    def seconds_since(self, earlier: _Event) -> float:
+        return self._at - earlier._at
+
     def wait(self) -> None:
-        self._passed.wait()
+        while not self._passed.wait(_LONGEST):
+            if self._stream.failure is not None:
+                raise RuntimeError(f"waited for a stream that failed: {self._stream.failure!r}")
 
     def done(self) -> bool:
         if self._stream.failure is not None:
@@ -205,6 +215,7 @@ class _Stream:
         self._device, self._delay, self._held, self._faults = device, delay, held, faults
         self._random = random.Random(f"{delay}/{number}")
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._within = threading.local()  # whether this thread is within `following`
         self._unseen: Callable[[], None] | None = None  # the last data that was written, where nothing was after it
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._play, name="ringred-fake-stream", daemon=True)
@@ -240,7 +251,12 @@ class _Stream:
         self._write(lambda: futex.copy(target, source, nbytes))
 
     def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
-        self._write(lambda: kernel(out, operands, final))
+        def data() -> None:
+            target = self._device.seen_by_the_host(out)
+            seen = [target if one is out else self._device.seen_by_the_host(one) for one in operands]
+            kernel(target, seen, final)
+
+        self._write(data)
 
     def set_flag(self, address: int, value: int) -> None:
         if not self._device.is_registered(address):
@@ -279,10 +295,23 @@ class _Stream:
         current = self._device.current
         return None if current is None else current.record()
 
-    def following(self, point: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def following(self, point: Any) -> Iterator[None]:
         if point is not None:
             self._queue.put(point.wait)
-        return nullcontext()
+        before = getattr(self._within, "it", False)
+        self._within.it = True
+        try:
+            yield
+        finally:
+            self._within.it = before
+
+    def precede(self, point: Any) -> bool:
+        current = self._device.current
+        if current is None or getattr(self._within, "it", False):  # the host does torch's operations
+            return False
+        current._queue.put(point.wait)
+        return True
 
     def record(self) -> _Event:
         event = _Event(self)
@@ -293,6 +322,9 @@ class _Stream:
 
         self._queue.put(operation)
         return event
+
+    def share(self, tensor: Tensor, point: Any) -> None:
+        pass  # nobody else uses the host's memory
 
     def close(self) -> None:
         self._queue.put(None)

@@ -72,9 +72,9 @@ class Faulty:
         self._delay()
         return self.inner.wait(request, deadline)
 
-    def passed(self, deadline: float) -> None:
+    def passed(self, point: Any, deadline: float) -> None:
         self._delay()
-        self.inner.passed(deadline)
+        self.inner.passed(point, deadline)
 
     def release(self, request: Request) -> None:
         self._delay()

@@ -167,6 +167,16 @@ class Queue(Protocol):
     def following(self, point: Any) -> AbstractContextManager[None]:
         """What is done within it comes after `point`, torch's own operations too."""
 
+    def record(self) -> Any:
+        """The point after all that was put here so far."""
+
+    def precede(self, point: Any) -> bool:
+        """Makes what the calling thread's program enqueues next come after `point`. False if it does its next operation
+        itself, and has to wait."""
+
+    def share(self, tensor: Tensor, point: Any) -> None:
+        """A tensor that was made within `following(point)` is used on the program's stream of that point."""
+
     def fold(self, kernel: Any, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
         """Folds as `kernel`, a `Folder`, does."""
 
@@ -198,8 +208,9 @@ class Transport(Protocol):
     def queue(self) -> Queue | None:
         """What does all that is done to memory; None if that is done at once, by whoever calls."""
 
-    def passed(self, deadline: float) -> None:
-        """Returns once all that was enqueued is done. Raises `Fault` as `wait` does."""
+    def passed(self, point: Any, deadline: float) -> None:
+        """Returns once all before `point` of the queue is done. Raises `Fault` as `wait` does. Any thread calls it,
+        while another drives the transport."""
 
     def begin(self, contract: int, turn: int) -> None:
         """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.

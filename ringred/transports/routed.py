@@ -156,7 +156,7 @@ class RoutedTransport:
         native: Any = self.far
         native.native_all_reduce(tensor, op, deadline)
 
-    def passed(self, deadline: float) -> None:
+    def passed(self, point: object, deadline: float) -> None:
         pass  # what is done is done at once
 
     def settle(self, deadline: float) -> None:

@@ -50,7 +50,7 @@ from ringred.transports.shm_reports import Reports
 from ringred.transports.shm_sending import SPIN_NS, Sender
 
 if TYPE_CHECKING:
-    from ringred.transports.cuda.driver import Driver
+    from ringred.transports.cuda.driver import Driver, Event
     from ringred.transports.cuda.memory import DeviceMemory
     from ringred.transports.cuda.plane import DevicePlane
 
@@ -198,9 +198,9 @@ class ShmTransport:
             self._plane.after_consumed(link, request.until)
         return None
 
-    def passed(self, deadline: float) -> None:
+    def passed(self, point: Event, deadline: float) -> None:
         if self.queue is not None:
-            self.queue.passed(lambda held_by: self._look(held_by, deadline))
+            self.queue.passed(point, lambda held_by: self._look(held_by, deadline))
             forced = (link.words[link.words_at + FORCED] for link in self._links.values())
             if self._words[self._at + ALARM] and any(forced):
                 self._reports.check()  # what the stream went on with may not be what was sent

@@ -343,7 +343,7 @@ class TorchP2PTransport:
                     if "Timed out" in str(failure):
                         return
 
-    def passed(self, deadline: float) -> None:
+    def passed(self, point: object, deadline: float) -> None:
         pass  # what is done is done at once
 
     def settle(self, deadline: float) -> None:

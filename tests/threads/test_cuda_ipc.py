@@ -105,6 +105,7 @@ def late_writers(comm: Communicator) -> int:
         current._queue.put(functools.partial(time.sleep, 0.002 * ((comm.rank + turn) % 3)))
         current.copy(target.data_ptr(), written.data_ptr(), target.nbytes)
         comm.broadcast(target, turn % comm.size)
+        current.record().wait()
         wrong += not torch.equal(target, torch.full_like(target, turn % comm.size + turn))
     device.current = None
     current.close()
@@ -115,9 +116,9 @@ def test_what_the_program_has_enqueued_comes_first() -> None:
     assert run_ranks(late_writers, 3, "cuda_ipc:fake") == [0] * 3
 
 
-@pytest.mark.parametrize("what", ["after_exposed", "here"])
+@pytest.mark.parametrize("what", ["after_exposed", "here", "precede"])
 def test_not_to_wait_for_the_program_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DevicePlane, what, lambda *arguments: None)
+    monkeypatch.setattr(DevicePlane, what, lambda *arguments: what == "precede" or None)
     found = run_ranks(late_writers, 3, "cuda_ipc:fake", timeout=10, return_exceptions=True)
     assert any(isinstance(result, Exception) or result for result in found)
 

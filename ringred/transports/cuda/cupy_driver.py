@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringred.errors import UnsupportedTensor
 from ringred.transports.cuda import kernels
 from ringred.transports.cuda.driver import Event, Kernel
 
@@ -176,8 +177,15 @@ class _Interface:
 
 
 class _Event:
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
+    """The point of a torch stream after all that was enqueued there so far."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record(stream)
+
+    def seconds_since(self, earlier: _Event) -> float:
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
 
     def done(self) -> bool:
         return bool(self.event.query())
@@ -218,19 +226,30 @@ class _Stream:
             _checked(self._device.driver.cuStreamWaitValue32(self.handle, address, value, _FLAGS_OF_WAIT))
 
     def here(self) -> Event | None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device.index))
-        return _Event(event)
+        if torch.cuda.is_current_stream_capturing():
+            raise UnsupportedTensor(
+                "a collective cannot be captured in a CUDA graph: its flags have other values in each call. Call it "
+                "between the graphs"
+            )
+        return _Event(torch.cuda.current_stream(self._device.index))
 
     def following(self, point: Event | None) -> AbstractContextManager[None]:
         assert isinstance(point, _Event), "made by `here`"
         self.stream.wait_event(point.event)
         return torch.cuda.stream(self.stream)
 
+    def precede(self, point: Event) -> bool:
+        assert isinstance(point, _Event), "made by `record`"
+        torch.cuda.current_stream(self._device.index).wait_event(point.event)
+        return True
+
     def record(self) -> Event:
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        return _Event(event)
+        return _Event(self.stream)
+
+    def share(self, tensor: Tensor, point: Event) -> None:
+        assert isinstance(point, _Event), "made by `here`"
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            part.record_stream(point.stream)
 
     def close(self) -> None:
         self.stream.synchronize()

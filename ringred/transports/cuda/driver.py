@@ -37,6 +37,9 @@ class Event(Protocol):
     def done(self) -> bool:
         """Whether the stream has passed it. Raises `RuntimeError` if the device failed."""
 
+    def seconds_since(self, earlier: Any) -> float:
+        """The device's time from an earlier event to this one; both are done."""
+
 
 class Stream(Protocol):
     """Does one thing after the other, in the order of these calls, which return before it is done."""
@@ -61,6 +64,14 @@ class Stream(Protocol):
 
     def record(self) -> Event:
         """The point after all that was enqueued so far."""
+
+    def precede(self, point: Event) -> bool:
+        """What this thread enqueues next on its current stream comes after `point`, of this stream. False if the host
+        itself does what the program does next."""
+
+    def share(self, tensor: Tensor, point: Event) -> None:
+        """A tensor of torch's, made on this stream, is used on the one of `point`, which `here` gave: its memory is not
+        used for another before that stream is done with it."""
 
     def close(self) -> None:
         """Gives it back; all of it is done."""

@@ -13,7 +13,7 @@ from ringred.transports.cuda.driver import Driver
 from ringred.transports.local import Hub
 from ringred.transports.shm import ShmTransport
 
-__all__ = ["cuda_device", "transport"]
+__all__ = ["DRIVERS", "transport", "with_index"]
 
 
 def transport(between: Transport, driver: Callable[[], Driver], key: str) -> Transport:
@@ -30,7 +30,14 @@ def transport(between: Transport, driver: Callable[[], Driver], key: str) -> Tra
     return near.on_device(driver, key)
 
 
-def cuda_device(device: torch.device) -> Driver:
+def with_index(device: torch.device) -> torch.device:
+    """The device that torch means by one without an index: the current one of its type."""
+    if device.index is not None or (device.type == "cuda" and not torch.cuda.is_available()):
+        return device
+    return torch.device(device.type, torch.get_device_module(device).current_device())
+
+
+def _cuda(device: torch.device) -> Driver:
     """The driver for one of torch's CUDA devices. Raises `TransportUnavailable`."""
     from ringred.transports.cuda import cupy_driver
 
@@ -38,3 +45,7 @@ def cuda_device(device: torch.device) -> Driver:
     if reason is not None:
         raise TransportUnavailable(f"{device} cannot be used: {reason}")
     return cupy_driver.CudaDevice(device.index)
+
+
+DRIVERS: dict[str, Callable[[torch.device], Driver]] = {"cuda": _cuda}
+"""By torch's device type: makes the driver of one device."""

@@ -175,12 +175,24 @@ class DevicePlane:
         """As `base.Queue.following`."""
         return self.stream.following(point)
 
-    def passed(self, look: Callable[[int], None]) -> None:
-        """Returns once the stream has done all that was enqueued so far. Meanwhile it calls `look` every so often,
-        with the peer whose flag holds the stream, or −1; that may raise."""
-        event = self.stream.record()
+    def record(self) -> Event:
+        """As `base.Queue.record`."""
+        return self.stream.record()
+
+    def precede(self, point: Event) -> bool:
+        """As `base.Queue.precede`."""
+        return self.stream.precede(point)
+
+    def share(self, tensor: Tensor, point: Event | None) -> None:
+        """As `base.Queue.share`."""
+        if point is not None:
+            self.stream.share(tensor, point)
+
+    def passed(self, point: Event, look: Callable[[int], None]) -> None:
+        """Returns once the stream has come to `point`. Meanwhile it calls `look` every so often, with the peer whose
+        flag holds the stream, or −1; that may raise."""
         until, pause = time.monotonic_ns() + _SPIN_NS, _LOOK / 25
-        while not event.done():
+        while not point.done():
             if time.monotonic_ns() < until:
                 futex.give_way()
                 continue
@@ -190,7 +202,7 @@ class DevicePlane:
 
     def held_by(self) -> int:
         """The first peer whose flag has not reached what the stream waits for, in all that is enqueued; or −1."""
-        for (rank, kind), value in self._waited.items():
+        for (rank, kind), value in list(self._waited.items()):  # another thread may enqueue meanwhile
             if self._flag_of(rank, kind) - value & 1 << 31:
                 return rank
         return -1
@@ -216,7 +228,7 @@ class DevicePlane:
             if self.held_by() >= 0:
                 self._window.words[self._block // 8 + FORCED] = 1
                 order()
-                for (rank, kind), value in self._waited.items():
+                for (rank, kind), value in list(self._waited.items()):
                     at = self._flag_at(rank, kind)
                     self._links[rank].window.memory[at : at + 4] = (value & _32_BITS).to_bytes(4, "little")
             time.sleep(_LOOK)

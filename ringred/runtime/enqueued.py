@@ -1,0 +1,83 @@
+"""What a device has still to do of a call when its host has done its part."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+__all__ = ["Doing", "Enqueued"]
+
+_DRAINING = 6.0  # seconds; a little more than a plane takes to give a stream up
+
+
+class Doing(NamedTuple):
+    """A call as errors name it: its number among the collectives, its text, and its place in the user's program."""
+
+    number: int
+    text: str
+    site: str
+
+
+_kept: list[object] = []  # what devices that did not end may still use
+
+
+class Enqueued:
+    """A call whose end is the `point` of a queue, and that holds `held` until then. Before it come two others: `ready`
+    is the program's, from which on it could begin (None if that was so at once), and `began` is the queue's, where it
+    did. The runner watches it, and calls `end`. See `work.Rest`.
+
+    `precede` is the queue's, or None where the host waits for the device in every call.
+    """
+
+    def __init__(
+        self,
+        ready: Any,
+        began: Any,
+        point: Any,
+        deadline: float,
+        doing: Doing,
+        precede: Callable[[Any], bool] | None,
+        held: object,
+    ) -> None:
+        self.ready, self.began, self.point = ready, began, point
+        self.deadline, self.doing = deadline, doing
+        self.failure: BaseException | None = None
+        self.ended_ns = 0
+        self._precede, self._held = precede, held
+        self._ended = threading.Event()
+
+    def end(self, failure: BaseException | None) -> None:
+        """It is done, or failed. What it holds is kept until the device is done, after a failure too."""
+        self.failure, self.ended_ns = failure, time.monotonic_ns()
+        self._ended.set()
+        held, self._held = self._held, None
+        if failure is not None and not self._passed():
+            _kept.append(held)
+
+    def _passed(self) -> bool:
+        """Whether the device comes to the point, within the time in which its stream is drained."""
+        until = time.monotonic() + _DRAINING
+        with contextlib.suppress(RuntimeError):  # a device that failed does nothing any more
+            while not self.point.done():
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.001)
+        return True
+
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    def finished(self) -> None:
+        """Returns when the device did it, or failed."""
+        self._ended.wait()
+
+    def wait(self, timeout: float | None) -> bool:
+        ordered = self.done() or (self._precede is not None and self._precede(self.point))
+        if not ordered and not self._ended.wait(timeout):
+            return False
+        if self.failure is not None:
+            raise self.failure
+        return True
