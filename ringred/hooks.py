@@ -55,7 +55,7 @@ def all_reduce_hook(comm: Communicator, bucket: dist.GradBucket) -> Future[Tenso
         work.wait()
         return gradients
 
-    reduced: Future[Tensor] = future_of([work], averaged)
+    reduced: Future[Tensor] = future_of([work], averaged, [gradients.device])
     return reduced
 
 

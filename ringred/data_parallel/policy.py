@@ -114,5 +114,5 @@ class Policy:
 def comm_hook(state: Policy, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
     """Reduces `bucket` as the policy `state` does; for `register_comm_hook(state, comm_hook)`."""
     work = state.submit(Gradients(bucket.index(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
-    reduced: Future[Tensor] = future_of([work], work.wait)
+    reduced: Future[Tensor] = future_of([work], work.wait, [bucket.buffer().device])
     return reduced

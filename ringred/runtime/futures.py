@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,13 +20,16 @@ _IDLE_SECONDS = 10.0  # after which a thread without work ends
 _LAST_SECONDS = 2.0  # for callbacks that still run when the process ends
 
 
-def future_of(works: Sequence[Work[Any]], outcome: Callable[[], _T]) -> Any:
-    """A `torch.futures.Future[T]` with the result or exception of `outcome()`, called once `works` are done.
+def future_of(works: Sequence[Work[Any]], outcome: Callable[[], _T], devices: Collection[torch.device] = ()) -> Any:
+    """A `torch.futures.Future[T]` with the result or exception of `outcome()`, called once `works` are done, or enqueued
+    on a device.
+
+    Where results are on CUDA `devices`, the future orders streams as torch's own do: a callback has one of its own.
 
     Callbacks run on threads that may wait: one may start a collective and wait for it, as PowerSGD's does. The future
     is made by `then` of another one, because torch's C++ takes a future whose exception was set directly for a success.
     """
-    done: Any = torch.futures.Future()
+    done: Any = torch.futures.Future(devices=[device for device in devices if device.type == "cuda"])
     future = done.then(lambda _: outcome())
     if works:
         works[-1].on_done(lambda: _callbacks.complete(done))

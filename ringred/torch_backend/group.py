@@ -1,8 +1,8 @@
 """`backend="ringred"`: torch.distributed programs on a communicator.
 
-`torch.distributed.init_process_group("ringred")` makes a `RingredGroup` of CPU tensors from the store that torch
-passes in. Collectives go through a `Communicator` (shared memory on a host, Gloo between hosts). send and recv, which
-have tags and may receive from any source, go through a separate Gloo group, so that neither waits for the other.
+`torch.distributed.init_process_group("ringred")` makes a `RingredGroup` of CPU and CUDA tensors from the store that
+torch passes in. Collectives go through a `Communicator` (shared memory on a host, Gloo between hosts). send and recv,
+which have tags and may receive from any source, go through a separate Gloo group, so that neither waits for the other.
 
 The names of the methods are torch's: its Python functions call them, and so does its C++ (DDP's reducer, functional
 collectives) by way of the trampoline of `ProcessGroup`.

@@ -1,6 +1,7 @@
 """Messages between two ranks of a torch process group, with tags and from any source: by a Gloo group of their own.
 
-Because that group is separate, a message never waits for a collective, nor a collective for a message.
+Because that group is separate, a message never waits for a collective, nor a collective for a message. Tensors of a
+device go by the host's memory: they are copied there when they are sent, and from there when the receiver waits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as _distributed
 from torch import Tensor
 
@@ -33,6 +35,11 @@ class Message(dist.Work):  # type: ignore[misc]
         self._waiting = threading.Lock()  # Gloo's work can be waited for once
         self._done = False
         self._failure: RingredError | None = None
+        self._arrived: list[tuple[Tensor, Tensor]] = []
+
+    def then_copy(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """What was received is copied, (target, source), by the first who waits."""
+        self._arrived = pairs
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         began = time.monotonic()
@@ -42,6 +49,8 @@ class Message(dist.Work):  # type: ignore[misc]
         try:
             if not self._done:
                 self._work.wait(*([timeout] if seconds > 0 else []))
+                for target, source in self._arrived:
+                    target.copy_(source)
         except RuntimeError as failure:
             self._failure = self._mail.failure(self._what, failure, time.monotonic() - began)
         finally:
@@ -86,7 +95,9 @@ class Mail:
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int) -> Message:
         if dst == self.rank:
             raise ValueError(f"rank {dst}: send: to itself")
-        return self._posted(f"send to rank {dst}, tag {tag}", tensors, lambda ready: self._gloo.send(ready, dst, tag))
+        return self._posted(
+            f"send to rank {dst}, tag {tag}", tensors, lambda ready: self._gloo.send(ready, dst, tag), True
+        )
 
     def recv(self, tensors: Sequence[Tensor], src: int, tag: int) -> Message:
         if src == self.rank:
@@ -98,12 +109,19 @@ class Mail:
             f"recv from any rank, tag {tag}", tensors, lambda ready: self._gloo.recv_anysource(ready, tag)
         )
 
-    def _posted(self, what: str, tensors: Sequence[Tensor], post: Callable[[list[Tensor]], Any]) -> Message:
+    def _posted(
+        self, what: str, tensors: Sequence[Tensor], post: Callable[[list[Tensor]], Any], sends: bool = False
+    ) -> Message:
         began = time.monotonic()
+        here = [tensor if tensor.is_cpu else _on_the_host(tensor, sends) for tensor in tensors]
         try:
-            return Message(self, post(list(tensors)), what, list(tensors))
+            message = Message(self, post(here), what, here if sends else list(tensors))
         except RuntimeError as failure:
             raise self.failure(what, failure, time.monotonic() - began) from failure
+        if not sends:
+            pairs = zip(tensors, here, strict=True)
+            message.then_copy([(tensor, near) for tensor, near in pairs if near is not tensor])
+        return message
 
     def failure(self, what: str, failure: RuntimeError, waited: float) -> RingredError:
         """Gloo's exception as one of ours."""
@@ -122,3 +140,8 @@ class Mail:
 
     def shutdown(self) -> None:
         self._gloo.shutdown()
+
+
+def _on_the_host(tensor: Tensor, filled: bool) -> Tensor:
+    near = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return near.copy_(tensor) if filled else near

@@ -19,7 +19,7 @@ def register() -> None:
         import torch.distributed as dist
 
         if dist.is_available() and "RINGRED" not in dist.Backend._plugins:
-            dist.Backend.register_backend("ringred", _create, extended_api=True, devices=["cpu"])
+            dist.Backend.register_backend("ringred", _create, extended_api=True, devices=["cpu", "cuda"])
     except Exception as failure:
         with contextlib.suppress(UserWarning):  # where warnings are errors
             warnings.warn(f"ringred: backend='ringred' is not available: {failure!r}", stacklevel=2)

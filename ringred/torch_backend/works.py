@@ -28,7 +28,8 @@ class RingredWork(dist.Work):  # type: ignore[misc]
         self._future: Any = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Blocks until all is done. Raises what the communicator raises, or `CollectiveTimeout` after `timeout`."""
+        """Blocks until all is done; for tensors of a CUDA device, until what the current stream does next comes after
+        it. Raises what the communicator raises, or `CollectiveTimeout` after `timeout`."""
         seconds = None if timeout is None or timeout.total_seconds() <= 0 else timeout.total_seconds()
         deadline = None if seconds is None else time.monotonic() + seconds
         for work in self._works:
@@ -38,7 +39,7 @@ class RingredWork(dist.Work):  # type: ignore[misc]
     def get_future(self) -> Any:
         """A `torch.futures.Future` of the outputs, which fails with the communicator's exception."""
         if self._future is None:
-            self._future = future_of(self._works, self.result)
+            self._future = future_of(self._works, self.result, {tensor.device for tensor in self._outputs})
         return self._future
 
     def is_completed(self) -> bool:

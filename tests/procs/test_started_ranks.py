@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ringred.testing import run_ranks
+from tests import fake_tensors
 from tests.procs.launching import WAYS, Ended, launch
 from tests.procs.programs import deterministic
 
@@ -70,6 +71,14 @@ def test_processes_on_a_device_that_is_none() -> None:
     ended = launch("torchrun", 3, "fake_device.py", limit=200)
     assert ended.status == 0, ended.output[-3000:]
     assert ended.output.count("all right: ") == 3
+    assert ended.left_behind == []
+
+
+@pytest.mark.skipif(not fake_tensors.available(), reason="this torch has no devices in Python")
+def test_models_of_another_device_type_train_to_the_bits_of_the_cpu() -> None:
+    ended = launch("torchrun", 3, "ddp_on_device.py", limit=200)
+    assert ended.status == 0, ended.output[-3000:]
+    assert "15 ways, the same bits" in ended.output
     assert ended.left_behind == []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import fake_tensors
 from tests.procs.launching import ROOT, launch, launch_plain
 from tests.procs.programs.torch_features import FEATURES
 
@@ -43,9 +44,12 @@ def test_our_hook_makes_of_torchs_ddp_what_gloo_does(backend: str) -> None:
     assert [rank["ddp_with_our_hook"] for rank in found_on(backend)] == [rank["ddp"] for rank in found_on("gloo")]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_form_of_every_collective(ranks: int) -> None:
-    ended = launch("torchrun", ranks, "torch_collectives.py")
+ON_DEVICE = pytest.mark.skipif(not fake_tensors.available(), reason="this torch has no devices in Python")
+
+
+@pytest.mark.parametrize(("ranks", "where"), [(2, []), (3, []), pytest.param(2, ["fake"], marks=ON_DEVICE)])
+def test_every_form_of_every_collective(ranks: int, where: list[str]) -> None:
+    ended = launch("torchrun", ranks, "torch_collectives.py", *where)
     assert ended.status == 0, ended.output[-3000:]
     assert ended.output.count("every check passed") == ranks
     assert ended.left_behind == []

@@ -18,7 +18,7 @@ def test_torch_finds_it_and_knows_the_backend() -> None:
     (found,) = (entry for entry in entry_points(group="torch.backends") if entry.name == "ringred")
     assert found.load() is register
     assert dist.Backend("ringred") == "ringred"
-    assert dist.Backend.backend_capability["ringred"] == ["cpu"]
+    assert dist.Backend.backend_capability["ringred"] == ["cpu", "cuda"]
 
 
 def test_a_second_time_does_nothing() -> None:

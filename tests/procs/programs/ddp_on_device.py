@@ -88,7 +88,7 @@ def trained(comm: ringred.Communicator, way: str, device: str) -> list[Tensor]:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group("ringred")
     comm = ringred.init()
     checked = 0
     for way in (*_SETTINGS, *_HOOKS, "synchronised norm", "sharded", "weighed"):
@@ -96,10 +96,22 @@ def main() -> None:
         if not all(map(torch.equal, host, device)):
             sys.exit(f"rank {comm.rank}: {way}: other bits than on the CPU")
         checked += 1
+    if not all(map(torch.equal, by_torch("cpu"), by_torch("fake"))):
+        sys.exit(f"rank {comm.rank}: torch's own: other bits than on the CPU")
     with_join(comm)
     if comm.rank == 0:
         print(f"{checked} ways, the same bits")
     dist.destroy_process_group()
+
+
+def by_torch(device: str) -> list[Tensor]:
+    """torch's own DistributedDataParallel, on backend="ringred"."""
+    module = Model().to(device)
+    model = nn.parallel.DistributedDataParallel(module)
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(3):
+        model(torch.randint(0, 50, (6,), generator=draw).to(device)).square().mean().backward()
+    return [parameter.grad.cpu() for parameter in module.parameters() if parameter.grad is not None]
 
 
 def with_join(comm: ringred.Communicator) -> None:
