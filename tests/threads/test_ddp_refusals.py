@@ -89,10 +89,10 @@ def test_arguments_are_torchs_and_what_is_not_done_is_refused_with_the_reason() 
         ringred.DistributedDataParallel(nn.ReLU())
     with pytest.raises(RuntimeError, match="'weight' is uninitialized"):
         ringred.DistributedDataParallel(nn.LazyLinear(3))
-    with pytest.raises(UnsupportedTensor, match="'weight': expected it on the CPU, got meta"):
+    with pytest.raises(UnsupportedTensor, match="'weight': expected it on the CPU or a CUDA device, got meta"):
         ringred.DistributedDataParallel(nn.Linear(1, 1, device="meta"))
     refused: list[tuple[dict[str, object], type[Exception], str]] = [
-        ({"device_ids": [0]}, ValueError, r"only work with GPU modules, but got device_ids \[0\]"),
+        ({"device_ids": [0]}, ValueError, r"only work with GPU modules on that device, but got device_ids \[0\]"),
         ({"device_ids": [0, 1]}, ValueError, "single element"),
         ({"output_device": 0}, ValueError, "output_device 0"),
         ({"mixed_precision": object()}, ValueError, "torch's own needs an accelerator"),

@@ -36,13 +36,17 @@ class Awaited(Faulty):
     def isend(self, *arguments: Any, **options: Any) -> Request:
         request = super().isend(*arguments, **options)
         with contextlib.suppress(Fault):  # a wait raises it
-            self.passed(time.monotonic() + 20)
+            self._all_passed(time.monotonic() + 20)
         return request
 
     def wait(self, request: Request, deadline: float) -> Tensor | None:
         found = super().wait(request, deadline)
-        self.passed(deadline)
+        self._all_passed(deadline)
         return found
+
+    def _all_passed(self, deadline: float) -> None:
+        assert self.queue is not None, "it is of a device"
+        self.passed(self.queue.record(), deadline)
 
     def subset(self, members: Sequence[int], key: str) -> Transport:
         return Awaited(self.inner.subset(members, key), self.seconds, seed=8)
