@@ -21,8 +21,8 @@ _LAST_SECONDS = 2.0  # for callbacks that still run when the process ends
 
 
 def future_of(works: Sequence[Work[Any]], outcome: Callable[[], _T], devices: Collection[torch.device] = ()) -> Any:
-    """A `torch.futures.Future[T]` with the result or exception of `outcome()`, called once `works` are done, or enqueued
-    on a device.
+    """A `torch.futures.Future[T]` with the result or exception of `outcome()`, called once `works` are done, or
+    enqueued on a device.
 
     Where results are on CUDA `devices`, the future orders streams as torch's own do: a callback has one of its own.
 

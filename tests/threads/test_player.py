@@ -269,7 +269,12 @@ def main():
     other.start()
     comm = Communicator(make(0))
     other.join()
-    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    def interrupt():
+        while comm._runner._current is None:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
     try:
         comm.all_reduce(torch.ones(4))
