@@ -175,7 +175,7 @@ class Communicator(Operations):
         """A communicator of the same ranks whose tensors are on the device of each rank's `driver`
         (`transports.cuda.driver`). Collective. It fails with this one, and is closed with it."""
         name = f"{self.name} on {device.type} {len(self._sides)}"
-        transport = joining.transport(self.transport, driver, name)
+        transport = joining.transport(self.transport, driver, name, self.config.timeout)
         there = Communicator(transport, hosts=self.hosts, config=self.config, name=name, device=device)
         self._children.add(there)
         self._sides.append(there)

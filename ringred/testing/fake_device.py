@@ -159,6 +159,9 @@ class FakeDevice:
         with torch.inference_mode(False):
             return torch.frombuffer(memory, dtype=dtype)
 
+    def host_memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
     def seen_by_the_host(self, tensor: Tensor) -> Tensor:
         """A tensor of the device as one of the CPU."""
         return tensor

@@ -112,7 +112,8 @@ def run_ranks(
 
     The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm" (windows, as
     between processes of one host), "shm:python" (the same without the compiled player), "cuda_ipc:fake" (device memory
-    without a device; `driver` makes each rank's, by default `FakeDevice`) or "torch_p2p" (Gloo over the loopback).
+    without a device; `driver` makes each rank's, by default `FakeDevice`), "staged:fake" (the same between hosts), or
+    "torch_p2p" (Gloo over the loopback).
     Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
     `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that raised one is
     raised, after all have ended; with `return_exceptions` each rank's is returned as its result.
@@ -165,11 +166,18 @@ def connect(
         return _torch_p2p(size, timeout)
     if transport in ("shm", "shm:python"):
         return _shm(size, timeout, transport == "shm", None)
+    if transport == "staged:fake":
+        from ringred.testing.fake_device import FakeDevice
+        from ringred.transports.cuda.joining import transport as on_device
+
+        between = Hub(size).transport
+        make = driver or (lambda rank: FakeDevice())
+        return lambda rank: on_device(between(rank), lambda: make(rank), "world on a device", timeout)
     if transport == "cuda_ipc:fake":
         from ringred.testing.fake_device import FakeDevice
 
         return _shm(size, timeout, False, driver or (lambda rank: FakeDevice()))
-    kinds = "'local', 'shm', 'shm:python', 'cuda_ipc:fake' or 'torch_p2p'"
+    kinds = "'local', 'shm', 'shm:python', 'cuda_ipc:fake', 'staged:fake' or 'torch_p2p'"
     raise ValueError(f"run_ranks: transport is {kinds}, got {transport!r}")
 
 

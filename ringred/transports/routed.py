@@ -18,10 +18,11 @@ from torch import Tensor
 from ringred.errors import TransportUnavailable
 from ringred.transports import neighbours, shm_player
 from ringred.transports.base import Gather, Request, Transport
+from ringred.transports.cuda.staged import StagedTransport
 from ringred.transports.links import PART_BYTES
 from ringred.transports.shm import ShmTransport
 
-__all__ = ["RoutedTransport", "join"]
+__all__ = ["RoutedTransport", "alone", "join"]
 
 _DRAIN_SECONDS = 0.0005
 
@@ -54,7 +55,7 @@ def join(
     if found is None:
         if reason is not None:
             warnings.warn(f"ringred: rank {rank} goes without shared memory: {reason}", stacklevel=2)
-        return _alone(far()) if somebody else far()
+        return alone(far()) if somebody else far()
     names = found.members if reach < size else None
     try:
         near = ShmTransport(found, found.members, "world", timeout, names, size)
@@ -70,19 +71,22 @@ def join(
         raise
 
 
-def _alone(far: Transport) -> Transport:
-    """`far` of a rank without neighbours, where others have some: it must cut and choose as they do."""
-    far.segment_bytes, far.model = PART_BYTES, f"shm+{far.name}"
+def alone(far: Transport, near: str = "shm", part_bytes: int = PART_BYTES) -> Transport:
+    """`far` of a rank without neighbours, where others have some by `near`: it must cut and choose as they do."""
+    far.segment_bytes, far.model = part_bytes, f"{near}+{far.name}"
     return far
 
 
 class RoutedTransport:
     """`near` to the peers that it reaches, `far` to the others."""
 
-    windows, queue = True, None
+    windows = True
 
     def __init__(self, near: ShmTransport, far: Transport) -> None:
         self.near, self.far = near, far
+        self.queue = near.queue
+        if isinstance(far, StagedTransport) and near.queue is not None:
+            far.beside(near.queue, near.passed)
         self.rank, self.size = near.rank, near.size
         self.segment_bytes = near.segment_bytes
         self.empty, self.expose, self.holds = near.empty, near.expose, near.holds
@@ -156,8 +160,8 @@ class RoutedTransport:
         native: Any = self.far
         native.native_all_reduce(tensor, op, deadline)
 
-    def passed(self, point: object, deadline: float) -> None:
-        pass  # what is done is done at once
+    def passed(self, point: Any, deadline: float) -> None:
+        self.near.passed(point, deadline)
 
     def settle(self, deadline: float) -> None:
         self.near.settle(deadline)
@@ -175,7 +179,8 @@ class RoutedTransport:
         far = self.far.subset(members, key)
         near_ranks = [rank for rank in members if rank in self._near_peers or rank == self.rank]
         if len(near_ranks) == 1:
-            return _alone(far)
+            part_bytes = PART_BYTES if self.queue is None else self.near.segment_bytes
+            return alone(far, self.near.name, part_bytes)
         names = None if len(near_ranks) == len(members) else [list(members).index(rank) for rank in near_ranks]
         try:
             return RoutedTransport(self.near.family(near_ranks, key, names, len(members)), far)

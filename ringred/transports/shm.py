@@ -329,11 +329,11 @@ class ShmTransport:
         `TransportUnavailable`."""
         from ringred.transports.cuda.memory import DeviceMemory
 
-        places = list(self._member.values())
+        places, names = list(self._member.values()), list(self._member)
         memory = DeviceMemory(self._neighbours, places, driver, key, self._timeout)
         trouble: str | None = None
         try:
-            made = ShmTransport(self._neighbours, places, key, self._timeout, device=memory)
+            made = ShmTransport(self._neighbours, places, key, self._timeout, names, self.size, memory)
         except RuntimeError as failure:  # its slots did not find room, or its flags could not be registered
             trouble = f"{failure}"
         try:

@@ -213,7 +213,7 @@ def test_a_single_element_with_an_odd_stride() -> None:
     assert run_ranks(body, 2, "torch_p2p") == [[1.0], [1.0]]
 
 
-@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake"])
+@pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake", "staged:fake"])
 def test_a_reduce_scatter_leaves_its_input_as_it_was(transport: str) -> None:
     """Some algorithms write to no share but the rank's own and go without a copy of the input; none may show it."""
 

@@ -25,7 +25,7 @@ _PAUSE = 0.3  # seconds for which a stream stands still
 @contextmanager
 def own_stream(comm: Communicator) -> Iterator[Any]:
     """The program's own stream, on which it works while `comm` reduces."""
-    device: Any = comm.transport.queue._driver  # type: ignore[union-attr]
+    device: Any = comm.transport.queue.driver  # type: ignore[union-attr]
     device.current = stream = device.stream()
     try:
         yield stream
@@ -158,7 +158,7 @@ def test_jobs_of_a_lane_come_after_the_program_and_before_what_it_does_next() ->
     def body(comm: Communicator) -> float:
         there = comm.on_device(FakeDevice, torch.device("cpu"))
         lane = Lane(there, "test")
-        device: Any = lane.comm.transport.queue._driver  # type: ignore[union-attr]
+        device: Any = lane.comm.transport.queue.driver  # type: ignore[union-attr]
         device.current = stream = device.stream()
         tensor, late, copy = torch.zeros(1000), torch.full((1000,), comm.rank + 1.0), torch.zeros(1000)
         stream._queue.put(lambda: time.sleep(_PAUSE if comm.rank else 0.0))

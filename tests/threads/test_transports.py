@@ -17,6 +17,7 @@ from ringred.communicator import Communicator
 from ringred.runtime.config import Config
 from ringred.testing import Faulty
 from ringred.testing.conformance import BREAKING, CHECKS, Check
+from ringred.testing.fake_device import FakeDevice
 from ringred.testing.ranks import connect
 from ringred.transports import neighbours, routed
 from ringred.transports.base import Fault, Request, Transport
@@ -61,6 +62,9 @@ TRANSPORTS: dict[str, Connect] = {
     "shm-delayed": delayed(lambda size: connect("shm", size)),
     "cuda_ipc": lambda size: (lambda make: lambda rank: Awaited(make(rank), 0.0005, seed=7))(
         connect("cuda_ipc:fake", size)
+    ),
+    "staged": lambda size: (lambda make: lambda rank: Awaited(make(rank), 0.0005, seed=7))(
+        connect("staged:fake", size)
     ),
 }
 
@@ -136,10 +140,14 @@ def test_a_rank_that_is_alone_on_its_host(monkeypatch: pytest.MonkeyPatch) -> No
         pair = comm.split(0 if rank != 1 else None)  # both of its ranks are alone in it
         sums = []
         for group in [comm] if pair is None else [comm, pair, pair.duplicate()]:
+            there = group.on_device(lambda: FakeDevice(delay=(0.0002, rank)), torch.device("cpu"))
+            assert there.transport.model == ("cuda_ipc+torch_p2p" if group is comm else there.transport.model)
             for elements in (10, 3_000_000):
-                tensor = torch.ones(elements)
+                tensor, window = torch.ones(elements), there.empty(elements).fill_(1.0)
                 group.all_reduce(tensor)
-                sums.append(int(tensor[-1].item()))
+                there.all_reduce(tensor)
+                there.all_reduce(window)
+                sums.append(int(tensor[-1].item() / window[-1].item()))
         comm.barrier()
         comm.close()
         found[rank] = sums

@@ -123,6 +123,9 @@ class CudaDevice:
             flat = torch.as_tensor(_Interface(address, nbytes, owner), device=f"cuda:{self.index}")
             return flat.view(dtype)
 
+    def host_memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
     def register(self, address: int, nbytes: int) -> int:
         with self.current():
             _checked(self.driver.cuMemHostRegister(address, nbytes, _MAPPED))

@@ -103,6 +103,9 @@ class Driver(Protocol):
     def tensor(self, address: int, nbytes: int, dtype: torch.dtype, owner: object) -> Tensor:
         """A 1-D tensor over memory, which keeps `owner`."""
 
+    def host_memory(self, nbytes: int) -> Tensor:
+        """Bytes of this process's memory that streams copy to and from quickly."""
+
     def register(self, address: int, nbytes: int) -> int:
         """Lets streams set and wait for flags in pages of host memory; the address by which they do."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from ringred.transports import futex
 from ringred.transports.base import UNSETTLED_SECONDS
-from ringred.transports.cuda.driver import Event, Kernel
+from ringred.transports.cuda.driver import Event
+from ringred.transports.cuda.queue import StreamQueue
 from ringred.transports.futex import order
 from ringred.transports.links import (
     ABORTED,
@@ -47,18 +47,17 @@ _DRAINING = 5.0  # seconds after which a stream that does not end, although noth
 _32_BITS = (1 << 32) - 1
 
 
-class DevicePlane:
+class DevicePlane(StreamQueue):
     """The plane of the transport whose control block is at `block` of this rank's `window`. See `planes.Plane`."""
 
     slot_bytes = 1 << 20
     part_bytes = 8 << 20
 
     def __init__(self, memory: DeviceMemory, window: Window, block: int, layout: Layout) -> None:
+        super().__init__(memory.driver)
         self._memory, self._window, self._block, self._layout = memory, window, block, layout
         self._sizes = Layout(layout.size, self.slot_bytes)
         self._slots = memory.take(self._sizes.slots_nbytes)
-        self._driver = memory.driver
-        self.stream = self._driver.stream()
         self._registered: list[int] = []  # the addresses of control blocks
         self._links: dict[int, Link] = {}
         self._waited: dict[tuple[int, int], int] = {}  # by peer and kind: the greatest value that was waited for
@@ -74,7 +73,7 @@ class DevicePlane:
         self._links = {link.rank: link for link in links}
 
     def _register(self, block: int) -> int:
-        device = self._driver.register(block, self._layout.control_nbytes)
+        device = self.driver.register(block, self._layout.control_nbytes)
         self._registered.append(block)
         return device + self._layout.flags
 
@@ -115,21 +114,12 @@ class DevicePlane:
         if view is None:
             if len(self._views) >= 4096:
                 self._views.clear()
-            view = self._views[key] = self._driver.tensor(self._there(link, offset), nbytes, dtype, None)
+            view = self._views[key] = self.driver.tensor(self._there(link, offset), nbytes, dtype, None)
         return view
 
     def put(self, link: Link, offset: int, source: Tensor) -> None:
         if source.nbytes:
             self.stream.copy(self._there(link, offset), source.data_ptr(), source.nbytes)
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """As `base.Queue.copy`."""
-        if source.nbytes:
-            self.stream.copy(target.data_ptr(), source.data_ptr(), source.nbytes)
-
-    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
-        """As `base.Queue.fold`."""
-        self.stream.fold(kernel, out, operands, final)
 
     # ------------------------------------------------------------------ ordering
 
@@ -166,27 +156,6 @@ class DevicePlane:
         self._wait(link, _EXPOSED, link.words[link.words_at + EXPOSED_COUNT])
 
     # ------------------------------------------------------------------ the stream and its end
-
-    def here(self) -> Event | None:
-        """As `base.Queue.here`."""
-        return self.stream.here()
-
-    def following(self, point: Event | None) -> AbstractContextManager[None]:
-        """As `base.Queue.following`."""
-        return self.stream.following(point)
-
-    def record(self) -> Event:
-        """As `base.Queue.record`."""
-        return self.stream.record()
-
-    def precede(self, point: Event) -> bool:
-        """As `base.Queue.precede`."""
-        return self.stream.precede(point)
-
-    def share(self, tensor: Tensor, point: Event | None) -> None:
-        """As `base.Queue.share`."""
-        if point is not None:
-            self.stream.share(tensor, point)
 
     def passed(self, point: Event, look: Callable[[int], None]) -> None:
         """Returns once the stream has come to `point`. Meanwhile it calls `look` every so often, with the peer whose
@@ -261,5 +230,5 @@ class DevicePlane:
         if not self._stuck:
             self.stream.close()
             for block in self._registered:
-                self._driver.unregister(block)
+                self.driver.unregister(block)
         self._memory.let_go((self._slots, self._sizes.slots_nbytes) if freely and not self._stuck else None)
