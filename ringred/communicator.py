@@ -21,6 +21,7 @@ from ringred.runtime.operations import Operations
 from ringred.runtime.planner import Planner
 from ringred.runtime.runner import Runner
 from ringred.runtime.select import choose, machine_model
+from ringred.runtime.tensors import over_host_memory
 from ringred.runtime.trace import Tracer
 from ringred.topology.calibrate import Costs, Tuning
 from ringred.topology.model import Topology
@@ -70,6 +71,7 @@ class Communicator(Operations):
             buffers=transport.buffers and segment_bytes <= transport.segment_bytes,
             can_native=getattr(transport, "can_all_reduce", None),
             device=device,
+            over=self._over(transport, device),
         )
         self._devices: dict[torch.device, Communicator] = {}
         self._sides: list[Communicator] = []
@@ -238,6 +240,12 @@ class Communicator(Operations):
             + (f", run by {engine(self.transport.player)}" if self.transport.windows else ""),
             (lambda candidate: probe.seconds_of(self, tensor, candidate.name, 5)) if measured else None,
         )
+
+    @staticmethod
+    def _over(transport: Transport, device: torch.device | None) -> Callable[[int, int, torch.dtype], Tensor] | None:
+        if device is None or device.type == "cpu":
+            return over_host_memory
+        return None if transport.queue is None else transport.queue.over
 
     def _models(self) -> dict[str, Topology]:
         return {memory: machine_model(self.transport.model, self.hosts, self.tuning, memory) for memory in _MEMORIES}

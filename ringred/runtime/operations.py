@@ -27,7 +27,8 @@ def _remembered(
     planner: Planner, key: tuple[Any, ...], prepare: Callable[..., Prepared], arguments: Sequence[Any]
 ) -> Prepared:
     """What `prepare` makes of `arguments`, ready for the next time; it does not hold the memory of their tensors."""
-    return planner.remember(key, prepare(planner, *tensors.borrowed(arguments)))
+    assert planner.over is not None, "else nothing is remembered"
+    return planner.remember(key, prepare(planner, *tensors.borrowed(arguments, planner.over)))
 
 
 def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
@@ -294,14 +295,17 @@ class Operations:
         """
         planner = self._planner
         try:
-            key = None if planner.on_device else tensors.identity(prepare, arguments)
+            device = planner.device if planner.on_device else None
+            key = None if planner.over is None else tensors.identity(prepare, arguments, device)
             prepared = None if key is None else planner.ready.get(key)
         except TypeError:  # an argument that cannot be right, and is not even hashable
             key = prepared = None
         if prepared is None:
             if key is None:
                 there = self._for(arguments)
-                return there._runner.launch(there._prepare(prepare, *arguments), async_op)
+                if there is not self:
+                    return there._launch(async_op, prepare, *arguments)
+                return self._runner.launch(self._prepare(prepare, *arguments), async_op)
             prepared = self._prepare(_remembered, key, prepare, arguments)
         if async_op:
             return self._runner.launch(prepared, async_op, holding=arguments)

@@ -62,11 +62,14 @@ class Planner:
         buffers: bool = False,
         can_native: Callable[[torch.dtype], bool] | None = None,
         device: torch.device | None = None,
+        over: Callable[[int, int, torch.dtype], Tensor] | None = None,
     ) -> None:
         self.name, self.rank, self.size = name, rank, size
         self.device = device or torch.device("cpu")
         """Where the tensors are."""
         self.on_device = self.device.type != "cpu"
+        self.over = over
+        """Makes a tensor over memory there that it does not keep; None if there is no way."""
         self._windows, self._buffers = windows, buffers
         self.hosts, self.models, self.segment_bytes = tuple(hosts), models, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()

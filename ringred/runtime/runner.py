@@ -96,7 +96,8 @@ class Runner:
             point = self.here()
             number = self._next(pair)
             if not async_op and self._progress.idle():
-                rest = self._run(prepared, number, sys._getframe(1), point=point)
+                held = None if self._queue is None else tensors.holding(holding)
+                rest = self._run(prepared, number, sys._getframe(1), point=point, held=held)
                 if rest is not None:
                     rest.wait(None)
                 return None

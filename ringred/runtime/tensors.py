@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "is_apart",
     "is_plain",
     "outputs",
+    "over_host_memory",
     "shares",
 ]
 
@@ -60,12 +61,13 @@ def carried(tensor: Tensor) -> Tensor:
     return tensor.view(_CARRIERS[tensor.element_size()])
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is plain contiguous CPU memory, so that address, length and dtype describe it fully."""
+def is_plain(tensor: Tensor, device: torch.device | None = None) -> bool:
+    """Whether `tensor` is plain contiguous memory of `device`, or of the CPU, so that address, length and dtype
+    describe it fully."""
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
-        and tensor.is_cpu
+        and (tensor.is_cpu if device is None else tensor.device == device)
         and tensor.is_contiguous()
         and not tensor.is_conj()
         and not tensor.is_neg()
@@ -153,9 +155,9 @@ def is_apart(output: Tensor, shares: Sequence[Tensor], own: int) -> bool:
     return True
 
 
-def identity(prepare: object, arguments: Sequence[Any]) -> tuple[Any, ...] | None:
-    """All that a call of `prepare` on `arguments` depends on, where every tensor is plain and of a dtype that can be
-    reduced; else None."""
+def identity(prepare: object, arguments: Sequence[Any], device: torch.device | None = None) -> tuple[Any, ...] | None:
+    """All that a call of `prepare` on `arguments` depends on, where every tensor is plain, on `device` or the CPU, and
+    of a dtype that can be reduced; else None."""
     key = [prepare]
     for argument in arguments:
         if isinstance(argument, (list, tuple)):
@@ -166,7 +168,7 @@ def identity(prepare: object, arguments: Sequence[Any]) -> tuple[Any, ...] | Non
         for one in each:
             if not isinstance(one, Tensor):
                 key.append(one)
-            elif is_plain(one) and one.dtype in SUPPORTED and (one.data_ptr() or not one.numel()):
+            elif is_plain(one, device) and one.dtype in SUPPORTED and (one.data_ptr() or not one.numel()):
                 key += (one.data_ptr(), one.numel(), one.dtype)
             else:
                 return None
@@ -182,26 +184,31 @@ def holding(arguments: Any) -> list[Tensor]:
     return []
 
 
-def borrowed(arguments: Sequence[Any]) -> list[Any]:
-    """`arguments` with plain tensors that do not keep their memory alive; the caller must know that it stays."""
+def borrowed(arguments: Sequence[Any], over: Callable[[int, int, torch.dtype], Tensor]) -> list[Any]:
+    """`arguments` with plain tensors that do not keep their memory alive; the caller must know that it stays. They are
+    made by `over(address, nbytes, dtype)`."""
     return [
-        _unowned(one)
+        _unowned(one, over)
         if isinstance(one, Tensor)
-        else [_unowned(each) if isinstance(each, Tensor) else each for each in one]
+        else [_unowned(each, over) if isinstance(each, Tensor) else each for each in one]
         if isinstance(one, (list, tuple))
         else one
         for one in arguments
     ]
 
 
-def _unowned(tensor: Tensor) -> Tensor:
+def _unowned(tensor: Tensor, over: Callable[[int, int, torch.dtype], Tensor]) -> Tensor:
     there = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
     if there < tensor.nbytes:
         raise UnsupportedTensor(f"expected {tensor.nbytes} bytes of memory, got a tensor whose storage has {there}")
-    if not tensor.numel():
-        return torch.empty(0, dtype=tensor.dtype)
-    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return torch.frombuffer(memory, dtype=tensor.dtype)
+    return over(tensor.data_ptr(), tensor.nbytes, tensor.dtype)
+
+
+def over_host_memory(address: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    """A 1-D tensor over memory that it does not keep."""
+    if not nbytes:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype)
 
 
 def expect(where: str, what: str, got: tuple[int, torch.dtype], elements: int, dtype: torch.dtype) -> None:

@@ -177,6 +177,9 @@ class Queue(Protocol):
     def share(self, tensor: Tensor, point: Any) -> None:
         """A tensor that was made within `following(point)` is used on the program's stream of that point."""
 
+    def over(self, address: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor over memory of the device, which it does not keep."""
+
     def fold(self, kernel: Any, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
         """Folds as `kernel`, a `Folder`, does."""
 

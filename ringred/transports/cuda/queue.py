@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
 from ringred.transports.cuda.driver import Driver, Event, Kernel
@@ -39,6 +40,10 @@ class StreamQueue:
         """As `base.Queue.share`."""
         if point is not None:
             self.stream.share(tensor, point)
+
+    def over(self, address: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+        """As `base.Queue.over`."""
+        return self.driver.tensor(address, nbytes, dtype, None)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """As `base.Queue.copy`."""

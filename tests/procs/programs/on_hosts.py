@@ -28,6 +28,7 @@ def everything(comm):
 
     import ringred
     from ringred.collectives.registry import algorithms
+    from ringred.testing.fake_device import FakeDevice
 
     right = []
     for name, entry in algorithms("all_reduce").items():
@@ -52,6 +53,12 @@ def everything(comm):
             came = torch.empty(1, dtype=torch.int64)
             comm.recv(came, peer)
             right.append(came.item() == peer)
+    there = comm.on_device(lambda: FakeDevice(delay=(0.0002, comm.rank)), torch.device("cpu"))
+    for name in ("direct", "ring", "tree", "hierarchical", "torus"):  # a device's memory on each host, and between
+        for tensor in (torch.empty(100_000), there.empty(100_000)):
+            there.all_reduce(tensor.fill_(comm.rank + 1.0), algorithm=name)
+            right.append(bool((tensor == 10).all()))
+    right.append(there.transport.name == "cuda_ipc+torch_p2p")
     torch.manual_seed(0)
     model = ringred.DistributedDataParallel(nn.Linear(100, 100, bias=False))
     model(torch.ones(1, 100) * (comm.rank + 1)).sum().backward()
