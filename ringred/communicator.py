@@ -75,6 +75,7 @@ class Communicator(Operations):
         )
         self._devices: dict[torch.device, Communicator] = {}
         self._sides: list[Communicator] = []
+        self._above: weakref.ref[Communicator] | None = None  # the one that it is a part of, or a duplicate
         self._runner = Runner(transport, self.config.timeout, name, self.config.blocking)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -144,6 +145,7 @@ class Communicator(Operations):
         hosts = [self.hosts[rank] for rank in members]
         child = Communicator(transport, hosts=hosts, config=config, name=name, device=self._planner.device)
         child.tune(self.tuning)
+        child._above = weakref.ref(self)
         self._children.add(child)
         return child
 
@@ -171,6 +173,11 @@ class Communicator(Operations):
         there = self._devices.get(device)
         if there is None:
             there = self._devices[device] = self.on_device(lambda: joining.DRIVERS[device.type](device), device)
+            above = None if self._above is None else self._above()
+            if above is None:
+                probe.tune(there, connect.gatherer(self.size, self.all_gather), f" on {joining.named(device)}")
+            elif device in above._devices:
+                there.tune(above._devices[device].tuning)
         return there
 
     def on_device(self, driver: Callable[[], Any], device: torch.device) -> Communicator:
@@ -187,7 +194,18 @@ class Communicator(Operations):
         """What runs the collectives on tensors of `device`. The first call for it is collective."""
         return self._runner if device == self._planner.device else self._on(device)._runner
 
+    def synchronize(self) -> None:
+        """Returns once the device has done all collectives that this rank has started here, as `torch.cuda.synchronize`
+        for them alone. Raises what they raise."""
+        for comm in (self, *self._sides):
+            comm._runner.synchronize()
+
     # ------------------------------------------------------------------ properties, costs and traces
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of its collectives are; the CPU's communicator takes those of devices too."""
+        return self._planner.device
 
     @property
     def local_ranks(self) -> list[int]:
@@ -196,8 +214,9 @@ class Communicator(Operations):
 
     @property
     def counters(self) -> Counters:
-        """Messages and bytes that this rank has sent and received so far."""
-        return self.transport.counters
+        """Messages and bytes that this rank has sent and received so far, of tensors of a device too."""
+        mine = self.transport.counters
+        return sum((there.transport.counters for there in self._sides), mine) if self._sides else mine
 
     def tune(self, tuning: Tuning) -> None:
         """Makes "auto" use the costs in `tuning`, the same on every rank; {} means the built-in costs."""

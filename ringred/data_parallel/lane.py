@@ -42,12 +42,12 @@ class Lane:
         """
         comm = self.comm
         runner = comm.runner_on(device)
-        ready = runner.here()
+        ready = runner.device.here()
         work: Work[T] = Work(self._name)
 
         def done() -> T:
             try:
-                with comm.for_purpose(purpose), runner.following(ready) as began:
+                with comm.for_purpose(purpose), runner.device.following(ready) as began:
                     made = job(comm)
                 work.rest = runner.rest_of_job(ready, began, made, job)
                 return made

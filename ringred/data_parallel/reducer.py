@@ -43,7 +43,7 @@ class Reducer:
         self.comm, self.members, self.settings, self.name = comm, members, settings, name
         self.layout = Layout(comm, members, settings, plan)
         self.rebuilt = plan is not None or (settings.find_unused and not settings.static_graph)
-        self.clock = Clock(comm.runner_on(members.parameters[0].device).here)
+        self.clock = Clock(comm.runner_on(members.parameters[0].device).device.here)
         self._reduced = False  # whether a backward was reduced yet, by `shadow` or not
         self._began = 0  # number of backwards so far, those of `shadow` included
         delayed = set(members.delayed)

@@ -44,6 +44,10 @@ class Measured(Protocol):
     tuning: Tuning
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
+    @property
     def local_ranks(self) -> list[int]:
         """The ranks on this rank's host."""
 
@@ -59,6 +63,9 @@ class Measured(Protocol):
     def barrier(self) -> object:
         """Returns once every rank has called it."""
 
+    def synchronize(self) -> None:
+        """Returns once its device is done."""
+
     def split(self, color: int | None) -> Measured | None:
         """The ranks of one color."""
 
@@ -66,13 +73,14 @@ class Measured(Protocol):
         """Gives everything back."""
 
 
-def tune(comm: Measured, gather: Gather) -> None:
-    """Sets the costs of `comm`: those that rank 0 has in its file, or newly measured ones, which rank 0 then stores."""
+def tune(comm: Measured, gather: Gather, on: str = "") -> None:
+    """Sets the costs of `comm`: those that rank 0 has in its file, or newly measured ones, which rank 0 then stores.
+    `on` names the device."""
     path = comm.config.tuning
     here = machine()
     played = "" if comm.transport.player is None else ", compiled"
     key = (
-        f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}{played}, {comm.size} ranks on "
+        f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}{played}{on}, {comm.size} ranks on "
         f"{len(set(comm.hosts))} hosts; torch {torch.__version__}"
     )
     known = None if path is None or comm.size == 1 else calibrate.load(path, key)
@@ -145,7 +153,8 @@ def _calls(comm: Measured, nbytes: int) -> int:
 
 
 def _tensor(comm: Measured, nbytes: int, memory: str) -> torch.Tensor:
-    return comm.empty(nbytes // 4, torch.float32) if memory == "window" else torch.empty(nbytes // 4)
+    elements = nbytes // 4
+    return comm.empty(elements, torch.float32) if memory == "window" else torch.empty(elements, device=comm.device)
 
 
 def seconds_of(comm: Measured, tensor: torch.Tensor, algorithm: str, calls: int) -> float:
@@ -162,15 +171,18 @@ def measure(comm: Measured, before: Callable[[], object], call: Callable[[], obj
     for _ in range(calls + 1):
         before()
         comm.barrier()
+        comm.synchronize()
         began = time.perf_counter()
         call()
+        comm.synchronize()
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 
 
 def _agreed(comm: Measured, found: dict[str, Costs]) -> Tuning:
     """The mean of each kind over the ranks that measured it: every rank must decide with the same numbers."""
-    table = torch.tensor([(*found[kind], 1.0) if kind in found else (0.0,) * 6 for kind in KINDS], dtype=torch.float64)
+    values = [(*found[kind], 1.0) if kind in found else (0.0,) * 6 for kind in KINDS]
+    table = torch.tensor(values, dtype=torch.float64, device=comm.device)
     comm.all_reduce(table, algorithm="one_shot")
     rows = zip(KINDS, table.tolist(), strict=True)
     return {kind: rounded([total / count for total in totals]) for kind, (*totals, count) in rows if count}

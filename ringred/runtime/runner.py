@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +21,7 @@ from ringred.runtime.calls import Call, Native, Post, Prepared
 from ringred.runtime.enqueued import Doing, Enqueued
 from ringred.runtime.executor import Plan, run
 from ringred.runtime.failures import RAISED, Report, diagnose
+from ringred.runtime.on_device import OnDevice
 from ringred.runtime.trace import Tracer
 from ringred.runtime.work import Progress, Work
 from ringred.transports.base import Fault, FaultKind, Request, Tape, Transport
@@ -52,14 +53,13 @@ class Runner:
         self.transport = transport
         self.set_timeout(timeout)
         self._attempt = None if transport.player is None else transport.player.attempt
-        self._queue, self._blocking = transport.queue, blocking
+        self.device = OnDevice(transport, name, blocking, self._failed, self.abort)
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
         self.closed = False
         self.purpose = ""  # the purpose of the calls that are launched from now on, see `Call.for_purpose`
         self.order = threading.RLock()
         self._progress = Progress(f"ringred-{name}-{self.rank}")
-        self._watch = Progress(f"ringred-watch-{name}-{self.rank}")
         self._failing = threading.Lock()
         self._sequence = 0
         self._pair_sequence: dict[tuple[int, int], int] = {}
@@ -93,10 +93,10 @@ class Runner:
                 raise RingredError(
                     f"rank {self.rank}: {call.text}: called in the middle of {self._doing()[1]}, from a signal handler?"
                 )
-            point = self.here()
+            point = self.device.here()
             number = self._next(pair)
             if not async_op and self._progress.idle():
-                held = None if self._queue is None else tensors.holding(holding)
+                held = None if self.device.queue is None else tensors.holding(holding)
                 rest = self._run(prepared, number, sys._getframe(1), point=point, held=held)
                 if rest is not None:
                     rest.wait(None)
@@ -176,6 +176,20 @@ class Runner:
             what = f"{type(cause).__name__}: {cause}"[:1000]
             self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, what).dump())
 
+    def rest_of_job(self, ready: Any, began: Any, made: object, job: object) -> Enqueued | None:
+        """As `OnDevice.rest_of_job`, from now on."""
+        return self.device.rest_of_job(ready, began, self._deadline(), self._doing(), made, job)
+
+    def synchronize(self) -> None:
+        """Returns once a device has done all that was started. Raises as the call that failed would."""
+        for work in list(self._started):
+            work.wait()
+        began = time.monotonic()
+        try:
+            self.device.passed(self._deadline())
+        except Fault as fault:
+            raise self._failed(fault, time.monotonic() - began, self._doing()) from fault
+
     def close(self) -> None:
         """Finishes what is in flight and closes the transport. A second call does nothing.
 
@@ -187,7 +201,7 @@ class Runner:
                 return
             self.closed = True
         self._progress.close()
-        self._watch.close()
+        self.device.close()
         mismatch: CollectiveMismatch | None = None
         if self._failure is None:
             with contextlib.suppress(Fault):  # it is no error of this rank if a peer no longer receives
@@ -223,8 +237,7 @@ class Runner:
         deadline = self._deadline()
         for request in requests:
             self.transport.wait(request, deadline)
-        if self._queue is not None:
-            self.transport.passed(self._queue.record(), deadline)
+        self.device.passed(deadline)
 
     def _refuse(self, call: Call) -> None:
         where = f"rank {self.rank}: {call.text}"
@@ -262,17 +275,18 @@ class Runner:
         began = time.monotonic() if began_ns is None else began_ns / 1e9
         rest: Enqueued | None = None
         try:
-            with self.following(point) as begun:
+            with self.device.following(point) as begun:
                 if prepared.fill or prepared.scaled is not None:
-                    self._torch_follows()
+                    self.device.torch_follows(self._deadline())
                 for target, source in prepared.fill:
                     target.copy_(source)
                 self._play(prepared, contract(call.digest, number), -1 if of_a_pair else number)
                 if prepared.back:
-                    self._torch_follows()
+                    self.device.torch_follows(self._deadline())
                 for target, source in prepared.back:
                     target.copy_(source)
-            rest = self.rest(point, begun, began + self.timeout_ns / 1e9, self._doing(), (prepared, held))
+            deadline = began + self.timeout_ns / 1e9
+            rest = self.device.rest(point, begun, deadline, self._doing(), (prepared, held))
         except Fault as fault:
             raise self._failed(fault, time.monotonic() - began, self._doing()) from fault
         except RingredError:
@@ -288,56 +302,6 @@ class Runner:
         finally:
             self._current = None
         return rest
-
-    # ------------------------------------------------------------------ on a device
-
-    def here(self) -> Any:
-        """The point of the calling thread's program, for `following`."""
-        return None if self._queue is None else self._queue.here()
-
-    @contextlib.contextmanager
-    def following(self, point: Any) -> Iterator[Any]:
-        """What is done within it comes after `point`; gives the point of the queue at which it begins."""
-        if self._queue is None:
-            yield None
-            return
-        with self._queue.following(point):
-            yield self._queue.record()
-
-    def rest(self, ready: Any, began: Any, deadline: float, doing: Doing, held: object) -> Enqueued | None:
-        """What the device has still to do of all that was enqueued, watched from now on; see `Enqueued`."""
-        if self._queue is None:
-            return None
-        precede = None if self._blocking else self._queue.precede
-        rest = Enqueued(ready, began, self._queue.record(), deadline, doing, precede, held)
-        self._watch.submit(lambda: self._watched(rest))
-        return rest
-
-    def rest_of_job(self, ready: Any, began: Any, made: object, job: object) -> Enqueued | None:
-        """As `rest`, for a job of calls and torch's own operations that ran within `following(ready)`, and made the
-        tensor `made`, or None."""
-        if self._queue is not None and isinstance(made, torch.Tensor):
-            self._queue.share(made, ready)
-        return self.rest(ready, began, self._deadline(), self._doing(), (job, made))
-
-    def _torch_follows(self) -> None:
-        """From here on torch's operations come after what is in the queue."""
-        if self._queue is not None and not self._queue.precede(point := self._queue.record()):
-            self.transport.passed(point, self._deadline())
-
-    def _watched(self, rest: Enqueued) -> None:
-        """Returns once a device has done the rest of a call, or that failed."""
-        failure: BaseException | None = None
-        try:
-            self.transport.passed(rest.point, rest.deadline)
-            failure = self._failure  # then the stream did not wait for what it should have
-        except Fault as fault:
-            failure = self._failed(fault, self.timeout_ns / 1e9 - (rest.deadline - time.monotonic()), rest.doing)
-            failure.__cause__ = fault
-        except BaseException as failed:
-            failure = failed
-            self.abort(failed)
-        rest.end(failure)
 
     def _play(self, prepared: Prepared, contract: int, turn: int) -> None:
         plan = prepared.plan

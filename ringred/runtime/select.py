@@ -32,6 +32,7 @@ _BUILT_IN: dict[str, Tuning] = {
     "local": {"tensor": (20e-6, 0.1e-9, 0.1e-9, 0.0, 0.0)},
     "shm": {"tensor": (0.7e-6, 0.05e-9, 0.04e-9, 0.7e-6, 3e-6), "window": (0.1e-6, 0.01e-9, 0.05e-9, 0.1e-6, 4e-6)},
     "mpi": {"tensor": (3e-6, 0.2e-9, 0.1e-9, 0.0, 0.0)},
+    "cuda_ipc": {"tensor": (9e-6, 3e-12, 1e-12, 6e-6, 30e-6), "window": (6e-6, 2e-12, 1e-12, 6e-6, 30e-6)},
     "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9, 0.0, 0.0)},
 }
 _BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0, 0.0)  # TCP on 1 Gbit/s

@@ -81,6 +81,12 @@ class Counters:
         self.words = array("q", bytes(48))
         self.address, _ = self.words.buffer_info()
 
+    def __add__(self, other: Counters) -> Counters:
+        both = Counters()
+        for at, words in enumerate(zip(self.words, other.words, strict=True)):
+            both.words[at] = sum(words)
+        return both
+
 
 class Tape:
     """A plan's instructions as numbers, `words` (runtime/tape.py), with what the player notes while it plays them.

@@ -201,8 +201,8 @@ class ShmTransport:
     def passed(self, point: Event, deadline: float) -> None:
         if self.queue is not None:
             self.queue.passed(point, lambda held_by: self._look(held_by, deadline))
-            forced = (link.words[link.words_at + FORCED] for link in self._links.values())
-            if self._words[self._at + ALARM] and any(forced):
+            forced = [link.words[link.words_at + FORCED] for link in self._links.values()]
+            if self._words[self._at + ALARM] and (self._words[self._at + FORCED] or any(forced)):
                 self._reports.check()  # what the stream went on with may not be what was sent
 
     def _look(self, held_by: int, deadline: float) -> None:

@@ -17,7 +17,7 @@ from ringred.transports.local import Hub
 from ringred.transports.routed import RoutedTransport, alone
 from ringred.transports.shm import ShmTransport
 
-__all__ = ["DRIVERS", "transport", "with_index"]
+__all__ = ["DRIVERS", "named", "transport", "with_index"]
 
 _ASKING = 0x52494E47  # the contract of the question whether all ranks have a device
 
@@ -88,6 +88,11 @@ def with_index(device: torch.device) -> torch.device:
     if device.index is not None or (device.type == "cuda" and not torch.cuda.is_available()):
         return device
     return torch.device(device.type, torch.get_device_module(device).current_device())
+
+
+def named(device: torch.device) -> str:
+    """What a device is called."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
 def _cuda(device: torch.device) -> Driver:

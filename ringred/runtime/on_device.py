@@ -1,0 +1,95 @@
+"""A runner's calls on a device: enqueued in order, and watched until the device is done, for the host goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ringred.errors import RingredError
+from ringred.runtime.enqueued import Doing, Enqueued
+from ringred.runtime.work import Progress
+from ringred.transports.base import Fault, Transport
+
+__all__ = ["OnDevice"]
+
+
+class OnDevice:
+    """The queue of `transport`; where it has none, everything is done at once, and there is nothing here to do.
+
+    `failed(fault, waited, doing)` gives the exception of a call that failed, `gave_up(cause)` tells the peers of
+    another failure. `blocking` makes the host wait for the device in every call.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        name: str,
+        blocking: bool,
+        failed: Callable[[Fault, float, Doing], RingredError],
+        gave_up: Callable[[BaseException], None],
+    ) -> None:
+        self.queue = transport.queue
+        self._transport, self._blocking, self._failed, self._gave_up = transport, blocking, failed, gave_up
+        self._watch = Progress(f"ringred-watch-{name}-{transport.rank}")
+
+    def here(self) -> Any:
+        """The point of the calling thread's program, for `following`."""
+        return None if self.queue is None else self.queue.here()
+
+    @contextmanager
+    def following(self, point: Any) -> Iterator[Any]:
+        """What is done within it comes after `point`; gives the point of the queue at which it begins."""
+        if self.queue is None:
+            yield None
+            return
+        with self.queue.following(point):
+            yield self.queue.record()
+
+    def torch_follows(self, deadline: float) -> None:
+        """From here on torch's operations, within `following`, come after what is in the queue."""
+        if self.queue is not None and not self.queue.precede(point := self.queue.record()):
+            self._transport.passed(point, deadline)
+
+    def passed(self, deadline: float) -> None:
+        """Returns once all is done. Raises `Fault`."""
+        if self.queue is not None:
+            self._transport.passed(self.queue.record(), deadline)
+
+    def rest(self, ready: Any, began: Any, deadline: float, doing: Doing, held: object) -> Enqueued | None:
+        """What the device has still to do of all that was enqueued, watched from now on; see `Enqueued`."""
+        if self.queue is None:
+            return None
+        precede = None if self._blocking else self.queue.precede
+        rest = Enqueued(ready, began, self.queue.record(), deadline, doing, precede, held)
+        self._watch.submit(lambda: self._watched(rest))
+        return rest
+
+    def rest_of_job(
+        self, ready: Any, began: Any, deadline: float, doing: Doing, made: object, job: object
+    ) -> Enqueued | None:
+        """As `rest`, for a job of calls and torch's own operations that ran within `following(ready)`, and made the
+        tensor `made`, or None."""
+        if self.queue is not None and isinstance(made, torch.Tensor):
+            self.queue.share(made, ready)
+        return self.rest(ready, began, deadline, doing, (job, made))
+
+    def _watched(self, rest: Enqueued) -> None:
+        """Returns once the device has done the rest of a call, or that failed."""
+        failure: BaseException | None = None
+        began = time.monotonic()
+        try:
+            self._transport.passed(rest.point, rest.deadline)
+        except Fault as fault:
+            failure = self._failed(fault, time.monotonic() - began, rest.doing)
+        except BaseException as failed:
+            failure = failed
+            self._gave_up(failed)
+        rest.end(failure)
+
+    def close(self) -> None:
+        """Returns once what is watched has ended."""
+        self._watch.close()
