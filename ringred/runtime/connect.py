@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from ringred.errors import TransportUnavailable
 from ringred.runtime.config import Config, detect_launch, mpi_environment
 from ringred.topology.detect import host_indices, host_name
@@ -14,9 +17,10 @@ from ringred.transports import routed
 from ringred.transports.base import Gather, Transport
 from ringred.transports.local import Hub
 
-__all__ = ["Connected", "by_launcher", "by_mpi", "by_process_group", "by_store", "end_job", "torch_group"]
+__all__ = ["Connected", "by_launcher", "by_mpi", "by_process_group", "by_store", "end_job", "gatherer", "torch_group"]
 
 
+_TEXT_BYTES = 256
 _GRACE_SECONDS = 1.0  # in which peers can say what they saw, before MPI ends them
 
 
@@ -28,6 +32,19 @@ class Connected(NamedTuple):
     hosts: tuple[int, ...]
     gather: Gather
     leave: Callable[[], None]
+
+
+def gatherer(size: int, all_gather: Callable[[Tensor, Tensor], object]) -> Gather:
+    """A `Gather` by the collective of `size` ranks that are connected."""
+
+    def gather(text: str) -> list[str]:
+        mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+        mine[: len(text)] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        table = mine.new_empty(size * _TEXT_BYTES)
+        all_gather(table, mine)
+        return [bytes(row).rstrip(b"\0").decode() for row in table.view(size, -1).tolist()]
+
+    return gather
 
 
 def by_mpi(comm: Any, config: Config) -> Connected:
