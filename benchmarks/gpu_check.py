@@ -33,9 +33,12 @@ STEPS: dict[str, tuple[int, float, bool]] = {
     "collectives-2": (2, 90, True),
     "collectives-4": (4, 120, True),
     "killed": (3, 60, True),
+    "ddp-2": (2, 60, True),
     "figures-2": (2, 90, False),
     "figures-4": (4, 90, False),
+    "overlap-2": (2, 60, False),
     "gloo-2": (2, 60, False),
+    "nccl-2": (2, 60, False),
 }
 
 
@@ -105,7 +108,12 @@ def main() -> int:
         outcome = "held" if result["held"] else f"FAILED: {result['why']}"
         print(f"{step:15} {result['seconds']:6.1f} s  {outcome}", flush=True)
     if any(STEPS[result["step"]][2] is False for result in results):
-        show({result["step"]: result["found"] for result in results})
+        found = {result["step"]: result["found"] for result in results}
+        show(found)
+        if found.get("overlap-2"):
+            print(
+                "a step of 2 ranks: " + ", ".join(f"{what} {value:.2f}" for what, value in found["overlap-2"].items())
+            )
     failed = [result["step"] for result in results if STEPS[result["step"]][2] and not result["held"]]
     print(f"not held: {', '.join(failed)}; see {options.out}/STEP.log" if failed else "all that was checked held")
     return 1 if failed else 0

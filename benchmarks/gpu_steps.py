@@ -204,6 +204,7 @@ def killed() -> dict[str, Any]:
             if comm.rank == comm.size - 1 and turn == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
             comm.all_reduce(tensor.fill_(1.0))
+            comm.synchronize()  # a call returns when all is enqueued
             assert tensor.eq(comm.size).all(), f"a wrong sum in turn {turn}"
             began = time.monotonic()
     except ringred.RingredError as error:
@@ -246,11 +247,22 @@ def figures() -> dict[str, Any]:
 
 def gloo() -> dict[str, Any]:
     """The same by torch on Gloo with CUDA tensors."""
+    return by_torch("gloo", 25 << 20)
+
+
+def nccl() -> dict[str, Any]:
+    """The same by NCCL, which wants a device for each rank."""
+    os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    return by_torch("nccl", 256 << 20)
+
+
+def by_torch(backend: str, most: int) -> dict[str, Any]:
+    """Microseconds of torch's all-reduce of up to `most` bytes."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    dist.init_process_group(backend)
     found = {}
-    for nbytes in (size for size in SIZES if size <= 25 << 20):
+    for nbytes in (size for size in SIZES if size <= most):
         tensor = torch.empty(nbytes // 4, device="cuda")
         times = []
         for _ in range(6):
@@ -263,6 +275,87 @@ def gloo() -> dict[str, Any]:
             times.append(time.perf_counter() - began)
         found[str(nbytes)] = statistics.median(times[1:]) * 1e6
     return found
+
+
+def model_of(width: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.LayerNorm(width), torch.nn.Linear(width, 10)]
+    return torch.nn.Sequential(*layers).to(here())
+
+
+def batch_of(width: int, turn: int, rank: int) -> torch.Tensor:
+    return torch.randn(16, width, generator=torch.Generator().manual_seed(100 * turn + rank)).to(here())
+
+
+def ddp() -> dict[str, Any]:
+    """Ten steps of both DistributedDataParallels, to the bits of one rank that has all data."""
+    import torch.distributed as dist
+
+    import ringred
+
+    dist.init_process_group("ringred")
+    comm = ranks_on_devices() if FAKE else ringred.init()
+    checked = 0
+    for width in (33, 1000):
+        alone = model_of(width)
+        ways: dict[str, torch.nn.Module] = {
+            "ringred": ringred.DistributedDataParallel(
+                model_of(width), process_group=comm, deterministic=True, bucket_cap_mb=0.5
+            ),
+            "views": ringred.DistributedDataParallel(
+                model_of(width), process_group=comm, deterministic=True, gradient_as_bucket_view=True
+            ),
+            "torch": torch.nn.parallel.DistributedDataParallel(model_of(width)),
+        }
+        models = {"alone": alone, **ways}
+        optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.01) for name, model in models.items()}
+        for turn in range(10):
+            gradients = []
+            for rank in range(comm.size):
+                alone.zero_grad()
+                alone(batch_of(width, turn, rank)).square().mean().backward()
+                gradients.append([p.grad.clone() for p in alone.parameters() if p.grad is not None])
+            for parameter, *parts in zip(alone.parameters(), *gradients, strict=True):
+                parameter.grad = sum(parts[1:], parts[0]).div_(comm.size)
+            for model in ways.values():
+                model.zero_grad()
+                model(batch_of(width, turn, comm.rank)).square().mean().backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+        for name, model in ways.items():
+            for (what, got), wanted in zip(model.named_parameters(), alone.parameters(), strict=True):
+                # Two ranks add in one order only; of more, torch's reducer scales before it adds.
+                if name != "torch" or comm.size == 2:
+                    assert torch.equal(got, wanted), f"{name}: {what} of width {width}: other bits than one rank's"
+                close(f"{name} {what}", got.detach().cpu(), wanted.detach().cpu())
+                checked += 1
+    return {"checked": checked}
+
+
+def overlap() -> dict[str, Any]:
+    """Milliseconds of a step with and without its reductions, and how much of them backward hid."""
+    import ringred
+
+    comm = ranks_on_devices() if FAKE else ringred.init()
+    width = 256 if FAKE else 4096
+    layers = [torch.nn.Linear(width, width) for _ in range(6)]
+    model = ringred.DistributedDataParallel(torch.nn.Sequential(*layers).to(here()), process_group=comm)
+    inputs = torch.randn(64 if FAKE else 4096, width, device=here())
+    times: dict[str, list[float]] = {"reduced": [], "alone": []}
+    for turn in range(24):
+        way = ("reduced", "alone")[turn % 2]
+        synchronize()
+        comm.barrier()
+        began = time.perf_counter()
+        with nullcontext() if way == "reduced" else model.no_sync():
+            model(inputs).square().mean().backward()
+        synchronize()
+        times[way].append(time.perf_counter() - began)
+        model.zero_grad()
+    found = {f"{way}_ms": 1e3 * statistics.median(seconds[2:]) for way, seconds in times.items()}
+    model(inputs).square().mean().backward()
+    report = model.overlap_report()
+    return {**found, "hidden": report.hidden, "communication_ms": report.communication_ms}
 
 
 def report(found: dict[str, Any]) -> None:

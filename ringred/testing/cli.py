@@ -22,6 +22,7 @@ from ringred.runtime.select import candidates, predict, segments_for, share_boun
 from ringred.schedule import closed_forms
 from ringred.schedule.draw import draw
 from ringred.topology.detect import machine
+from ringred.topology.gpus import gpus
 from ringred.topology.model import flat
 from ringred.topology.torus import near_square
 
@@ -273,9 +274,16 @@ def _check_cuda() -> tuple[bool, str, str]:
     import torch
 
     devices = torch.cuda.device_count()
-    peers = all(torch.cuda.can_device_access_peer(0, other) for other in range(1, devices))
-    between = "" if devices == 1 else f", {'each' if peers else 'NOT each'} reaches the memory of the first"
-    return peers, f"CUDA IPC (experimental): {devices} device(s){between}; `make gpu-check` tries it", ""
+    lacking = {index: cupy_driver.unavailable(index) for index in range(devices)}
+    pairs = [(one, other) for one in range(devices) for other in range(devices) if one != other]
+    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    troubles = [f"device {index}: {why}" for index, why in lacking.items() if why is not None]
+    troubles += [f"device {one} does not reach the memory of device {other}" for one, other in apart[:3]]
+    if troubles:
+        return False, f"CUDA IPC (experimental): {'; '.join(troubles)}", "CUDA_VISIBLE_DEVICES leaves devices out"
+    found = gpus()
+    told = [f"{devices} device(s)"] if found is None else [str(gpu) for gpu in found]
+    return True, "CUDA IPC (experimental): " + "\n".join([*told, "`make gpu-check` tries it"]), ""
 
 
 _MPI_SELF_TEST = """
