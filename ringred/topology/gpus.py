@@ -19,7 +19,7 @@ _WAYS = {
 
 
 class Gpu(NamedTuple):
-    """One GPU, by NVML's number: its name, its memory, and the way to each of the others ("NVLink", or a kind of PCIe)."""
+    """One GPU, by NVML's number: name, memory, and the way to each of the others ("NVLink", or a kind of PCIe)."""
 
     index: int
     name: str
@@ -28,10 +28,9 @@ class Gpu(NamedTuple):
 
     def __str__(self) -> str:
         kinds = sorted(set(self.ways.values()))
-        reached = [f"{kind} to {', '.join(str(o) for o, way in self.ways.items() if way == kind)}" for kind in kinds]
-        return f"GPU {self.index}: {self.name}, {self.memory_bytes / 2**30:.0f} GiB" + "".join(
-            f"; {r}" for r in reached
-        )
+        own = f"GPU {self.index}: {self.name}, {self.memory_bytes / 2**30:.0f} GiB"
+        others = [f"{kind} to {', '.join(str(o) for o, way in self.ways.items() if way == kind)}" for kind in kinds]
+        return "; ".join([own, *others])
 
 
 def gpus() -> list[Gpu] | None:
@@ -51,9 +50,8 @@ def gpus() -> list[Gpu] | None:
         for index, handle in enumerate(handles):
             name = nvml.nvmlDeviceGetName(handle)
             name = name.decode() if isinstance(name, bytes) else name
-            found.append(
-                Gpu(index, name, int(nvml.nvmlDeviceGetMemoryInfo(handle).total), dict(sorted(ways[index].items())))
-            )
+            nbytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+            found.append(Gpu(index, name, nbytes, dict(sorted(ways[index].items()))))
         return found
     except nvml.NVMLError:
         return None
