@@ -21,14 +21,14 @@ _WAYS = {
 class Gpu(NamedTuple):
     """One GPU, by NVML's number: name, memory, and the way to each of the others ("NVLink", or a kind of PCIe)."""
 
-    index: int
+    number: int
     name: str
     memory_bytes: int
     ways: dict[int, str]
 
     def __str__(self) -> str:
         kinds = sorted(set(self.ways.values()))
-        own = f"GPU {self.index}: {self.name}, {self.memory_bytes / 2**30:.0f} GiB"
+        own = f"GPU {self.number}: {self.name}, {self.memory_bytes / 2**30:.0f} GiB"
         others = [f"{kind} to {', '.join(str(o) for o, way in self.ways.items() if way == kind)}" for kind in kinds]
         return "; ".join([own, *others])
 
