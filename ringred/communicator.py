@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringred.errors import UnsupportedTensor
 from ringred.runtime import connect, explain, lifetime, probe
-from ringred.runtime.config import Config
+from ringred.runtime.config import Config, cache_folder
 from ringred.runtime.operations import Operations
 from ringred.runtime.planner import Planner
 from ringred.runtime.runner import Runner
@@ -172,7 +172,8 @@ class Communicator(Operations):
         device = joining.with_index(device)
         there = self._devices.get(device)
         if there is None:
-            there = self._devices[device] = self.on_device(lambda: joining.DRIVERS[device.type](device), device)
+            make, cache = joining.DRIVERS[device.type], cache_folder()
+            there = self._devices[device] = self.on_device(lambda: make(device, cache), device)
             above = None if self._above is None else self._above()
             if above is None:
                 probe.tune(there, connect.gatherer(self.size, self.all_gather), f" on {joining.named(device)}")

@@ -20,7 +20,15 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Config", "Launch", "detect_launch", "mpi_environment", "mpirun_environment", "restart_count"]
+__all__ = [
+    "Config",
+    "Launch",
+    "cache_folder",
+    "detect_launch",
+    "mpi_environment",
+    "mpirun_environment",
+    "restart_count",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +71,16 @@ def _positive(name: str, text: str) -> float:
     return value
 
 
+def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """Where ringred keeps what it would have to make again: measured costs, compiled kernels."""
+    env = os.environ if environment is None else environment
+    return Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ringred"
+
+
 def _tuning_file(env: Mapping[str, str]) -> Path | None:
     chosen = env.get("RINGRED_TUNING")
     if chosen is None:
-        return Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ringred" / "tuning.json"
+        return cache_folder(env) / "tuning.json"
     return None if chosen == "off" else Path(chosen)
 
 

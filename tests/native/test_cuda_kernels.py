@@ -145,3 +145,22 @@ def test_all_kernels_compile_for(architecture: str) -> None:
     for name in kernels.NAMES:
         assert f".text.{name}\0".encode() in cubin.raw, name
     compiler.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def test_a_compiled_kernel_is_kept_and_found_again(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def compiles(text: str) -> bytes:
+        made.append(text)
+        return text.encode()
+
+    folder = tmp_path / "kernels"
+    for turn in range(2):
+        for what in ("sm 90", "sm 100"):
+            for name in ("sum_f32", "max_f32"):
+                found = kernels.cached(folder, name, what, lambda text=f"{what} {name}": compiles(text))  # type: ignore[misc]
+                assert found.decode() == f"{what} {name}", turn
+    assert len(made) == len(set(made)) == len(list(folder.iterdir())) == 4
+    nowhere = tmp_path / "sum.txt"
+    nowhere.write_text("no folder")
+    assert kernels.cached(nowhere, "sum_f32", "sm 90", lambda: b"made") == b"made"

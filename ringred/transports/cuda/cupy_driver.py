@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,16 +68,18 @@ def _checked(answer: Sequence[Any]) -> Any:
 
 
 class CudaDevice:
-    """The device `index` of this process; None is torch's current one. See `driver.Driver`."""
+    """The device `index` of this process; None is torch's current one. Compiled kernels are kept under `cache`. See
+    `driver.Driver`."""
 
     name = "cuda_ipc"
     chunk_bytes = 64 << 20
 
-    def __init__(self, index: int | None = None) -> None:
+    def __init__(self, index: int | None, cache: Path) -> None:
         import cupy
         from cuda.bindings import driver
 
         self.index = torch.cuda.current_device() if index is None else index
+        self._cache = cache
         self.cupy, self.driver, self.runtime = cupy, driver, cupy.cuda.runtime
         with self.current():
             torch.cuda.init()
@@ -140,9 +143,17 @@ class CudaDevice:
         found = self._kernels.get(name)
         if found is None:
             with self.current():
-                module = _checked(self.driver.cuModuleLoadData(self._compiled(name)))
+                module = _checked(self.driver.cuModuleLoadData(self._cubin(name)))
                 found = self._kernels[name] = int(_checked(self.driver.cuModuleGetFunction(module, name.encode())))
         return found
+
+    def _cubin(self, name: str) -> bytes:
+        from cuda.bindings import nvrtc
+
+        capability = torch.cuda.get_device_capability(self.index)
+        compiler = [int(part) for part in nvrtc.nvrtcVersion()]
+        what = f"sm {capability}, NVRTC {compiler}"
+        return kernels.cached(self._cache / "kernels", name, what, lambda: self._compiled(name))
 
     def _compiled(self, name: str) -> bytes:
         """The kernel for this device. Not by CuPy, which has small numbers flushed to zero."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,15 +96,15 @@ def named(device: torch.device) -> str:
     return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
-def _cuda(device: torch.device) -> Driver:
+def _cuda(device: torch.device, cache: Path) -> Driver:
     """The driver for one of torch's CUDA devices. Raises `TransportUnavailable`."""
     from ringred.transports.cuda import cupy_driver
 
     reason = cupy_driver.unavailable(device.index)
     if reason is not None:
         raise TransportUnavailable(f"{device} cannot be used: {reason}")
-    return cupy_driver.CudaDevice(device.index)
+    return cupy_driver.CudaDevice(device.index, cache)
 
 
-DRIVERS: dict[str, Callable[[torch.device], Driver]] = {"cuda": _cuda}
-"""By torch's device type: makes the driver of one device."""
+DRIVERS: dict[str, Callable[[torch.device, Path], Driver]] = {"cuda": _cuda}
+"""By torch's device type: makes the driver of one device, which may keep what it compiles in a folder."""

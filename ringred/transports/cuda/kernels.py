@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 
-__all__ = ["MOST", "NAMES", "OPTIONS", "arguments", "geometry", "name_of", "source"]
+__all__ = ["MOST", "NAMES", "OPTIONS", "arguments", "cached", "geometry", "name_of", "source"]
 
 MOST = 64
 """Operands, and targets, of one fold."""
@@ -65,6 +69,23 @@ def source(names: Sequence[str]) -> str:
     """The text of folds.cu with these kernels. All of them take ten seconds to compile, one a fifth of a second."""
     text = files(__package__).joinpath("folds.cu").read_text()
     return "\n".join([text, *map(_instance, names), ""])
+
+
+def cached(folder: Path, name: str, what: str, compile_it: Callable[[], bytes]) -> bytes:
+    """A compiled kernel: the one in `folder` that was made of the same source and `what` (device, compiler), or a new
+    one, which is kept there if that is possible."""
+    digest = hashlib.blake2b(f"{what}\n{OPTIONS}\n{source([name])}".encode(), digest_size=12).hexdigest()
+    path = folder / f"{name}-{digest}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        made = compile_it()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_bytes(made)
+        unfinished.replace(path)
+    return made
 
 
 def _instance(name: str) -> str:
