@@ -69,13 +69,16 @@ class Communicator(Operations):
             segment_bytes,
             windows=cast(Windowed, transport) if transport.windows else None,
             buffers=transport.buffers and segment_bytes <= transport.segment_bytes,
+            depth=transport.depth,
             can_native=getattr(transport, "can_all_reduce", None),
             device=device,
             over=self._over(transport, device),
         )
         self._devices: dict[torch.device, Communicator] = {}
         self._sides: list[Communicator] = []
-        self._above: weakref.ref[Communicator] | None = None  # the one that it is a part of, or a duplicate
+        self._tries = 0  # how often such a side was asked for
+        self._making = threading.RLock()
+        self._above: Communicator | None = None  # the one that it is a part of, or a duplicate
         self._runner = Runner(transport, self.config.timeout, name, self.config.blocking)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
@@ -145,7 +148,7 @@ class Communicator(Operations):
         hosts = [self.hosts[rank] for rank in members]
         child = Communicator(transport, hosts=hosts, config=config, name=name, device=self._planner.device)
         child.tune(self.tuning)
-        child._above = weakref.ref(self)
+        child._above = self
         self._children.add(child)
         return child
 
@@ -170,25 +173,27 @@ class Communicator(Operations):
         if device.type not in joining.DRIVERS:
             raise UnsupportedTensor(f"rank {self.rank}: expected tensors of the CPU or of CUDA, got them on {device}")
         device = joining.with_index(device)
-        there = self._devices.get(device)
-        if there is None:
-            make, cache = joining.DRIVERS[device.type], cache_folder()
-            there = self._devices[device] = self.on_device(lambda: make(device, cache), device)
-            above = None if self._above is None else self._above()
-            if above is None:
-                probe.tune(there, connect.gatherer(self.size, self.all_gather), f" on {joining.named(device)}")
-            elif device in above._devices:
-                there.tune(above._devices[device].tuning)
+        with self._making:
+            there = self._devices.get(device)
+            if there is None:
+                make, cache = joining.DRIVERS[device.type], cache_folder()
+                there = self._devices[device] = self.on_device(lambda: make(device, cache), device)
+                if self._above is None:
+                    probe.tune(there, connect.gatherer(self.size, self.all_gather), f" on {joining.named(device)}")
+                elif device in self._above._devices:
+                    there.tune(self._above._devices[device].tuning)
         return there
 
     def on_device(self, driver: Callable[[], Any], device: torch.device) -> Communicator:
         """A communicator of the same ranks whose tensors are on the device of each rank's `driver`
         (`transports.cuda.driver`). Collective. It fails with this one, and is closed with it."""
-        name = f"{self.name} on {device.type} {len(self._sides)}"
+        self._sides = [there for there in self._sides if not there.closed]
+        self._tries += 1
+        name = f"{self.name} on {device.type} {self._tries}"
         transport = joining.transport(self.transport, driver, name, self.config.timeout)
         there = Communicator(transport, hosts=self.hosts, config=self.config, name=name, device=device)
-        self._children.add(there)
         self._sides.append(there)
+        self._runner.followers.append(there.abort)
         return there
 
     def runner_on(self, device: torch.device) -> Runner:

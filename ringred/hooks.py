@@ -288,7 +288,7 @@ class LocalSGD(Policy):
         self.steps += 1
         if self.steps >= self.start_at and (self.steps - self.start_at) % self.period == 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._lane.submit(lambda comm: average_tensors(comm, parameters)).wait()
+            self._lane.submit(lambda comm: average_tensors(comm, parameters), device=parameters[0].device).wait()
 
 
 class FusedOptimizer(Policy):

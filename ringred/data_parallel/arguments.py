@@ -63,13 +63,14 @@ def check_parameters(named: Sequence[tuple[str, Tensor]], device_ids: Any, outpu
             raise UnsupportedTensor(f"parameter {name!r}: expected it {expected}, got {parameter.device}")
     if (not device_ids and output_device is None) or where is None:
         return None
-    asked = [torch.device(where.type, one) if isinstance(one, int) else torch.device(one) for one in device_ids or ()]
-    if where.type == "cpu" or any(one != where for one in asked):
+    given = [*(device_ids or ()), *([] if output_device is None else [output_device])]
+    asked = [torch.device(where.type, one) if isinstance(one, int) else torch.device(one) for one in given]
+    if where.type == "cpu" or any(joining.with_index(one) != where for one in asked):
         raise ValueError(
             f"device_ids and output_device only work with GPU modules on that device, but got device_ids {device_ids}, "
             f"output_device {output_device}, and parameters on {'the CPU' if where.type == 'cpu' else where}"
         )
-    return where if asked else None
+    return where if device_ids else None
 
 
 def check_supported(mixed_precision: Any, lazy_bucket_allocation: bool) -> None:

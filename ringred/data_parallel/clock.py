@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from ringred.data_parallel.overlap import BackwardTimes, trace
-from ringred.data_parallel.reductions import InFlight
+from ringred.data_parallel.reductions import InFlight, Nothing
 from ringred.runtime.trace import Tracer
 
 __all__ = ["Clock"]
 
 _ARRIVALS = 1000  # backward passes whose arrival times are kept
+_UNREAD = 16  # backward passes that the host may be ahead of the device, and are still read
 
 
 class Clock:
@@ -27,7 +28,9 @@ class Clock:
         self._here = here
         self._arrivals: deque[float] = deque(maxlen=_ARRIVALS)
         self._last: BackwardTimes | None = None
-        self._unread: tuple[Any, Any, list[Any]] | None = None  # began, ended, and the rests of the reductions
+        self._unread: deque[tuple[BackwardTimes, Any, Any, list[Any]]] = deque(maxlen=_UNREAD)
+        """Backwards that the device may not be done with: the host's times, the points at which they began and ended,
+        and the rests of their reductions, None for one that was skipped."""
         self._began_ns = self._waited_ns = self._free_ns = 0
         self._in_backward = False
         self._began: Any = None
@@ -68,8 +71,11 @@ class Clock:
     ) -> None:
         """A backward was reduced; `buckets` are their bytes, numbers of parameters and algorithms."""
         self._read()
+        if len(self._unread) == _UNREAD:  # the first of them will never be read
+            self._free = None
         # Only numbers and points are kept: buckets would keep memory alive after new ones have replaced them.
-        rests = [getattr(work, "rest", None) for work in works]
+        rests = [None if isinstance(work, Nothing) else getattr(work, "rest", None) for work in works]
+        skipped = [isinstance(work, Nothing) for work in works]
         self._last = BackwardTimes(
             self._began_ns,
             ended[0],
@@ -79,56 +85,44 @@ class Clock:
             [work.ended_ns for work in works],
             *buckets,
         )
-        self._unread = None
-        if self._began is not None and all(rest is not None and rest.ready is not None for rest in rests):
-            self._unread = self._began, ended[1], rests
-        elif self._free_ns:
-            self._arrivals.append((max(full_ns) - self._free_ns - self._waited_ns) / 1e9)
+        known = [
+            skips or (rest is not None and rest.ready is not None) for rest, skips in zip(rests, skipped, strict=True)
+        ]
+        if self._began is not None and all(known) and not all(skipped):
+            self._unread.append((self._last, self._began, ended[1], rests))
+        else:
+            self._free = None
+            if self._free_ns:
+                self._arrivals.append((max(full_ns) - self._free_ns - self._waited_ns) / 1e9)
         self._free_ns, self._waited_ns = max(work.ended_ns for work in works), 0
 
     def _read(self) -> None:
-        """Puts the device's times in the place of those at which the host had enqueued the last backward, if the device
-        is done with it."""
-        if self._unread is None or self._last is None:
-            return
-        began, ended, rests = self._unread
-        if not (ended.done() and all(rest.point.done() for rest in rests)):
-            return
-        self._unread = None
-
-        def at(point: Any) -> int:
-            assert self._last is not None, "it is being read"
-            return self._last.began_ns + int(1e9 * point.seconds_since(began))
-
-        full = [at(rest.ready) for rest in rests]
-        self._last = replace(
-            self._last,
-            ended_ns=at(ended),
-            full_ns=full,
-            ready_ns=[self._full_after(ready, full) for ready in self._last.ready_ns],
-            started_ns=[max(at(rest.began), at(rest.ready)) for rest in rests],
-            done_ns=[at(rest.point) for rest in rests],
-        )
-        if self._free is not None:
-            last = max((rest.ready for rest in rests), key=at)
-            self._arrivals.append(last.seconds_since(self._free))
-        self._free = max((rest.point for rest in rests), key=at)
-
-    def _full_after(self, ready_ns: int, full: Sequence[int]) -> int:
-        """When the bucket of a gradient was full that the host had enqueued at `ready_ns`; 0 stays, of delayed ones."""
-        assert self._last is not None, "it is being read"
-        later = [at for enqueued, at in zip(self._last.full_ns, full, strict=True) if enqueued >= ready_ns]
-        return min(later, default=max(full)) if ready_ns else 0
+        """Puts the device's times in the place of those at which the host had enqueued backwards, as far as the device
+        is done with them."""
+        while self._unread:
+            noted, began, ended, rests = self._unread[0]
+            done = [rest for rest in rests if rest is not None]
+            if not (ended.done() and all(rest.point.done() for rest in done)):
+                return
+            self._unread.popleft()
+            times = _by_device(noted, began, ended, rests)
+            if self._last is noted:
+                self._last = times
+            if self._free is not None:
+                last = max((rest.ready for rest in done), key=lambda point: point.seconds_since(began))
+                self._arrivals.append(last.seconds_since(self._free))
+            self._free = max((rest.point for rest in done), key=lambda point: point.seconds_since(began))
 
     @property
     def last(self) -> BackwardTimes | None:
         """The times of the last backward that was reduced. Waits for the device."""
-        if self._unread is not None:
-            for rest in self._unread[2]:
-                rest.finished()
-            while not self._unread[1].done():
+        for _, _, ended, rests in list(self._unread):
+            for rest in rests:
+                if rest is not None:
+                    rest.finished()
+            while not ended.done():
                 time.sleep(0.0005)  # the program's own stream, which nobody watches
-            self._read()
+        self._read()
         return self._last
 
     @property
@@ -147,3 +141,29 @@ class Clock:
         """Adds the last backward to the trace."""
         if tracer is not None and self.last is not None:
             trace(self.last, tracer)
+
+
+def _by_device(noted: BackwardTimes, began: Any, ended: Any, rests: Sequence[Any]) -> BackwardTimes:
+    """What the host `noted`, by the device's clock; reductions that were skipped keep their places in it."""
+
+    def at(point: Any) -> int:
+        return noted.began_ns + int(1e9 * point.seconds_since(began))
+
+    ended_ns = at(ended)
+    full = [ended_ns if rest is None else at(rest.ready) for rest in rests]
+
+    def ready(enqueued_ns: int) -> int:
+        """When the bucket of a gradient was full that the host had enqueued then; 0 stays, of delayed ones."""
+        later = [when for put, when in zip(noted.full_ns, full, strict=True) if put >= enqueued_ns]
+        return min(later, default=max(full)) if enqueued_ns else 0
+
+    return replace(
+        noted,
+        ended_ns=ended_ns,
+        full_ns=full,
+        ready_ns=[ready(enqueued_ns) for enqueued_ns in noted.ready_ns],
+        started_ns=[
+            when if rest is None else max(at(rest.began), when) for rest, when in zip(rests, full, strict=True)
+        ],
+        done_ns=[when if rest is None else at(rest.point) for rest, when in zip(rests, full, strict=True)],
+    )

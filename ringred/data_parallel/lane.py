@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from ringred.communicator import Communicator
-from ringred.errors import CollectiveMismatch
+from ringred.errors import RingredError
 from ringred.runtime.work import Progress, Work
 
 __all__ = ["Lane"]
@@ -49,7 +49,8 @@ class Lane:
             try:
                 with comm.for_purpose(purpose), runner.device.following(ready) as began:
                     made = job(comm)
-                work.rest = runner.rest_of_job(ready, began, made, job)
+                what = f"a job of {self._name}{f' for {purpose}' if purpose else ''}"
+                work.rest = runner.rest_of_job(ready, began, what, made, job)
                 return made
             except BaseException as failure:
                 comm.abort(failure)  # peers may be waiting in collectives that this rank will not reach
@@ -72,8 +73,8 @@ def _end(progress: Progress, comm: Communicator) -> None:
 def _close(comm: Communicator) -> None:
     try:
         comm.close()
-    except CollectiveMismatch as mismatch:  # nobody waits for it, and the thread must go on to its end
-        print(f"ringred: {mismatch}", file=sys.stderr, flush=True)
+    except RingredError as failure:  # nobody waits for it, and the thread must go on to its end
+        print(f"ringred: {failure}", file=sys.stderr, flush=True)
 
 
 _threads: set[Progress] = set()

@@ -92,6 +92,8 @@ class Policy:
         known = self._kept.get(key)
         if known is None or known[0] not in (members, None) or known[1].shape != like.shape:
             known = members, torch.zeros_like(like)
+        if known[1].device != like.device:  # it was loaded from a checkpoint on another device
+            known = members, known[1].to(like.device)
         self._kept[key] = members, known[1]
         return known[1]
 

@@ -8,9 +8,19 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["Doing", "Enqueued"]
+__all__ = ["Doing", "Enqueued", "hold"]
 
-_DRAINING = 6.0  # seconds; a little more than a plane takes to give a stream up
+_kept: list[object] = []  # what devices that did not end may still use
+
+
+def hold(held: object, point: Any, until: float) -> None:
+    """Returns when the device has come to the point; if it has not by then, `held` is never let go."""
+    with contextlib.suppress(RuntimeError):  # a device that failed does nothing any more
+        while not point.done():
+            if time.monotonic() > until:
+                _kept.append(held)
+                return
+            time.sleep(0.001)  # after a failure only
 
 
 class Doing(NamedTuple):
@@ -19,9 +29,6 @@ class Doing(NamedTuple):
     number: int
     text: str
     site: str
-
-
-_kept: list[object] = []  # what devices that did not end may still use
 
 
 class Enqueued:
@@ -45,27 +52,20 @@ class Enqueued:
         self.ready, self.began, self.point = ready, began, point
         self.deadline, self.doing = deadline, doing
         self.failure: BaseException | None = None
+        self.heard = False
+        """Whether anybody was told of the failure."""
         self.ended_ns = 0
         self._precede, self._held = precede, held
         self._ended = threading.Event()
 
-    def end(self, failure: BaseException | None) -> None:
-        """It is done, or failed. What it holds is kept until the device is done, after a failure too."""
+    def end(self, failure: BaseException | None, until: float = 0.0) -> None:
+        """It is done, or failed. What it holds is kept until the device is done, after a failure too: for ever, if that
+        is not so at the time `until`."""
         self.failure, self.ended_ns = failure, time.monotonic_ns()
         self._ended.set()
         held, self._held = self._held, None
-        if failure is not None and not self._passed():
-            _kept.append(held)
-
-    def _passed(self) -> bool:
-        """Whether the device comes to the point, within the time in which its stream is drained."""
-        until = time.monotonic() + _DRAINING
-        with contextlib.suppress(RuntimeError):  # a device that failed does nothing any more
-            while not self.point.done():
-                if time.monotonic() > until:
-                    return False
-                time.sleep(0.001)
-        return True
+        if failure is not None:
+            hold(held, self.point, until)
 
     def done(self) -> bool:
         return self._ended.is_set()
@@ -79,5 +79,6 @@ class Enqueued:
         if not ordered and not self._ended.wait(timeout):
             return False
         if self.failure is not None:
+            self.heard = True
             raise self.failure
         return True

@@ -79,6 +79,11 @@ def diagnose(mine: Report, reports: Mapping[int, Report], size: int) -> RingredE
     missing = sorted(set(range(size)) - everyone.keys())
     if ahead and not (timed_out and missing):
         return _mismatch(mine, calls, ahead, None)
+    stood = next((report for report in timed_out if report.peer == report.rank), None)
+    if stood is not None:  # it waited for nobody else
+        return CollectiveTimeout(
+            f"{who}: the device of rank {stood.rank} was not done within the timeout of {stood.waited:.3g} s"
+        )
     if timed_out:
         first = max(timed_out, key=lambda report: report.waited)
         return CollectiveTimeout(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from ringred.errors import RingredError
-from ringred.runtime.enqueued import Doing, Enqueued
+from ringred.runtime.enqueued import Doing, Enqueued, hold
 from ringred.runtime.work import Progress
 from ringred.transports.base import Fault, Transport
 
 __all__ = ["OnDevice"]
+
+_DRAINING = 6.0  # seconds; a little more than a plane takes to give a stream up
 
 
 class OnDevice:
@@ -35,6 +37,9 @@ class OnDevice:
         self.queue = transport.queue
         self._transport, self._blocking, self._failed, self._gave_up = transport, blocking, failed, gave_up
         self._watch = Progress(f"ringred-watch-{name}-{transport.rank}")
+        self._drained_by: float | None = None  # when a stream that was to be drained is given up
+        self.failed: list[Enqueued] = []
+        """The calls that failed after they had returned."""
 
     def here(self) -> Any:
         """The point of the calling thread's program, for `following`."""
@@ -86,9 +91,32 @@ class OnDevice:
         except Fault as fault:
             failure = self._failed(fault, time.monotonic() - began, rest.doing)
         except BaseException as failed:
-            failure = failed
-            self._gave_up(failed)
-        rest.end(failure)
+            failure = self.named(failed, rest.doing)
+            self._gave_up(failure)
+        if failure is not None:
+            self.failed.append(rest)
+        rest.end(failure, self.drained_by() if failure is not None else 0.0)
+
+    def named(self, failure: BaseException, doing: Doing) -> BaseException:
+        """A failure of the device with the call that met it; any other as it is."""
+        if self.queue is None or type(failure) is not RuntimeError:
+            return failure
+        found = RingredError(f"rank {self._transport.rank}: {doing.text} at {doing.site}: its device failed: {failure}")
+        found.__cause__ = failure
+        return found
+
+    def drained_by(self) -> float:
+        """When a stream that was to be drained is given up: one time for all that is under way at a failure."""
+        if self._drained_by is None:
+            self._drained_by = time.monotonic() + _DRAINING
+        return self._drained_by
+
+    def hold(self, held: object) -> None:
+        """Keeps what a call held that failed here, until the device is done with it."""
+        if self.queue is not None:
+            with suppress(RuntimeError):
+                point, until = self.queue.record(), self.drained_by()
+                self._watch.submit(lambda: hold(held, point, until))
 
     def close(self) -> None:
         """Returns once what is watched has ended."""

@@ -60,6 +60,7 @@ class Planner:
         segment_bytes: int,
         windows: Windowed | None = None,
         buffers: bool = False,
+        depth: int = 1,
         can_native: Callable[[torch.dtype], bool] | None = None,
         device: torch.device | None = None,
         over: Callable[[int, int, torch.dtype], Tensor] | None = None,
@@ -70,7 +71,7 @@ class Planner:
         self.on_device = self.device.type != "cpu"
         self.over = over
         """Makes a tensor over memory there that it does not keep; None if there is no way."""
-        self._windows, self._buffers = windows, buffers
+        self._windows, self._buffers, self._depth = windows, buffers, depth
         self.hosts, self.models, self.segment_bytes = tuple(hosts), models, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
@@ -312,6 +313,7 @@ class Planner:
             in_parts=not whole_messages and self._in_step(call),
             put_safe=lambda step, op: (self.rank, step, op) in puts,
             buffers=self._buffers,
+            depth=self._depth,
         )
         return _keep(self._programs, key, program)
 

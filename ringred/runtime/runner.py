@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,10 +68,15 @@ class Runner:
         self._current: tuple[int, Call, str | FrameType, bool] | None = None
         self._one_way: deque[Doing] = deque(maxlen=_ONE_WAY)  # done perhaps before others began, since all last had
         self._failure: RingredError | None = None
+        self._told = False  # whether a call has raised that
+        self.followers: list[Callable[[BaseException], None]] = []
+        """Called with what this communicator failed with."""
 
     def set_timeout(self, seconds: float) -> None:
         """From now on, each call may take so long."""
         self.timeout_ns = int(min(seconds * 1e9, _LONGEST_NS))
+        if hasattr(self.transport, "timeout"):  # what it waits for by itself
+            self.transport.timeout = seconds
 
     def launch(self, prepared: Prepared, async_op: bool = False, holding: object = None) -> Work[None] | None:
         """Runs `prepared` after all calls before it: here if nothing is in flight, else on the progress thread.
@@ -172,13 +177,17 @@ class Runner:
             if self._failure is not None or self.closed:
                 return
             self._failure = PeerFailed(f"rank {self.rank}: gave this communicator up after {cause!r}")
+            self._told = True
             number, call, site = self._doing()
             what = f"{type(cause).__name__}: {cause}"[:1000]
             self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, what).dump())
+        for follow in self.followers:
+            follow(cause)
 
-    def rest_of_job(self, ready: Any, began: Any, made: object, job: object) -> Enqueued | None:
-        """As `OnDevice.rest_of_job`, from now on."""
-        return self.device.rest_of_job(ready, began, self._deadline(), self._doing(), made, job)
+    def rest_of_job(self, ready: Any, began: Any, what: str, made: object, job: object) -> Enqueued | None:
+        """As `OnDevice.rest_of_job`, of a job that does `what`, from now on."""
+        doing = Doing(self._sequence, what, "its end")
+        return self.device.rest_of_job(ready, began, self._deadline(), doing, made, job)
 
     def synchronize(self) -> None:
         """Returns once a device has done all that was started. Raises as the call that failed would."""
@@ -188,7 +197,11 @@ class Runner:
         try:
             self.device.passed(self._deadline())
         except Fault as fault:
+            self._told = True
             raise self._failed(fault, time.monotonic() - began, self._doing()) from fault
+        if self._failure is not None:
+            self._told = True
+            raise self._failure
 
     def close(self) -> None:
         """Finishes what is in flight and closes the transport. A second call does nothing.
@@ -217,6 +230,9 @@ class Runner:
             self.tracer.write()
         if mismatch is not None:
             raise mismatch
+        late = [rest.failure for rest in self.device.failed if rest.failure is not None]
+        if late and not self._told and not any(rest.heard for rest in self.device.failed):
+            raise late[0]  # of a call that had returned; no later one has told of it
 
     def _settle(self) -> CollectiveMismatch | None:
         """Waits until the peers have received what this rank sent in its last collectives, if they may not have yet."""
@@ -240,6 +256,7 @@ class Runner:
         self.device.passed(deadline)
 
     def _refuse(self, call: Call) -> None:
+        self._told = True
         where = f"rank {self.rank}: {call.text}"
         if self._failure is None:
             raise PeerFailed(f"{where}: this communicator is closed")
@@ -287,12 +304,22 @@ class Runner:
                     target.copy_(source)
             deadline = began + self.timeout_ns / 1e9
             rest = self.device.rest(point, begun, deadline, self._doing(), (prepared, held))
+            if self._failure is not None:  # the watch has found an earlier call failed meanwhile
+                self._refuse(call)
         except Fault as fault:
-            raise self._failed(fault, time.monotonic() - began, self._doing()) from fault
+            failed = self._failed(fault, time.monotonic() - began, self._doing())
+            self._told = True
+            self.device.hold((prepared, held))
+            raise failed from fault
         except RingredError:
+            self.device.hold((prepared, held))
             raise
         except BaseException as failure:
-            self.abort(failure)
+            named = self.device.named(failure, self._doing())
+            self.abort(named)
+            self.device.hold((prepared, held))
+            if named is not failure:
+                raise named from failure
             raise
         else:
             self._note(prepared, prepared.one_way and self.transport.counters.messages_sent > sent)
@@ -326,9 +353,12 @@ class Runner:
     def _failed(self, fault: Fault, waited: float, doing: Doing) -> RingredError:
         """The exception for a fault, after which nothing can be called any more; of two threads' faults, the first."""
         with self._failing:
-            if self._failure is None:
-                self._failure = self._diagnosed(fault, waited, doing)
-            return self._failure
+            if self._failure is not None:
+                return self._failure
+            failure = self._failure = self._diagnosed(fault, waited, doing)
+        for follow in self.followers:
+            follow(failure)
+        return failure
 
     def _diagnosed(self, fault: Fault, waited: float, doing: Doing | None = None) -> RingredError:
         """Publishes this rank's report, reads those of the other ranks and combines them into one exception."""

@@ -59,6 +59,8 @@ class Work(Generic[T]):
         except FutureTimeout:
             if not self.is_completed():
                 raise CollectiveTimeout(f"{self._description}: not done after waiting {timeout:g} s") from None
+            if self.exception() is None:  # it was done at the last moment
+                return self._future.result()
             self._heard = True
             raise
         except BaseException:

@@ -72,6 +72,7 @@ def lower(
     in_parts: bool = False,
     snapshots: bool = True,
     buffers: bool = False,
+    depth: int = 1,
 ) -> Program:
     """The program of `rank`.
 
@@ -81,12 +82,14 @@ def lower(
     Adjacent units are sent in one message; with `merge=False` each unit is its own message, for units that are
     separate tensors. With `in_parts=True` a step of many segments need not finish before the next step starts; this is
     for schedules that are `in_step`, if all ranks know the same `bounds`.
+    `depth` is how many parts a step may be ahead, and how early receives are posted: more than one for a transport on
+    whose way much is under way at once, where a receive that is posted late holds its sender up.
     `snapshots=False` omits the slots and gives wrong results; it exists for the test that shows this. `buffers=True`
     also omits them, for a transport that can buffer at least one segment between any two ranks. That cannot deadlock:
     a segment then waits for room, room becomes free with the receiver's folds of earlier segments, and these wait
     for nothing that is sent later.
     """
-    lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge, in_parts)
+    lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge, in_parts, depth)
     lowering.put_safe = put_safe
     lowering.buffers = buffers
     return lowering.run(snapshots)
@@ -123,9 +126,10 @@ class _Lowering:
         keep: Callable[[int], bool],
         merge: bool,
         in_parts: bool,
+        depth: int,
     ) -> None:
         self.rank, self.steps, self.bounds, self.segment, self.keep = rank, steps, bounds, segment, keep
-        self.merge = merge
+        self.merge, self.depth = merge, depth
         longest = max((hi - lo for lo, hi in bounds), default=0)
         self.parts = -(-longest // segment) if in_parts and longest else 1
         self.events = 0
@@ -137,6 +141,7 @@ class _Lowering:
         self.written: dict[int, list[_Span]] = defaultdict(list)
         self.read: dict[int, list[_Span]] = defaultdict(list)
         self.waited: dict[int, int] = {}  # send request -> the first event at which it is known to be done
+        self.step_over: list[int] = []  # by request: the first event after the step and part that it belongs to
         self.last_send: dict[int, int] = defaultdict(int)
         self.last_post: dict[int, int] = defaultdict(int)
         self.last_write = last_writes(steps)
@@ -162,6 +167,7 @@ class _Lowering:
                             self.post_send(index, op.peer, op.chunk, lo, hi, put=put, exposed=exposed)
             for receives, lo, hi in self.in_turn(step, part):
                 self.receive(index, receives, lo, hi)
+            self.step_over += [self.events] * (self.requests - len(self.step_over))
         instructions: list[Instruction] = []
         for event in range(self.events + 1):
             instructions += self.sends.get(event, ())
@@ -173,15 +179,17 @@ class _Lowering:
         return Program(tuple(instructions), self.requests, self.slot_elements)
 
     def order(self) -> Iterable[tuple[int, int]]:
-        """Steps and parts in the order in which they run: (0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0), ...
+        """Steps and parts in the order in which they run. With a depth of one: (0, 0), (0, 1), (1, 0), (0, 2), (1, 1),
+        (2, 0), ...
 
         A part consists of one segment of every unit. Steps never mix different elements, so the parts are independent
-        of each other, and a part may be one step ahead of the part that follows it.
+        of each other, and a part may be a step ahead of the part that follows it by the depth.
         """
-        steps = len(self.steps)
-        for wave in range(steps + self.parts - 1):
-            for index in range(max(0, wave - self.parts + 1), min(steps, wave + 1)):
-                yield index, wave - index
+        steps, depth = len(self.steps), self.depth
+        for wave in range((steps - 1) * depth + self.parts):
+            first = max(0, -(-(wave - self.parts + 1) // depth))
+            for index in range(first, min(steps, wave // depth + 1)):
+                yield index, wave - depth * index
 
     def segments(self, chunk: Chunk, part: int) -> list[tuple[int, int]]:
         """The segments of `chunk` in `part`. If there is only one part, these are all segments of the chunk: at least
@@ -276,11 +284,20 @@ class _Lowering:
             for span in self.spans(self.read, chunk, lo, hi)
             if span.request >= 0 and span.request not in self.waited
         }
-        self.waited.update(dict.fromkeys(pending, event + 1))
-        arrival: list[Instruction] = [WaitSent(request, peer) for request, peer in pending.items()]
+        # Where messages take long, a send is waited for early, so that the receive is posted when its data comes. After
+        # its own step and part that cannot deadlock: what its receiver waits for has been sent by then, or by a rank
+        # that waits in turn for a send of an earlier step or part.
+        over = [self.step_over[request] if request < len(self.step_over) else event + 1 for request in pending]
+        early = self.depth > 1 and not receives.reduce and max(over, default=event + 1) <= event
+        wait_at = event + 1
+        if early:
+            wait_at = max([0, event - REPLACE_AHEAD, *over, *(self.last_post[peer] for peer in receives.peers)])
+        self.waited.update(dict.fromkeys(pending, wait_at))
+        waits: list[Instruction] = [WaitSent(request, peer) for request, peer in pending.items()]
+        arrival: list[Instruction] = [] if early else waits
         held_back = False
         if receives.reduce:
-            earliest = max(0, event - LEND_AHEAD)
+            earliest = max(0, event - max(LEND_AHEAD, self.depth))
         else:
             touched = [span.at for span in self.spans(self.written, chunk, lo, hi)]
             for span in self.spans(self.read, chunk, lo, hi):
@@ -288,6 +305,8 @@ class _Lowering:
             # A send that this arrival itself waits for is only done after that wait, so the receive is posted then.
             held_back = max(touched, default=0) > event
             earliest = max([0, event - REPLACE_AHEAD, *touched])
+        if early:
+            self.posts[wait_at] += waits
         first = self.requests
         for peer in receives.peers:
             post = PostReceive(self.requests, peer, lo, hi, receives.reduce, step)

@@ -159,6 +159,13 @@ class FakeDevice:
         with torch.inference_mode(False):
             return torch.frombuffer(memory, dtype=dtype)
 
+    def program(self) -> Any:
+        return self.current
+
+    def point(self, program: Any) -> _Event:
+        event: _Event = program.record()
+        return event
+
     def host_memory(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
@@ -323,11 +330,23 @@ class _Stream:
             self._see()
             event.pass_by()
 
-        self._queue.put(operation)
+        if self._thread.is_alive():
+            self._queue.put(operation)
+        else:  # a stream that was closed has done all
+            event.pass_by()
         return event
 
     def share(self, tensor: Tensor, point: Any) -> None:
         pass  # nobody else uses the host's memory
+
+    def stall(self, seconds: float) -> None:
+        """Does nothing for so long, when all before it can be seen."""
+
+        def operation() -> None:
+            self._see()
+            time.sleep(seconds)
+
+        self._queue.put(operation)
 
     def close(self) -> None:
         self._queue.put(None)

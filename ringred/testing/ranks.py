@@ -33,6 +33,7 @@ class Faulty:
         self.inner, self.seconds = inner, seconds
         self.name, self.model, self.rank, self.size = inner.name, inner.model, inner.rank, inner.size
         self.windows, self.buffers, self.segment_bytes = inner.windows, inner.buffers, inner.segment_bytes
+        self.depth = inner.depth
         self.player = None  # every send and wait comes by here
         self.queue = inner.queue
         self._random = random.Random(f"{seed}/{inner.rank}")

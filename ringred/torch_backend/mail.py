@@ -51,10 +51,11 @@ class Message(dist.Work):  # type: ignore[misc]
                 self._work.wait(*([timeout] if seconds > 0 else []))
                 for target, source in self._arrived:
                     target.copy_(source)
+                self._done = True
         except RuntimeError as failure:
             self._failure = self._mail.failure(self._what, failure, time.monotonic() - began)
-        finally:
             self._done = True
+        finally:
             self._waiting.release()
         if self._failure is not None:
             raise self._failure

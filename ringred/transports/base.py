@@ -208,6 +208,8 @@ class Transport(Protocol):
     """Whether at least one segment can be buffered between every two ranks (see `schedule.lower`)."""
     segment_bytes: int
     """The greatest useful message: the executor splits a larger one, and overlaps the parts with folds."""
+    depth: int
+    """How many segments are worth having under way to a peer; the same for all ranks of a job. See `schedule.lower`."""
 
     @property
     def player(self) -> Player | None:

@@ -98,7 +98,7 @@ class LocalTransport:
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank, self.size = hub, rank, hub.size
         self.counters = Counters()
-        self.segment_bytes = 1 << 20
+        self.segment_bytes, self.depth = 1 << 20, 1
         self._contract = 0
         self._posted: dict[int, int] = defaultdict(int)
         self._closed = False

@@ -136,7 +136,7 @@ class MpiTransport:
             )
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.counters = Counters()
-        self.segment_bytes = 1 << 19
+        self.segment_bytes, self.depth = 1 << 19, 8
         self._data, self._control = comm.Dup(), comm.Dup()
         for duplicate in (self._data, self._control):
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)

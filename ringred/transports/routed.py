@@ -89,6 +89,7 @@ class RoutedTransport:
             far.beside(near.queue, near.passed)
         self.rank, self.size = near.rank, near.size
         self.segment_bytes = near.segment_bytes
+        self.depth = near.depth if len(near.peers) == near.size - 1 else far.depth
         self.empty, self.expose, self.holds = near.empty, near.expose, near.holds
         far.counters = near.counters
         self._near_peers = frozenset(near.peers)
@@ -139,8 +140,9 @@ class RoutedTransport:
         ending = threading.Event()
 
         def drain() -> None:
-            while self.near.queued and not ending.wait(_DRAIN_SECONDS):
-                self.near.drain()
+            with contextlib.suppress(RuntimeError):  # of a device; whoever waits for it hears of that
+                while self.near.queued and not ending.wait(_DRAIN_SECONDS):
+                    self.near.drain()
 
         helper = threading.Thread(target=drain, name=f"ringred-drain-{self.rank}", daemon=True)
         helper.start()
@@ -189,5 +191,7 @@ class RoutedTransport:
             raise
 
     def close(self) -> None:
-        self.near.close()
-        self.far.close()
+        try:
+            self.near.close()
+        finally:
+            self.far.close()

@@ -69,6 +69,7 @@ class ShmTransport:
 
     windows = True
     buffers = True
+    depth = 1
 
     def __init__(
         self,

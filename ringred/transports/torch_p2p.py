@@ -163,11 +163,15 @@ class TorchP2PTransport:
     def __init__(self, store: Any, rank: int, size: int, timeout: float = 300.0, address: str | None = None) -> None:
         self.rank, self.size = rank, size
         self.counters = Counters()
-        self.segment_bytes = 1 << 20
+        self.segment_bytes, self.depth = 1 << 20, 8
         self._store, self._timeout, self._address = store, timeout, address
         # A store serves one call at a time: this transport must not wait behind somebody else's.
         self._board = store.clone() if hasattr(store, "clone") else store
-        self._group = gloo_group(dist.PrefixStore("gloo", store), rank, size, timeout, address)
+        # Two connections to each peer, one for each direction: Gloo tells a sender that it may send by the connection
+        # that also has its own data, and such a word must not wait behind that.
+        self._groups = [
+            gloo_group(dist.PrefixStore(f"gloo {way}", store), rank, size, timeout, address) for way in ("down", "up")
+        ]
         self._contract = 0
         self._greeted: set[int] = set()
         self._first: dict[int, _Receive] = {}  # peers whose frame of this collective is posted
@@ -199,10 +203,10 @@ class TorchP2PTransport:
                 length += nbytes
                 frame[_HEADER_BYTES:length].copy_(src.view(torch.uint8))
                 payload = None
-            self._post(request, lambda: self._group.send([frame[:length]], peer, _TAG))
+            self._post(request, lambda: self._groups[peer > self.rank].send([frame[:length]], peer, _TAG))
             self.counters.contract_bytes_sent += _HEADER_BYTES
         if payload is not None:
-            self._post(request, lambda: self._group.send([src], peer, _TAG))
+            self._post(request, lambda: self._groups[peer > self.rank].send([src], peer, _TAG))
         self._in_flight.add(request)
         self.counters.messages_sent += 1
         self.counters.bytes_sent += nbytes
@@ -237,7 +241,7 @@ class TorchP2PTransport:
     def _receive_into(self, request: _Receive, memory: Tensor) -> None:
         if self._fault is None:
             try:
-                request.work = self._group.recv([memory], request.peer, _TAG)
+                request.work = self._groups[request.peer < self.rank].recv([memory], request.peer, _TAG)
             except RuntimeError as failure:
                 self._fault = self._explain(request.peer, failure)
 
@@ -333,15 +337,15 @@ class TorchP2PTransport:
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Closes every connection, by a wait that times out. This needs a connection that is still open."""
+        """Closes every connection, by waits that time out. This needs one of each group that is still open."""
         nothing = torch.empty(1, dtype=torch.uint8)
-        for peer in range(self.size):
-            if peer != self.rank:
+        for group in self._groups:
+            for peer in (peer for peer in range(self.size) if peer != self.rank):
                 try:
-                    self._group.recv([nothing], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+                    group.recv([nothing], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
                 except RuntimeError as failure:
                     if "Timed out" in str(failure):
-                        return
+                        break
 
     def passed(self, point: object, deadline: float) -> None:
         pass  # what is done is done at once
@@ -396,4 +400,4 @@ class TorchP2PTransport:
             self._hang_up()
         self._in_flight.clear()
         self._deferred.clear()
-        self._group = None
+        self._groups = []

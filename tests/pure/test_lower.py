@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup
 from ringred.runtime.select import share_bounds
 from ringred.schedule.ir import Chunk, Recv, Send, unit
 from ringred.schedule.lower import in_step, lower
-from ringred.schedule.program import Fold, PostReceive, PostSend, Snapshot, Take, WaitSent
+from ringred.schedule.program import Fold, Instruction, PostReceive, PostSend, Snapshot, Take, WaitSent
 
 
 def ring(rank: int, size: int, count: int, segment: int) -> list:
@@ -149,3 +151,74 @@ def test_both_ends_of_a_pair_put_parts_in_one_order(size: int) -> None:
                     (op.lo, op.hi) for op in programs[receiver] if isinstance(op, PostReceive) and op.peer == sender
                 ]
                 assert sent == posted, (name, sender, receiver)
+
+
+def stands_still(programs: list[tuple[Instruction, ...]]) -> bool:
+    """Whether ranks get stuck, where a send is done only when its receiver has posted the receive, and a receive when
+    its sender has posted the send."""
+    at = [0] * len(programs)
+    sent: dict[tuple[int, int], list[int]] = defaultdict(list)  # by sender and receiver: requests, in order
+    posted: dict[tuple[int, int], list[int]] = defaultdict(list)
+
+    def met(rank: int, peer: int, request: int, mine: dict[tuple[int, int], list[int]], sends: bool) -> bool:
+        pair = (rank, peer) if sends else (peer, rank)
+        return len((posted if sends else sent)[pair]) > mine[pair].index(request)
+
+    peer_of = [
+        {op.request: op.peer for op in program if isinstance(op, (PostSend, PostReceive))} for program in programs
+    ]
+    moved = True
+    while moved:
+        moved = False
+        for rank, program in enumerate(programs):
+            while at[rank] < len(program):
+                op = program[at[rank]]
+                if isinstance(op, PostSend):
+                    sent[rank, op.peer].append(op.request)
+                elif isinstance(op, PostReceive):
+                    posted[op.peer, rank].append(op.request)
+                elif isinstance(op, WaitSent):
+                    if not met(rank, op.peer, op.request, sent, True):
+                        break
+                elif isinstance(op, (Fold, Take)):
+                    requests = op.requests if isinstance(op, Fold) else (op.request,)
+                    if not all(met(rank, peer_of[rank][one], one, posted, False) for one in requests):
+                        break
+                at[rank] += 1
+                moved = True
+    return any(place < len(program) for place, program in zip(at, programs, strict=True))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 8])
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
+def test_nobody_waits_for_ever_where_every_send_waits_for_its_receive(size: int, depth: int) -> None:
+    for collective in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all"):
+        for name, entry in algorithms(collective).items():
+            if entry.native:
+                continue
+            group = entry.group(size)
+            steps = entry.steps(group)
+            for count in (5, 100, 700):
+                bounds = share_bounds(count, entry.units(group))
+                in_parts = in_step(steps, size)
+                programs = [
+                    lower(rank, steps(rank), bounds, 7, in_parts=in_parts, depth=depth).instructions
+                    for rank in range(size)
+                ]
+                assert not stands_still(programs), (collective, name, count)
+
+
+def test_depth_posts_receives_before_their_data_comes() -> None:
+    """Two ranks exchange halves: with a depth no receive is posted only when the one before it has come."""
+    entry = lookup("all_reduce", "ring")
+    group = entry.group(2)
+    for depth, least in ((1, 1), (8, 3)):
+        program = lower(0, entry.steps(group)(0), share_bounds(1024, 2), 16, in_parts=True, depth=depth).instructions
+        ahead = []
+        open_now = 0
+        for op in program:
+            open_now += isinstance(op, PostReceive) - isinstance(op, (Fold, Take))
+            if isinstance(op, (Fold, Take)):
+                ahead.append(open_now + 1)
+        middle = sorted(ahead)[len(ahead) // 4]
+        assert middle >= least, (depth, ahead)

@@ -102,7 +102,7 @@ def late_writers(comm: Communicator) -> int:
     for turn in range(20):
         target, written = comm.empty(3000), torch.full((3000,), float(comm.rank + turn))
         comm.barrier()
-        current._queue.put(functools.partial(time.sleep, 0.002 * ((comm.rank + turn) % 3)))
+        current.stall(0.002 * ((comm.rank + turn) % 3))
         current.copy(target.data_ptr(), written.data_ptr(), target.nbytes)
         comm.broadcast(target, turn % comm.size)
         current.record().wait()
@@ -200,7 +200,7 @@ class Stuck(FakeDevice):
 
         def stops(*arguments: Any) -> None:
             if next(done) == self.at:
-                stream._queue.put(lambda: time.sleep(self.seconds))
+                stream.stall(self.seconds)
             copy(*arguments)
 
         stream.copy = stops  # type: ignore[method-assign]

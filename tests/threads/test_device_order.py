@@ -14,6 +14,7 @@ import torch
 from ringred.communicator import Communicator
 from ringred.data_parallel.clock import Clock
 from ringred.data_parallel.lane import Lane
+from ringred.data_parallel.reductions import Nothing
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.runtime.config import Config
 from ringred.testing import run_ranks
@@ -41,7 +42,7 @@ def on_a_slow_stream(body: Callable[[Communicator, Any], Any]) -> list[Any]:
         comm.all_reduce(torch.ones(3))
         with own_stream(comm) as stream:
             if comm.rank == 1:
-                stream._queue.put(lambda: time.sleep(_PAUSE))
+                stream.stall(_PAUSE)
             return body(comm, stream)
 
     return run_ranks(main, 3, "cuda_ipc:fake", timeout=10)
@@ -86,7 +87,7 @@ def test_the_host_waits_where_it_is_told_to() -> None:
     def body(comm: Communicator) -> float:
         there = Communicator(comm.transport, config=Config(timeout=10, blocking=True), name="blocking")
         with own_stream(there) as stream:
-            stream._queue.put(lambda: time.sleep(_PAUSE if comm.rank == 1 else 0.0))
+            stream.stall(_PAUSE if comm.rank == 1 else 0.0)
             began = time.monotonic()
             tensor = torch.ones(1000)
             there.all_reduce(tensor)
@@ -103,7 +104,7 @@ def test_a_fault_after_the_host_has_gone_on_is_raised_by_the_next_call() -> None
         comm.all_reduce(torch.ones(3))
         with own_stream(comm) as stream:
             if comm.rank == 1:
-                stream._queue.put(lambda: time.sleep(1.5))
+                stream.stall(1.5)
             work = comm.all_reduce(torch.ones(1000), async_op=True)
             work.wait()
             meeting.wait(5)
@@ -132,7 +133,7 @@ def test_a_stream_that_stands_still_is_noticed_after_the_host_has_gone_on() -> N
         comm.set_timeout(0.5)
         with own_stream(comm) as stream:
             if comm.rank == 1:
-                stream._queue.put(lambda: time.sleep(1.5))
+                stream.stall(1.5)
             work = comm.all_reduce(torch.ones(1000), async_op=True)
             work.wait()
             while work.exception() is None:
@@ -161,7 +162,7 @@ def test_jobs_of_a_lane_come_after_the_program_and_before_what_it_does_next() ->
         device: Any = lane.comm.transport.queue.driver  # type: ignore[union-attr]
         device.current = stream = device.stream()
         tensor, late, copy = torch.zeros(1000), torch.full((1000,), comm.rank + 1.0), torch.zeros(1000)
-        stream._queue.put(lambda: time.sleep(_PAUSE if comm.rank else 0.0))
+        stream.stall(_PAUSE if comm.rank else 0.0)
         stream.copy(tensor.data_ptr(), late.data_ptr(), tensor.nbytes)
 
         def job(inner: Communicator) -> torch.Tensor:
@@ -210,7 +211,7 @@ def test_times_of_a_backward_are_the_devices() -> None:
     clock = Clock(stream.record)
 
     def after(seconds: float) -> Any:
-        stream._queue.put(lambda: time.sleep(seconds))
+        stream.stall(seconds)
         return stream.record()
 
     clock.forward_ended()
@@ -225,4 +226,23 @@ def test_times_of_a_backward_are_the_devices() -> None:
     assert last.ready_ns == [last.full_ns[0], 0]
     assert last.done_ns[0] - last.started_ns[0] == pytest.approx(100e6, rel=0.5)
     assert last.ended_ns >= last.done_ns[0]
+    stream.close()
+
+
+def test_times_of_backwards_that_the_host_is_ahead_of_are_read_in_the_end() -> None:
+    """With a bucket that is skipped, whose times nobody notes."""
+    stream = FakeDevice().stream()
+    clock = Clock(stream.record)
+    for _ in range(5):
+        clock.forward_ended()
+        stream.stall(0.02)
+        ready = stream.record()
+        works = [_Done(ready, stream.record(), stream.record()), Nothing()]
+        now = time.monotonic_ns()
+        clock.note(clock.ended(), [now], [now, now], works, ([8, 8], [1, 1], ["ring", "skipped"]))
+    last = clock.last
+    assert last is not None
+    assert all(0 <= done - last.began_ns < 1e9 for done in last.done_ns)
+    assert len(clock.arrivals) == 4
+    assert all(0.015 < seconds < 0.2 for seconds in clock.arrivals)
     stream.close()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,24 @@ class CudaDevice:
         """Within it, this thread's current device is this one."""
         return self.cupy.cuda.Device(self.index)
 
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within it, this thread may ask for events: on this device, so that it makes no context on another, and while
+        another thread captures a graph, which such a question would end."""
+        modes = self.driver.CUstreamCaptureMode
+        with self.current():
+            before = _checked(self.driver.cuThreadExchangeStreamCaptureMode(modes.CU_STREAM_CAPTURE_MODE_RELAXED))
+            try:
+                yield
+            finally:
+                self.driver.cuThreadExchangeStreamCaptureMode(before)
+
+    def program(self) -> Any:
+        return torch.cuda.current_stream(self.index)
+
+    def point(self, program: Any) -> Event:
+        return _Event(self, program)
+
     def allocate(self, nbytes: int) -> int:
         with self.current():
             return int(self.runtime.malloc(nbytes))
@@ -120,11 +138,15 @@ class CudaDevice:
                 self.runtime.ipcCloseMemHandle(address)
 
     def tensor(self, address: int, nbytes: int, dtype: torch.dtype, owner: object) -> Tensor:
-        if not nbytes:
-            return torch.empty(0, dtype=dtype, device=f"cuda:{self.index}")
+        # Not by __cuda_array_interface__: torch would look up where the memory is, and copy what is a peer's.
+        where = torch.device("cuda", self.index)
         with torch.inference_mode(False):
-            flat = torch.as_tensor(_Interface(address, nbytes, owner), device=f"cuda:{self.index}")
-            return flat.view(dtype)
+            flat = torch.empty(0, dtype=dtype, device=where)
+            if nbytes:
+                storage: Any = torch._C._construct_storage_from_data_pointer(address, where, nbytes)
+                storage.owner = owner
+                flat.set_(storage, 0, (nbytes // dtype.itemsize,), (1,))
+            return flat
 
     def host_memory(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -176,25 +198,11 @@ class CudaDevice:
         return _Stream(self)
 
 
-class _Interface:
-    """Memory as `__cuda_array_interface__` describes it; torch keeps this object with it."""
-
-    def __init__(self, address: int, nbytes: int, owner: object) -> None:
-        self.owner = owner
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            "strides": None,
-        }
-
-
 class _Event:
     """The point of a torch stream after all that was enqueued there so far."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.stream = stream
+    def __init__(self, device: CudaDevice, stream: torch.cuda.Stream) -> None:
+        self.stream, self._device = stream, device
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record(stream)
 
@@ -202,7 +210,8 @@ class _Event:
         return float(earlier.event.elapsed_time(self.event)) / 1e3
 
     def done(self) -> bool:
-        return bool(self.event.query())
+        with self._device.looking():
+            return bool(self.event.query())
 
 
 class _Stream:
@@ -240,12 +249,13 @@ class _Stream:
             _checked(self._device.driver.cuStreamWaitValue32(self.handle, address, value, _FLAGS_OF_WAIT))
 
     def here(self) -> Event | None:
-        if torch.cuda.is_current_stream_capturing():
-            raise UnsupportedTensor(
-                "a collective cannot be captured in a CUDA graph: its flags have other values in each call. Call it "
-                "between the graphs"
-            )
-        return _Event(torch.cuda.current_stream(self._device.index))
+        with self._device.current():
+            if torch.cuda.is_current_stream_capturing():
+                raise UnsupportedTensor(
+                    "a collective cannot be captured in a CUDA graph: its flags have other values in each call. Call "
+                    "it between the graphs"
+                )
+        return _Event(self._device, torch.cuda.current_stream(self._device.index))
 
     def following(self, point: Event | None) -> AbstractContextManager[None]:
         assert isinstance(point, _Event), "made by `here`"
@@ -258,7 +268,7 @@ class _Stream:
         return True
 
     def record(self) -> Event:
-        return _Event(self.stream)
+        return _Event(self._device, self.stream)
 
     def share(self, tensor: Tensor, point: Event) -> None:
         assert isinstance(point, _Event), "made by `here`"

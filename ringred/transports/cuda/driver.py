@@ -103,6 +103,12 @@ class Driver(Protocol):
     def tensor(self, address: int, nbytes: int, dtype: torch.dtype, owner: object) -> Tensor:
         """A 1-D tensor over memory, which keeps `owner`."""
 
+    def program(self) -> Any:
+        """The calling thread's current stream; None if the host does what the program does."""
+
+    def point(self, program: Any) -> Event:
+        """The point of a stream that `program` gave, after all that was enqueued there so far."""
+
     def host_memory(self, nbytes: int) -> Tensor:
         """Bytes of this process's memory that streams copy to and from quickly."""
 

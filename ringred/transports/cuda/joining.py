@@ -12,6 +12,7 @@ import torch
 from ringred.errors import TransportUnavailable
 from ringred.transports.base import Fault, Transport
 from ringred.transports.cuda.driver import Driver
+from ringred.transports.cuda.memory import PeersUnreachable
 from ringred.transports.cuda.plane import DevicePlane
 from ringred.transports.cuda.staged import StagedTransport
 from ringred.transports.local import Hub
@@ -33,7 +34,10 @@ def transport(between: Transport, driver: Callable[[], Driver], key: str, timeou
     if not isinstance(near, ShmTransport):
         return _between_hosts(between, None, driver, key, timeout)
     if len(near.peers) + 1 == between.size:
-        return near.on_device(driver, key)
+        try:
+            return near.on_device(driver, key)
+        except PeersUnreachable:  # on every rank
+            return _between_hosts(near, None, driver, f"{key} by the host", timeout)
     far: Any = between
     return _between_hosts(far.far, near, driver, key, timeout)
 
@@ -52,18 +56,27 @@ def _between_hosts(
             own = beside.queue.driver
     except Exception as failure:  # whatever a driver may raise, the others hear of it
         trouble = failure
-    apart = far.subset(range(far.size), key)
-    refused = _refused(apart, trouble is None, timeout)
+    apart: Transport | None = None
+    try:
+        apart = far.subset(range(far.size), key)
+        refused = _refused(apart, trouble is None, timeout)
+    except BaseException:
+        _close(apart, beside)
+        raise
     if refused:
-        for made in (apart, beside):
-            if made is not None:
-                made.close()
+        _close(apart, beside)
         text = f"rank {refused[0]} cannot, and says why" if trouble is None else f"{trouble}"
         raise TransportUnavailable(f"rank {far.rank}: {key}: {text}") from trouble
     staged = StagedTransport(apart, own, timeout)
     if beside is not None:
         return RoutedTransport(beside, staged)
     return alone(staged, own.name, DevicePlane.part_bytes) if "+" in far.model else staged
+
+
+def _close(*made: Transport | None) -> None:
+    for one in made:
+        if one is not None:
+            one.close()
 
 
 def _refused(apart: Transport, fine: bool, timeout: float) -> list[int]:
@@ -78,7 +91,6 @@ def _refused(apart: Transport, fine: bool, timeout: float) -> list[int]:
         for request in (*received, *sent):
             apart.wait(request, deadline)
     except Fault as fault:
-        apart.close()
         raise TransportUnavailable(f"rank {apart.rank}: asked all ranks for their devices: {fault}") from fault
     said[apart.rank] = fine
     return [rank for rank, yes in enumerate(said.tolist()) if not yes]

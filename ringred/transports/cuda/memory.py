@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ringred.transports.links import Layout
 from ringred.transports.neighbours import Neighbours
 from ringred.transports.windows import Blocks, Window
 
-__all__ = ["DeviceMemory"]
+__all__ = ["DeviceMemory", "PeersUnreachable"]
 
 _CHUNK_BITS = 38
 _CHUNKS = 1 << 12  # of one rank
@@ -31,6 +32,10 @@ _UNIT = 512  # bytes to which a block is aligned
 
 
 _kept: list[DeviceMemory] = []  # which peers of a failed communicator may still write to
+
+
+class PeersUnreachable(TransportUnavailable):
+    """Every rank has its device, and some cannot open the memory of others."""
 
 
 class _Chunk:
@@ -55,7 +60,7 @@ class DeviceMemory:
         self._lock = threading.Lock()
         self._chunks: list[_Chunk] = []
         self._opened: dict[tuple[int, int], int] = {}
-        self._returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run at any time
+        self._returned: deque[tuple[int, int, Any]] = deque()  # by finalizers, which may run at any time
         self._passing: list[tuple[list[Event], list[tuple[int, int]]]] = []
         self._frozen = self._users = 0
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -65,10 +70,13 @@ class DeviceMemory:
             trouble = self._begun(make)
             self._tables = self._exchanged(f"{key}: tables", self._table, timeout)
             self.agree(f"{key}: drivers", trouble, timeout)
-            self.agree(f"{key}: peers", self._try_peers(), timeout)
+            self.agree(f"{key}: peers", self._try_peers(), timeout, PeersUnreachable)
         except (OSError, TransportUnavailable) as failure:
             neighbours.heap.give_back(self._table, _CHUNKS * _ENTRY)
-            raise TransportUnavailable(f"rank {neighbours.rank}: {key}: {failure}") from failure
+            self._close_opened()
+            self._chunks.clear()
+            kind = PeersUnreachable if isinstance(failure, PeersUnreachable) else TransportUnavailable
+            raise kind(f"rank {neighbours.rank}: {key}: {failure}") from failure
 
     def _begun(self, make: Callable[[], Driver]) -> str | None:
         """Makes the driver, and a first chunk; why that is not possible, or None."""
@@ -83,11 +91,17 @@ class DeviceMemory:
     def _exchanged(self, key: str, number: int, timeout: float) -> dict[int, int]:
         return self._neighbours.exchange(self._members, key, number, timeout)
 
-    def agree(self, key: str, trouble: str | None, timeout: float) -> None:
-        """Raises `TransportUnavailable` on all if one of them has trouble."""
+    def agree(
+        self,
+        key: str,
+        trouble: str | None,
+        timeout: float,
+        kind: type[TransportUnavailable] = TransportUnavailable,
+    ) -> None:
+        """Raises `TransportUnavailable`, of this kind, on all if one of them has trouble."""
         refused = [member for member, fine in self._exchanged(key, trouble is None, timeout).items() if not fine]
         if refused:
-            raise TransportUnavailable(trouble or f"rank {refused[0]} cannot, and says why")
+            raise kind(trouble or f"rank {refused[0]} cannot, and says why")
 
     def _try_peers(self) -> str | None:
         """Why this rank cannot open the memory of others, or None."""
@@ -119,12 +133,15 @@ class DeviceMemory:
         elif self._users:
             self.give_back(*slots)
         elif self not in _kept:
-            for opened in self._opened.values():
-                self.driver.close(opened)
-            self._opened.clear()
+            self._close_opened()
             self._chunks.clear()
             self._returned.clear()
             self._passing.clear()
+
+    def _close_opened(self) -> None:
+        for opened in self._opened.values():
+            self.driver.close(opened)
+        self._opened.clear()
 
     # ------------------------------------------------------------------ this rank's own
 
@@ -135,7 +152,8 @@ class DeviceMemory:
             return self.driver.tensor(0, 0, dtype, None)
         offset = self.take(nbytes)
         owner = _Owner(self._chunks[offset >> _CHUNK_BITS])
-        weakref.finalize(owner, self._returned.append, (offset, nbytes)).atexit = False
+        program = self.driver.program()  # as torch has it, a tensor is used on the stream on which it was made
+        weakref.finalize(owner, self._returned.append, (offset, nbytes, program)).atexit = False
         return self.driver.tensor(self.address(None, offset), nbytes, dtype, owner)
 
     def take(self, nbytes: int) -> int:
@@ -152,7 +170,7 @@ class DeviceMemory:
 
     def give_back(self, offset: int, nbytes: int) -> None:
         """Frees a block once all streams have done what is enqueued now."""
-        self._returned.append((offset, nbytes))
+        self._returned.append((offset, nbytes, None))
 
     def _new_chunk(self, nbytes: int) -> _Chunk:
         number = len(self._chunks)
@@ -176,7 +194,9 @@ class DeviceMemory:
                 blocks.give_back(start, start + -(-nbytes // _UNIT) * _UNIT)
         if self._returned and not self._frozen:
             noticed = [self._returned.popleft() for _ in range(len(self._returned))]
-            self._passing.append(([stream.record() for stream in self._streams], noticed))
+            points = [stream.record() for stream in self._streams]
+            points += [self.driver.point(program) for program in {p for _, _, p in noticed if p is not None}]
+            self._passing.append((points, [(offset, nbytes) for offset, nbytes, _ in noticed]))
 
     def freeze(self) -> None:
         """From here on no block is freed: a peer may still write to memory that was exposed to it."""

@@ -11,6 +11,7 @@ flag that it sets itself.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ringred.transports import futex
-from ringred.transports.base import UNSETTLED_SECONDS
+from ringred.transports.base import UNSETTLED_SECONDS, Fault, FaultKind
 from ringred.transports.cuda.driver import Event
 from ringred.transports.cuda.queue import StreamQueue
 from ringred.transports.futex import order
@@ -61,6 +62,8 @@ class DevicePlane(StreamQueue):
         self._registered: list[int] = []  # the addresses of control blocks
         self._links: dict[int, Link] = {}
         self._waited: dict[tuple[int, int], int] = {}  # by peer and kind: the greatest value that was waited for
+        self._waiting = threading.Lock()
+        self._gave_up = False  # whether its stream waits for nothing any more
         self._exposed = 0
         self._stuck = False  # whether its stream does not end, whatever is done
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
@@ -131,7 +134,11 @@ class DevicePlane(StreamQueue):
         self.stream.set_flag(self._flags + self._flag_place(kind, index), number & _32_BITS)
 
     def _wait(self, link: Link, kind: int, number: int) -> None:
-        if number > self._waited.get((link.rank, kind), 0):
+        if number <= self._waited.get((link.rank, kind), 0):
+            return
+        with self._waiting:
+            if self._gave_up:  # nobody would let the stream go on
+                raise Fault(FaultKind.ABORTED, link.rank, "this rank has given its communicator up")
             self._waited[link.rank, kind] = number
             self.stream.wait_flag(self._theirs[link.rank] + self._flag_place(kind, link.own), number & _32_BITS)
 
@@ -188,6 +195,8 @@ class DevicePlane(StreamQueue):
         """Ends all waiting of the stream, which goes on with whatever is there: for a communicator that has failed,
         once all ranks can know that, so that none takes for a result what this one sends from now on."""
         self._stuck = True
+        with self._waiting:
+            self._gave_up = True
         event: Event = self.stream.record()
         began = time.monotonic()
         while not event.done() and time.monotonic() < began + _DRAINING:

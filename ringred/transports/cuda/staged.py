@@ -24,6 +24,8 @@ __all__ = ["StagedTransport"]
 _LEAST_BYTES = 512
 _POOLED = 64  # buffers of one size that are kept
 _LOOK = 0.0002  # seconds between two looks at a stream
+_ENDING = 5.0  # seconds that a stream may take when all is over
+_kept: list[object] = []  # what a stream that does not end may still use
 
 
 @dataclass(slots=True)
@@ -42,7 +44,7 @@ class _Send:
 
 
 class StagedTransport:
-    """`far`, for memory of the device of `driver`. Each wait for the device takes at most `timeout` seconds.
+    """`far`, for memory of the device of `driver`. The copies of a collective take at most `timeout` seconds.
 
     Beside a transport of device memory to the ranks of its host it uses that one's queue (`beside`).
     """
@@ -51,9 +53,10 @@ class StagedTransport:
     player = None
 
     def __init__(self, far: Transport, driver: Driver, timeout: float) -> None:
-        self.far, self._driver, self._timeout = far, driver, timeout
+        self.far, self._driver, self.timeout = far, driver, timeout
+        self._deadline = 0.0  # of the collective's copies to the host
         self.name, self.model, self.segment_bytes = far.name, far.model, far.segment_bytes
-        self.rank, self.size = far.rank, far.size
+        self.rank, self.size, self.depth = far.rank, far.size, far.depth
         self._queue: StreamQueue | None = None
         self._is_passed: Callable[[Any, float], None] = self._poll
         self._own = False
@@ -84,13 +87,14 @@ class StagedTransport:
     # ------------------------------------------------------------------ messages
 
     def begin(self, contract: int, turn: int) -> None:
+        self._deadline = time.monotonic() + self.timeout
         self.far.begin(contract, turn)
 
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> _Send:
         buffer, near = self._buffer(src)
         if src.nbytes:
             self.queue.stream.copy(near.data_ptr(), src.data_ptr(), src.nbytes)
-            self.passed(self.queue.record(), time.monotonic() + self._timeout)
+            self.passed(self.queue.record(), self._deadline)
         return _Send(self.far.isend(peer, near), buffer)
 
     def irecv(self, peer: int, dst: Tensor, lend: bool) -> _Receive:
@@ -145,7 +149,7 @@ class StagedTransport:
         while not point.done():
             if time.monotonic() > deadline:
                 raise Fault(FaultKind.TIMEOUT, self.rank, "the device is not done")
-            time.sleep(_LOOK)
+            time.sleep(_LOOK)  # nothing can wake this thread
 
     def settle(self, deadline: float) -> None:
         self.far.settle(deadline)
@@ -157,13 +161,19 @@ class StagedTransport:
         return self.far.reports(timeout)
 
     def subset(self, members: Sequence[int], key: str) -> StagedTransport:
-        return StagedTransport(self.far.subset(members, key), self._driver, self._timeout)
+        return StagedTransport(self.far.subset(members, key), self._driver, self.timeout)
 
     def close(self) -> None:
         self.far.close()
-        if self._own and self._queue is not None:
-            queue, self._queue, self._own = self._queue, None, False
-            self._poll(queue.record(), time.monotonic() + self._timeout)
-            queue.stream.close()
-        self._in_use.clear()
-        self._pool.clear()
+        queue, self._queue = self._queue, None
+        if queue is None:
+            return
+        try:
+            deadline = time.monotonic() + _ENDING
+            for event in [event for event, *_ in self._in_use] + ([queue.record()] if self._own else []):
+                self._poll(event, deadline)
+        except (Fault, RuntimeError):  # a device that stands still, or failed
+            _kept.append((queue, self._in_use, self._pool))
+        else:
+            if self._own:
+                queue.stream.close()

@@ -5,10 +5,12 @@ Each way trains the same small model twice from the same data, and rank 0 prints
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as _distributed
 from torch import Tensor, nn
@@ -59,7 +61,8 @@ def trained(comm: ringred.Communicator, way: str, device: str) -> list[Tensor]:
         settings.pop("device_ids", None)
     model = ringred.DistributedDataParallel(module, process_group=comm, **settings)
     if way in _HOOKS:
-        model.register_comm_hook(_HOOKS[way](comm), ringred.hooks.comm_hook)
+        policy = _HOOKS[way](comm)
+        model.register_comm_hook(policy, ringred.hooks.comm_hook)
     optimizer: torch.optim.Optimizer
     if way == "sharded":
         optimizer = ringred.optim.ShardedOptimizer(model, torch.optim.Adam, lr=1e-2)
@@ -75,6 +78,8 @@ def trained(comm: ringred.Communicator, way: str, device: str) -> list[Tensor]:
         model(inputs).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if way == "top k" and step == 1:
+            policy.load_state_dict(_pytree.tree_map_only(Tensor, Tensor.cpu, policy.state_dict()))
         if way == "sharded" and step == 1:
             assert isinstance(optimizer, ringred.optim.ShardedOptimizer)
             whole = [_pytree.tree_map_only(Tensor, Tensor.cpu, optimizer.full_state_dict(0))]
@@ -99,6 +104,7 @@ def main() -> None:
     if not all(map(torch.equal, by_torch("cpu"), by_torch("fake"))):
         sys.exit(f"rank {comm.rank}: torch's own: other bits than on the CPU")
     with_join(comm)
+    refused(comm)
     if comm.rank == 0:
         print(f"{checked} ways, the same bits")
     dist.destroy_process_group()
@@ -112,6 +118,23 @@ def by_torch(device: str) -> list[Tensor]:
     for _ in range(3):
         model(torch.randint(0, 50, (6,), generator=draw).to(device)).square().mean().backward()
     return [parameter.grad.cpu() for parameter in module.parameters() if parameter.grad is not None]
+
+
+def refused(comm: ringred.Communicator) -> None:
+    """Devices that do not fit the parameters, and tensors of two devices in one call."""
+    model = nn.Linear(2, 2).to("fake")
+    torn = nn.Sequential(nn.Linear(2, 2).to("fake"), nn.Linear(2, 2))
+    for module, settings, text in (
+        (model, {"device_ids": [1]}, "got device_ids [1]"),
+        (model, {"device_ids": [0], "output_device": 1}, "output_device 1"),
+        (model, {"output_device": 1}, "output_device 1"),
+        (torn, {}, "'1.weight': expected it on fake:0, as those before, got cpu"),
+    ):
+        with pytest.raises((ValueError, ringred.RingredError), match=re.escape(text)):
+            ringred.DistributedDataParallel(module, process_group=comm, **settings)  # type: ignore[arg-type]
+    ringred.DistributedDataParallel(model, [torch.device("fake")], process_group=comm)
+    with pytest.raises(ringred.UnsupportedTensor, match="expected tensors on one device, got them on cpu, fake:0"):
+        comm.all_gather(torch.empty(2 * comm.size), torch.ones(2, device="fake"))
 
 
 def with_join(comm: ringred.Communicator) -> None:

@@ -1,0 +1,274 @@
+"""Hosts on one machine: network namespaces with names of their own, on switches whose ports have a rate.
+
+Needs root, iproute2 and `tc`. Nothing leaves the machine, and nothing is seen in its own network: switches are bridges
+in a namespace of their own. Each port is limited in both directions, as a cable is. With racks, the hosts of a rack
+share an uplink to the others. What a killed run leaves is found by its name: `clean`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["Hosts", "Network", "clean", "left_behind", "unavailable"]
+
+_PREFIX = "ringred-lab-"
+_BURST = "256kb"  # a queue's tokens: some packets as large as the kernel hands them down
+_NAMED = """
+import os, socket, sys
+socket.sethostname(os.environ["HOST_NAME"])
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+# What mpirun starts its daemons with, in the place of ssh: AGENT address command...
+_AGENT = """#!/bin/sh
+address=$1; shift
+host=$((${address##*.} - 1))
+HOST_NAME=host$host exec ip netns exec PREFIX-$host unshare --uts PYTHON -c 'NAMED' /bin/sh -c "$*"
+"""
+
+
+def unavailable() -> str | None:
+    """Why no hosts can be made here; None if they can."""
+    if os.geteuid() != 0:
+        return "the laboratory makes network namespaces, which needs root (sudo, or a container with --privileged)"
+    missing = [tool for tool in ("ip", "tc", "unshare") if shutil.which(tool) is None]
+    if missing:
+        return f"the laboratory needs {', '.join(missing)}: install iproute2 and util-linux"
+    trial = f"{_PREFIX}{os.getpid()}-trial"
+    made = subprocess.run(["ip", "netns", "add", trial], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "delete", trial], capture_output=True, check=False)
+    if made.returncode:
+        return f"the laboratory cannot make network namespaces here: {made.stderr.strip()}"
+    return None
+
+
+class Network:
+    """`hosts` hosts with ports of `mbit` Mbit/s, in `racks` equal racks whose uplinks have `uplink_mbit`."""
+
+    def __init__(self, hosts: int, mbit: float, racks: int = 1, uplink_mbit: float | None = None) -> None:
+        if hosts % racks:
+            raise ValueError(f"expected racks of equal size, got {hosts} hosts in {racks}")
+        self.hosts, self.mbit, self.racks, self.uplink_mbit = hosts, mbit, racks, uplink_mbit or mbit
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of a port, in one direction, as TCP's payload: Ethernet, IP and TCP take 78 of each 1526 bytes."""
+        return self.mbit * 1e6 / 8 * PAYLOAD
+
+    def rack_of(self, host: int) -> int:
+        """The rack in which a host is."""
+        return host // (self.hosts // self.racks)
+
+    def __str__(self) -> str:
+        racks = "" if self.racks == 1 else f" in {self.racks} racks with uplinks of {self.uplink_mbit:g} Mbit/s"
+        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{racks}"
+
+
+PAYLOAD = 1448 / 1514
+"""Of the bytes that a queue counts, those that are TCP's payload: it counts the frames, without preamble and gap."""
+
+
+class Hosts:
+    """A network of hosts, as a context: at its end, processes on them are killed and everything is removed."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.name = f"{_PREFIX}{os.getpid()}"
+        self._running: list[subprocess.Popen[str]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def address(self, host: int) -> str:
+        """The address of a host."""
+        return f"10.78.0.{host + 1}"
+
+    def __enter__(self) -> Hosts:
+        network = self.network
+        try:
+            switch = f"{self.name}-switch"
+            _run("ip", "netns", "add", switch)
+            for rack in range(network.racks):
+                _run("ip", "-n", switch, "link", "add", f"rack{rack}", "type", "bridge")
+                _run("ip", "-n", switch, "link", "set", f"rack{rack}", "up")
+            for host in range(network.hosts):
+                space = f"{self.name}-{host}"
+                _run("ip", "netns", "add", space)
+                ends = ["link", "add", "eth0", "type", "veth", "peer", "name", f"port{host}", "netns", switch]
+                _run("ip", "-n", space, *ends)
+                _run("ip", "-n", space, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
+                self._plug(switch, f"port{host}", network.rack_of(host))
+                for where, device in ((space, "eth0"), (switch, f"port{host}")):
+                    _run("ip", "-n", where, "link", "set", device, "up")
+                    _limit(where, device, network.mbit)
+                _run("ip", "-n", space, "link", "set", "lo", "up")
+            if network.racks > 1:
+                self._core(switch)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _plug(self, switch: str, device: str, rack: int | str) -> None:
+        bridge = f"rack{rack}" if isinstance(rack, int) else rack
+        _run("ip", "-n", switch, "link", "set", device, "master", bridge)
+
+    def _core(self, switch: str) -> None:
+        """The switch between the racks."""
+        _run("ip", "-n", switch, "link", "add", "core", "type", "bridge")
+        _run("ip", "-n", switch, "link", "set", "core", "up")
+        for rack in range(self.network.racks):
+            up, down = f"up{rack}", f"down{rack}"
+            _run("ip", "-n", switch, "link", "add", up, "type", "veth", "peer", "name", down)
+            self._plug(switch, up, rack)
+            self._plug(switch, down, "core")
+            for device in (up, down):
+                _run("ip", "-n", switch, "link", "set", device, "up")
+                _limit(switch, device, self.network.uplink_mbit)
+
+    # ------------------------------------------------------------------ processes
+
+    def start(
+        self, host: int, command: Sequence[str], variables: Mapping[str, object], stdout: int | IO[str]
+    ) -> subprocess.Popen[str]:
+        """Starts a command on a host."""
+        inner = ["ip", "netns", "exec", f"{self.name}-{host}", "unshare", "--uts", sys.executable, "-c", _NAMED]
+        environment = {**os.environ, "HOST_NAME": f"host{host}", **{k: str(v) for k, v in variables.items()}}
+        started = subprocess.Popen(
+            [*inner, shutil.which(command[0]) or command[0], *command[1:]],
+            env=environment,
+            stdout=stdout,
+            text=True,
+            start_new_session=True,
+        )
+        self._running.append(started)
+        return started
+
+    def torch_ranks(self, program: Path, *arguments: str, each: int = 1, **variables: object) -> list[str]:
+        """Runs a program on `each` ranks a host, as torchrun would; what each rank printed."""
+        ranks = self.network.hosts * each
+        shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": self.address(0), "MASTER_PORT": 29503, "OMP_NUM_THREADS": 1}
+        with ExitStack() as opened:
+            files = [opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+            began = [
+                self.start(
+                    rank // each,
+                    [sys.executable, str(program), *arguments],
+                    shared
+                    | {"RANK": rank, "LOCAL_RANK": rank % each, "RINGRED_INTERFACE": self.address(rank // each)}
+                    | {"GLOO_SOCKET_IFNAME": "eth0"}
+                    | variables,
+                    files[rank],
+                )
+                for rank in range(ranks)
+            ]
+            return self._outputs(began, files)
+
+    def mpi_ranks(self, program: Path, *arguments: str, each: int = 1, **variables: object) -> list[str]:
+        """Runs a program on `each` ranks a host by Open MPI, whose TCP connects the hosts; what the job printed."""
+        places = ",".join(f"{self.address(host)}:{each}" for host in range(self.network.hosts))
+        mpirun = Path(sys.executable).with_name("mpirun")
+        command = [
+            str(mpirun if mpirun.exists() else shutil.which("mpirun") or "mpirun"),
+            *["--host", places, "-n", str(self.network.hosts * each), "--map-by", "slot", "--bind-to", "none"],
+            *["--prtemca", "plm_ssh_agent", str(self._agent()), "--prtemca", "plm_ssh_no_tree_spawn", "1"],
+            *["--prtemca", "prte_if_include", "eth0", "--mca", "btl_tcp_if_include", "eth0"],
+            *["--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "mpi_yield_when_idle", "1"],
+        ]
+        settings = {"OMP_NUM_THREADS": 1, "OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1, **variables}
+        for name in (*settings, "PYTHONPATH"):
+            command += ["-x", name]
+        with tempfile.TemporaryFile("w+") as output:
+            began = self.start(0, [*command, sys.executable, str(program), *arguments], settings, output)
+            return self._outputs([began], [output])
+
+    def _agent(self) -> Path:
+        """A file that starts commands on hosts, as ssh would."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-")
+        path = Path(self._folder.name) / "agent"
+        text = _AGENT.replace("PREFIX", self.name).replace("PYTHON", sys.executable).replace("NAMED", _NAMED.strip())
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def _outputs(self, began: Sequence[subprocess.Popen[str]], files: Sequence[IO[str]]) -> list[str]:
+        statuses = [process.wait() for process in began]
+        texts = []
+        for file in files:
+            file.seek(0)
+            texts.append(file.read())
+        if any(statuses):
+            raise RuntimeError(f"exit statuses {statuses}: {[text[-1500:] for text in texts if text]}")
+        return texts
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        _remove([name for name in _namespaces() if name.startswith(f"{self.name}-")])
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def left_behind() -> list[str]:
+    """The namespaces of runs that have ended."""
+    return [name for name in _namespaces() if name.startswith(_PREFIX) and not _lives(name)]
+
+
+def clean() -> list[str]:
+    """Removes what runs that were killed have left: namespaces, the processes in them, files. Returns their names."""
+    names = left_behind()
+    _remove(names)
+    folders = [path for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*") if not _lives(path.name)]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [*names, *map(str, folders)]
+
+
+def _lives(name: str) -> bool:
+    """Whether the run still goes on that gave this name: the process with the number in it."""
+    number = name.removeprefix(_PREFIX).partition("-")[0]
+    return Path("/proc", number).exists()
+
+
+def _namespaces() -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in listed.splitlines() if line.strip()]
+
+
+def _remove(names: Sequence[str]) -> None:
+    for name in names:
+        inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+        for number in inside.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(number), signal.SIGKILL)
+    deadline = time.monotonic() + 2
+    for name in names:
+        while time.monotonic() < deadline:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+            if not pids.strip():
+                break
+            time.sleep(0.02)  # a killed process is gone when its kernel is done with it
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def _limit(space: str, device: str, mbit: float) -> None:
+    latency = max(50, int(256 * 8 / mbit) * 20)  # ms: a queue of several bursts, so that TCP loses little
+    limits = f"rate {mbit:g}mbit burst {_BURST} latency {latency}ms".split()
+    _run("tc", "-n", space, "qdisc", "add", "dev", device, "root", "tbf", *limits)
+
+
+def _run(*words: Any) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
