@@ -132,13 +132,17 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 def mpi_environment(environment: MutableMapping[str, str] | None = None) -> None:
-    """Makes MPI libraries yield the core while they wait; call it before they start. Set variables are kept.
+    """Settings of MPI libraries; call it before they start. Set variables are kept.
 
-    A rank that polls slows a backward pass on the same core by more than the time it uses itself.
+    They yield the core while they wait: a rank that polls slows a backward pass on the same core by more than the time
+    it uses itself. And Open MPI's TCP sends our segments without asking the receiver first, which has posted its
+    receives by then: the answer would wait behind the data that goes the other way (benchmarks/results/lab.md).
     """
     env = os.environ if environment is None else environment
     for name in ("OMPI_MCA_mpi_yield_when_idle", "I_MPI_THREAD_YIELD"):
         env.setdefault(name, "1")
+    for limit in ("eager_limit", "rndv_eager_limit", "max_send_size"):
+        env.setdefault(f"OMPI_MCA_btl_tcp_{limit}", str(1 << 20))
 
 
 def mpirun_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:

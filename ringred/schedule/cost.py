@@ -9,9 +9,11 @@ to check the results.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple, TypeAlias
 
 from ringred.errors import DeadlockError
@@ -19,7 +21,7 @@ from ringred.schedule.ir import Send, Step, fold_groups
 from ringred.schedule.lower import lower
 from ringred.schedule.program import Fold, PostSend, Take
 
-__all__ = ["Cost", "Link", "simulate"]
+__all__ = ["Cost", "Job", "Link", "Ports", "simulate", "simulate_jobs"]
 
 Link: TypeAlias = tuple[float, float] | tuple[float, float, float]
 """One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent)."""
@@ -33,6 +35,31 @@ class Cost:
     messages: int
     bytes_sent: int
     bytes_received: int
+
+
+Ports: TypeAlias = Callable[[int, int], tuple[Sequence[tuple[int, float]], Sequence[tuple[int, float]]]]
+"""The ports that a message passes on its way, from a sender to a receiver: those that it leaves by and those that it
+arrives by, each with its number and its β. Messages pass a port one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A collective of a training step: its schedule, the bytes of its units, and when each rank has its data, in
+    seconds since the step began. With `segment`, messages are cut as in `simulate`."""
+
+    schedule: Callable[[int], Iterable[Step]]
+    bounds: Sequence[tuple[int, int]]
+    ready: Sequence[float]
+    segment: int | None = None
+
+
+class _Begin(NamedTuple):
+    job: int
+    ready: float
+
+
+class _End(NamedTuple):
+    job: int
 
 
 class _Sending(NamedTuple):
@@ -60,55 +87,150 @@ def simulate(
     `link(sender, receiver)` gives α, β and λ, `gamma` is in seconds per reduced byte. With `segment`, messages
     are cut to that many bytes and pipelined as the executor does; without, each is sent whole.
     """
-    if segment is None:
-        events = [_whole(schedule(rank), bounds) for rank in range(size)]
-    else:
-        events = [_segmented(rank, schedule(rank), bounds, segment) for rank in range(size)]
-    clock, send_port, receive_port = [0.0] * size, [0.0] * size, [0.0] * size
-    messages, sent, received = [0] * size, [0] * size, [0] * size
-    on_the_way: dict[tuple[int, int], deque[float]] = {}
-    waiting: dict[int, _Receiving] = {}
-    wanted_by: dict[tuple[int, int], int] = {}
-    runnable = deque(range(size))
-    finished = 0
-    while runnable:
-        rank = runnable.popleft()
-        event = waiting.pop(rank, None) or next(events[rank], None)
-        while event is not None:
-            if isinstance(event, _Sending):
-                alpha, beta, *_ = link(rank, event.peer)
-                start = max(clock[rank], send_port[rank])
-                send_port[rank] = start + alpha + beta * event.nbytes
-                messages[rank] += 1
-                sent[rank] += event.nbytes
-                pair = (rank, event.peer)
-                on_the_way.setdefault(pair, deque()).append(start)
-                if pair in wanted_by:
-                    runnable.append(wanted_by.pop(pair))
+    cost, _ = simulate_jobs(size, [Job(schedule, bounds, [0.0] * size, segment)], link, gamma)
+    return cost
+
+
+def simulate_jobs(
+    size: int,
+    jobs: Sequence[Job],
+    link: Callable[[int, int], Link],
+    gamma: float,
+    *,
+    ports: Ports | None = None,
+    call: float = 0.0,
+) -> tuple[Cost, list[tuple[float, float]]]:
+    """The cost of `jobs`, which every rank does one after the other, each when it has its data; a job takes `call`
+    seconds beside its messages. With it the time at which the first rank began each job, and the last was done.
+
+    Without `ports` each rank sends and receives by ports of its own, with the β of the link.
+    """
+    return _Simulation(size, jobs, link, gamma, ports, call).run()
+
+
+class _Simulation:
+    """State of one simulation; all times are in seconds since its beginning."""
+
+    def __init__(
+        self,
+        size: int,
+        jobs: Sequence[Job],
+        link: Callable[[int, int], Link],
+        gamma: float,
+        ports: Ports | None,
+        call: float,
+    ) -> None:
+        self.size, self.link, self.gamma, self.ports, self.call = size, link, gamma, ports, call
+        self.events = [self._of(rank, jobs) for rank in range(size)]
+        self.clock, self.send_port, self.receive_port = [0.0] * size, [0.0] * size, [0.0] * size
+        self.shared: dict[int, float] = {}  # when each of `ports` is free
+        self.messages, self.sent, self.received = [0] * size, [0] * size, [0] * size
+        self.on_the_way: dict[tuple[int, int], deque[float]] = {}
+        self.wanted_by: dict[tuple[int, int], int] = {}
+        self.times = [(math.inf, 0.0)] * len(jobs)
+        self.woken: Callable[[int], None] = lambda rank: None
+
+    @staticmethod
+    def _of(rank: int, jobs: Sequence[Job]) -> Iterator[_Begin | _End | _Sending | _Receiving]:
+        for number, job in enumerate(jobs):
+            yield _Begin(number, job.ready[rank])
+            if job.segment is None:
+                yield from _whole(job.schedule(rank), job.bounds)
             else:
-                absent = next((peer for peer in event.peers if not on_the_way.get((peer, rank))), None)
-                if absent is not None:
-                    waiting[rank] = event
-                    wanted_by[absent, rank] = rank
-                    break
-                # The port receives messages in the order of arrival, in whatever order they are added afterwards.
-                arrivals = []
-                for peer in event.peers:
-                    alpha, beta, *latency = link(peer, rank)
-                    arrivals.append((on_the_way[peer, rank].popleft() + sum(latency), alpha + beta * event.nbytes))
-                for arrival, takes in sorted(arrivals):
-                    receive_port[rank] = max(arrival, receive_port[rank]) + takes
-                    received[rank] += event.nbytes
-                clock[rank] = max(clock[rank], receive_port[rank])
-                if event.reduce:
-                    clock[rank] += gamma * event.nbytes * len(event.peers)
-            event = next(events[rank], None)
+                yield from _segmented(rank, job.schedule(rank), job.bounds, job.segment)
+            yield _End(number)
+
+    def run(self) -> tuple[Cost, list[tuple[float, float]]]:
+        finished = self._by_rank() if self.ports is None else self._by_time()
+        if finished < self.size:
+            raise DeadlockError(f"simulation of {self.size} ranks: {self.size - finished} of them wait for ever")
+        ends = [max(times) for times in zip(self.clock, self.send_port, strict=True)]
+        cost = Cost(max(ends, default=0.0), max(self.messages), max(self.sent), max(self.received))
+        return cost, self.times
+
+    def _by_rank(self) -> int:
+        """Each rank as far as it comes: enough where nothing is shared. Returns how many came to their ends."""
+        runnable, finished = deque(range(self.size)), 0
+        waiting: dict[int, _Begin | _End | _Sending | _Receiving] = {}
+        self.woken = runnable.append
+        while runnable:
+            rank = runnable.popleft()
+            event = waiting.pop(rank, None) or next(self.events[rank], None)
+            while event is not None and self._happens(rank, event):
+                event = next(self.events[rank], None)
+            if event is None:
+                finished += 1
+            else:
+                waiting[rank] = event
+        return finished
+
+    def _by_time(self) -> int:
+        """One event at a time, of the rank whose clock is the least: so ports serve who comes first."""
+        heap = [(0.0, rank) for rank in range(self.size)]
+        pending = [next(events, None) for events in self.events]
+        self.woken = lambda rank: heappush(heap, (self.clock[rank], rank))
+        while heap:
+            _, rank = heappop(heap)
+            event = pending[rank]
+            if event is not None and self._happens(rank, event):
+                pending[rank] = next(self.events[rank], None)
+                heappush(heap, (self.clock[rank], rank))
+        return sum(event is None for event in pending)
+
+    def _happens(self, rank: int, event: _Begin | _End | _Sending | _Receiving) -> bool:
+        """Lets an event happen, unless it has to wait for a message."""
+        clock = self.clock
+        if isinstance(event, _Sending):
+            self._send(rank, event)
+        elif isinstance(event, _Receiving):
+            absent = next((peer for peer in event.peers if not self.on_the_way.get((peer, rank))), None)
+            if absent is not None:
+                self.wanted_by[absent, rank] = rank
+                return False
+            self._receive(rank, event)
+        elif isinstance(event, _Begin):
+            clock[rank] = max(clock[rank], event.ready)
+            self.times[event.job] = min(self.times[event.job][0], clock[rank]), self.times[event.job][1]
+            clock[rank] += self.call
         else:
-            finished += 1
-    if finished < size:
-        raise DeadlockError(f"simulation of {size} ranks: {size - finished} of them wait for ever")
-    ends = [max(times) for times in zip(clock, send_port, strict=True)]
-    return Cost(max(ends, default=0.0), max(messages), max(sent), max(received))
+            clock[rank] = max(clock[rank], self.send_port[rank])
+            self.times[event.job] = self.times[event.job][0], max(self.times[event.job][1], clock[rank])
+        return True
+
+    def _send(self, rank: int, event: _Sending) -> None:
+        alpha, beta, *_ = self.link(rank, event.peer)
+        start = max(self.clock[rank], self.send_port[rank])
+        self.send_port[rank] = start + alpha + beta * event.nbytes
+        if self.ports is not None:
+            self.send_port[rank] = start + alpha
+            for port, takes in self.ports(rank, event.peer)[0]:
+                start = max(start, self.shared.get(port, 0.0))
+                self.shared[port] = start + takes * event.nbytes
+                self.send_port[rank] = max(self.send_port[rank], self.shared[port])
+        self.messages[rank] += 1
+        self.sent[rank] += event.nbytes
+        pair = (rank, event.peer)
+        self.on_the_way.setdefault(pair, deque()).append(start)
+        if pair in self.wanted_by:
+            self.woken(self.wanted_by.pop(pair))
+
+    def _receive(self, rank: int, event: _Receiving) -> None:
+        # The port receives messages in the order of arrival, in whatever order they are added afterwards.
+        arrivals = []
+        for peer in event.peers:
+            alpha, beta, *latency = self.link(peer, rank)
+            arrivals.append((self.on_the_way[peer, rank].popleft() + sum(latency), peer, alpha, beta))
+        for arrival, peer, alpha, beta in sorted(arrivals):
+            if self.ports is None:
+                self.receive_port[rank] = max(arrival, self.receive_port[rank]) + alpha + beta * event.nbytes
+            else:
+                for port, takes in self.ports(peer, rank)[1]:
+                    free = self.shared[port] = max(arrival, self.shared.get(port, 0.0)) + takes * event.nbytes
+                    self.receive_port[rank] = max(self.receive_port[rank], free + alpha)
+            self.received[rank] += event.nbytes
+        self.clock[rank] = max(self.clock[rank], self.receive_port[rank])
+        if event.reduce:
+            self.clock[rank] += self.gamma * event.nbytes * len(event.peers)
 
 
 def _whole(steps: Iterable[Step], bounds: Sequence[tuple[int, int]]) -> Iterator[_Sending | _Receiving]:

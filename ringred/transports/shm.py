@@ -67,8 +67,7 @@ class ShmTransport:
     of the program, with the same `key`. Raises `TransportUnavailable`.
     """
 
-    windows = True
-    buffers = True
+    windows = buffers = True
     depth = 1
 
     def __init__(

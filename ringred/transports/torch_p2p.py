@@ -156,8 +156,7 @@ class TorchP2PTransport:
     """
 
     name = model = "torch_p2p"
-    windows = False
-    buffers = False
+    windows = buffers = False
     player = queue = None
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float = 300.0, address: str | None = None) -> None:
@@ -167,11 +166,9 @@ class TorchP2PTransport:
         self._store, self._timeout, self._address = store, timeout, address
         # A store serves one call at a time: this transport must not wait behind somebody else's.
         self._board = store.clone() if hasattr(store, "clone") else store
-        # Two connections to each peer, one for each direction: Gloo tells a sender that it may send by the connection
-        # that also has its own data, and such a word must not wait behind that.
-        self._groups = [
-            gloo_group(dist.PrefixStore(f"gloo {way}", store), rank, size, timeout, address) for way in ("down", "up")
-        ]
+        # A connection to each peer for each direction: Gloo's word that one may send must not wait behind data.
+        stores = [dist.PrefixStore(f"gloo {way}", store) for way in ("down", "up")]
+        self._groups = [gloo_group(one, rank, size, timeout, address) for one in stores]
         self._contract = 0
         self._greeted: set[int] = set()
         self._first: dict[int, _Receive] = {}  # peers whose frame of this collective is posted

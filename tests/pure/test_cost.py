@@ -9,7 +9,8 @@ import pytest
 from ringred.collectives.registry import algorithms, lookup
 from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
-from ringred.schedule.cost import simulate
+from ringred.schedule.cost import Job, simulate, simulate_jobs
+from ringred.schedule.ir import Recv, Send, unit
 from ringred.topology.model import flat, grid_links, hosts
 from ringred.topology.torus import factorisations
 
@@ -140,3 +141,38 @@ def test_what_is_near_does_not_wait_for_what_comes_from_far() -> None:
         for far in (1, 2)
     ]
     assert times[0] == times[1]
+
+
+def test_jobs_wait_for_their_data_and_for_each_other() -> None:
+    """Two all-reduces of a training step: the second has its data while the first still runs."""
+    entry = lookup("all_reduce", "ring")
+    group = entry.group(4)
+    alone = simulate(4, entry.steps(group), share_bounds(4000, 4), flat(4, 1e-3, 1e-6, 0.0).link, 0.0).seconds
+
+    def jobs(*ready: float) -> list[Job]:
+        return [Job(entry.steps(group), share_bounds(4000, 4), [when] * 4) for when in ready]
+
+    link = flat(4, 1e-3, 1e-6, 0.0).link
+    cost, times = simulate_jobs(4, jobs(0.5, 0.5 + alone / 2), link, 0.0)
+    assert times == [pytest.approx((0.5, 0.5 + alone)), pytest.approx((0.5 + alone, 0.5 + 2 * alone))]
+    assert cost.seconds == pytest.approx(0.5 + 2 * alone)
+    _, times = simulate_jobs(4, jobs(0.5, 5.0), link, 0.0, call=0.1)
+    assert times == [pytest.approx((0.5, 0.6 + alone)), pytest.approx((5.0, 5.1 + alone))]
+    late = [Job(entry.steps(group), share_bounds(4000, 4), [0.0, 0.0, 1.0, 0.0])]
+    _, times = simulate_jobs(4, late, link, 0.0)
+    assert times[0][0] == 0
+    assert 1.0 < times[0][1] <= 1.0 + alone
+
+
+def test_messages_share_the_ports_on_their_way() -> None:
+    """Four ranks on two hosts send to the other host at once: by one port in and one out of each host."""
+    steps = [[(Send((rank + 2) % 4, unit(0)), Recv((rank + 2) % 4, unit(1)))] for rank in range(4)]
+    jobs = [Job(lambda rank: steps[rank], [(0, 1000), (1000, 2000)], [0.0] * 4)]
+
+    def ports(sender: int, receiver: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        return [(sender // 2, 1e-6)], [(2 + receiver // 2, 1e-6)]
+
+    own, _ = simulate_jobs(4, jobs, flat(4, 0.0, 1e-6, 0.0).link, 0.0)
+    shared, _ = simulate_jobs(4, jobs, flat(4, 0.0, 1e-6, 0.0).link, 0.0, ports=ports)
+    assert own.seconds == pytest.approx(1e-3)
+    assert shared.seconds == pytest.approx(2e-3)
