@@ -129,7 +129,7 @@ class _Lowering:
         depth: int,
     ) -> None:
         self.rank, self.steps, self.bounds, self.segment, self.keep = rank, steps, bounds, segment, keep
-        self.merge, self.depth = merge, depth
+        self.merge, self.in_parts, self.depth = merge, in_parts, depth
         longest = max((hi - lo for lo, hi in bounds), default=0)
         self.parts = -(-longest // segment) if in_parts and longest else 1
         self.events = 0
@@ -285,10 +285,10 @@ class _Lowering:
             if span.request >= 0 and span.request not in self.waited
         }
         # Where messages take long, a send is waited for early, so that the receive is posted when its data comes. After
-        # its own step and part that cannot deadlock: what its receiver waits for has been sent by then, or by a rank
-        # that waits in turn for a send of an earlier step or part.
+        # its own step and part that cannot deadlock where messages are received in the step in which they are sent:
+        # what its receiver waits for has been sent by then, or by a rank that waits for a send of an earlier step.
         over = [self.step_over[request] if request < len(self.step_over) else event + 1 for request in pending]
-        early = self.depth > 1 and not receives.reduce and max(over, default=event + 1) <= event
+        early = self.in_parts and self.depth > 1 and not receives.reduce and max(over, default=event + 1) <= event
         wait_at = event + 1
         if early:
             wait_at = max([0, event - REPLACE_AHEAD, *over, *(self.last_post[peer] for peer in receives.peers)])
