@@ -23,7 +23,8 @@ from typing import IO, Any
 __all__ = ["Hosts", "Network", "clean", "left_behind", "unavailable"]
 
 _PREFIX = "ringred-lab-"
-_BURST = "256kb"  # a queue's tokens: some packets as large as the kernel hands them down
+_BURST = "32kb"  # a queue's tokens: two packets as large as the kernel may hand them down
+_GSO_BYTES = "16384"
 _NAMED = """
 import os, socket, sys
 socket.sethostname(os.environ["HOST_NAME"])
@@ -263,8 +264,9 @@ def _remove(names: Sequence[str]) -> None:
 
 
 def _limit(space: str, device: str, mbit: float) -> None:
-    latency = max(50, int(256 * 8 / mbit) * 20)  # ms: a queue of several bursts, so that TCP loses little
-    limits = f"rate {mbit:g}mbit burst {_BURST} latency {latency}ms".split()
+    queue = int(max(200_000, mbit * 1e6 / 8 * 0.008))  # bytes: 8 ms, as a switch has them
+    limits = f"rate {mbit:g}mbit burst {_BURST} limit {queue}".split()
+    _run("ip", "-n", space, "link", "set", device, "gso_max_size", _GSO_BYTES)
     _run("tc", "-n", space, "qdisc", "add", "dev", device, "root", "tbf", *limits)
 
 

@@ -14,7 +14,7 @@ from ringred.schedule.cost import Job, Ports, simulate_jobs
 from ringred.schedule.ir import Group
 from ringred.topology.model import Topology
 
-__all__ = ["Costs", "Step", "all_reduce_seconds", "buckets_of", "server_seconds", "step_of"]
+__all__ = ["Costs", "Step", "all_reduce_seconds", "buckets_of", "busbw", "linear", "step_of", "uplinks"]
 
 _CAPS = (FIRST_BUCKET_BYTES, 25 * MIB)
 
@@ -32,14 +32,8 @@ class Costs:
 
     def topology(self, size: int) -> Topology:
         """Ranks with these links between all of them."""
-        return Topology(
-            size,
-            ((self.alpha, self.beta, self.latency),),
-            self.gamma,
-            tuple((r,) for r in range(size)),
-            "lab",
-            self.call,
-        )
+        places = tuple((rank,) for rank in range(size))
+        return Topology(size, ((self.alpha, self.beta, self.latency),), self.gamma, places, "lab", self.call)
 
 
 @dataclass(frozen=True)
@@ -145,13 +139,6 @@ def linear(name: str, group: Group, topology: Topology, small: int, large: int) 
     low, high = simulated(small), simulated(large)
     slope = (high - low) / (large - small)
     return lambda nbytes: low + slope * (nbytes - small)
-
-
-def server_seconds(size: int, nbytes: int, costs: Costs, shards: int) -> float:
-    """Push and pull of all by Sync: the bytes of the busiest port, one direction after the other (2PNβ at
-    one server, of whose workers one is on the server's host; and the workers' own ports)."""
-    share = nbytes / shards
-    return 2 * costs.beta * max((size - 1) * share, nbytes * (1 - 1 / size) if shards > 1 else nbytes)
 
 
 def busbw(size: int, nbytes: int, seconds: float) -> float:

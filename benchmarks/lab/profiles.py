@@ -155,7 +155,7 @@ def graph() -> list[Layer]:
 
 
 def experts() -> list[Layer]:
-    """A transformer whose six blocks have eight experts each, of which a token takes one (switch, Fedus et al. 2021)."""
+    """A transformer whose six blocks have eight experts each, of which a token takes one (Fedus et al. 2021)."""
     width, tokens = 512, 128
     layers = [Layer("embedding", 32_000 * width, 0.0)]
     for at in range(6):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import ringred
-from ringred.collectives.registry import algorithms
+from lab.costs import calibrate
 
 
 def seconds(comm: ringred.Communicator, call: Callable[[], object], least: float, most_calls: int) -> list[float]:
@@ -38,16 +38,17 @@ def main() -> None:
     task: dict[str, Any] = json.loads(sys.argv[1])
     comm = ringred.init()
     peers: dict[str, Callable[[torch.Tensor], object]] = {}
-    if task["gloo"]:
+    if "gloo" in task["ways"]:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
         peers["gloo"] = dist.all_reduce
-    known = algorithms("all_reduce")
-    names = [name for name in task["algorithms"] if name in known and (not known[name].native or task["native"])]
+    costs = calibrate(comm)
+    if comm.rank == 0:
+        print(json.dumps({"costs": costs, "segment": comm.transport.segment_bytes}), flush=True)
     for nbytes in task["sizes"]:
         tensor = torch.ones(nbytes // 4)
-        for name in (*names, *peers):
+        for name in task["ways"]:
 
             def call(name: str = name, tensor: torch.Tensor = tensor) -> object:
                 return peers[name](tensor) if name in peers else comm.all_reduce(tensor, algorithm=name)
@@ -55,9 +56,9 @@ def main() -> None:
             tensor.fill_(0.0)
             times = seconds(comm, call, task["seconds"], 200)
             if comm.rank == 0:
-                found = {"nbytes": nbytes, "algorithm": name, "seconds": statistics.median(times), "calls": len(times)}
+                found = {"nbytes": nbytes, "way": name, "seconds": statistics.median(times), "calls": len(times)}
                 print(json.dumps({**found, "low": min(times), "high": max(times)}), flush=True)
-    if task["gloo"]:
+    if peers:
         dist.destroy_process_group()
     comm.close()
 

@@ -1,7 +1,7 @@
 """What each rank of the laboratory's step experiment does: trains a replayed model, way by way.
 
 A replayed layer sleeps until its backward is over and hands over a gradient of its true size. Rank 0 prints one JSON
-line a measured case: the median step of the slowest rank, what backward left exposed, and the bytes of the busiest rank.
+line a measured case: the median step of the slowest rank, the bytes of the busiest, and how late a layer was.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import ringred
+from lab.costs import calibrate
 from lab.profiles import Profile, profile
-from ringred.parameter_server.policies import Sync
 
 
 class _Layer(torch.autograd.Function):
@@ -78,19 +78,6 @@ class Replayed(nn.Module):
 def stepper(comm: ringred.Communicator, way: str, module: Replayed) -> tuple[Callable[[], object], Callable[[], int]]:
     """A training step, and the bytes that this rank has sent so far; without an optimizer, whose time is none here."""
     x = torch.ones(1, requires_grad=True)
-    if way.startswith("server"):
-        shards = comm.size if way == "server, sharded" else 1
-        server = ringred.ParameterServer(
-            module, lambda parameters: torch.optim.SGD(parameters, lr=0.0), Sync(), shards=shards, comm=comm
-        )
-
-        def by_server() -> None:
-            server.pull()
-            module(x).backward()
-            server.push()
-
-        worker = server.worker
-        return by_server, lambda: worker.bytes_pushed + worker.bytes_pulled
     if way == "alone":
         model: nn.Module = module
     elif way == "gloo":
@@ -137,8 +124,9 @@ def main() -> None:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
+    costs = calibrate(comm)
     if comm.rank == 0:
-        print(json.dumps({"tuning": dict(comm.tuning), "segment": comm.transport.segment_bytes}), flush=True)
+        print(json.dumps({"costs": costs, "segment": comm.transport.segment_bytes}), flush=True)
     for name in task["models"]:
         for way in task["ways"]:
             found = measured(comm, way, profile(name), task)

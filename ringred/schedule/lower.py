@@ -143,6 +143,7 @@ class _Lowering:
         self.waited: dict[int, int] = {}  # send request -> the first event at which it is known to be done
         self.step_over: list[int] = []  # by request: the first event after the step and part that it belongs to
         self.last_send: dict[int, int] = defaultdict(int)
+        self.last_request: dict[int, tuple[int, int]] = {}  # by peer: step and request of the last send
         self.last_post: dict[int, int] = defaultdict(int)
         self.last_write = last_writes(steps)
 
@@ -246,11 +247,30 @@ class _Lowering:
         exposed: bool = False,
         buffered: bool = False,
     ) -> None:
-        at = self.last_send[peer] = max(self.ready(chunk, lo, hi), self.last_send[peer])
+        at = max(self.ready(chunk, lo, hi), self.last_send[peer])
+        at = self.last_send[peer] = self.after_others(step, peer, at)
+        self.last_request[peer] = step, self.requests
         self.sends[at].append(PostSend(self.requests, peer, lo, hi, slot, put, buffered, step))
         if slot is None and not exposed:
             self.note(self.read, chunk, _Span(lo, hi, at, self.requests, peer))
         self.requests += 1
+
+    def after_others(self, step: int, peer: int, at: int) -> int:
+        """The first event from `at` on at which the sends of earlier steps to other peers may be waited for; they are
+        waited for there. Where messages take long, those would share the way with a send that is not needed yet, and
+        hold up a peer that this rank itself waits for next."""
+        if not self.in_parts or self.depth == 1:
+            return at
+        earlier = [
+            (other, request)
+            for other, (then, request) in self.last_request.items()
+            if other != peer and then < step and request not in self.waited and request < len(self.step_over)
+        ]
+        at = max([at, *(self.step_over[request] for _, request in earlier)])
+        for other, request in earlier:
+            self.waited[request] = at
+            self.sends[at].append(WaitSent(request, other))
+        return at
 
     def note(self, table: dict[int, list[_Span]], chunk: Chunk, span: _Span) -> None:
         """Adds `span` to the table entry of every unit that it overlaps, limited to that unit's elements."""

@@ -1,0 +1,211 @@
+"""One HTML file of what the laboratory has found: it needs no network, and works from a file."""
+
+from __future__ import annotations
+
+import html
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io
+import torch
+
+from lab.hosts import Network
+from lab.predict import Costs, step_of
+from lab.profiles import profile
+from ringred.topology.detect import machine
+
+__all__ = ["write"]
+
+_STYLE = """
+:root { color-scheme: light dark; --edge: #8884; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { line-height: 1.2; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+.wide { overflow-x: auto; } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--edge); text-align: right; }
+th { cursor: pointer; position: sticky; top: 0; background: Canvas; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+figure { margin: 1.5rem 0; background: #fff; border-radius: .5rem; } small { opacity: .75; }
+"""
+_SORT = """
+document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
+  const table = head.closest("table"), at = [...head.parentNode.children].indexOf(head);
+  const value = row => { const text = row.children[at].textContent, number = parseFloat(text);
+    return isNaN(number) ? text : number };
+  const down = head.dataset.down = head.dataset.down === "1" ? "" : "1";
+  const rows = [...table.tBodies[0].rows].sort((a, b) => { const x = value(a), y = value(b);
+    return (x > y ? 1 : x < y ? -1 : 0) * (down ? 1 : -1) });
+  rows.forEach(row => table.tBodies[0].append(row));
+}));
+"""
+_LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": {"t": 50, "l": 60, "r": 20, "b": 50}}
+
+
+def write(path: Path, results: Sequence[dict[str, Any]], table: Callable[[dict[str, Any]], str]) -> None:
+    """Writes the report of experiments, as `experiments.run` gives them."""
+    errors = sorted(abs(row["error"]) for result in results for row in result["rows"] if row["error"] is not None)
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>ringred: the scaling laboratory</title><style>{_STYLE}</style><body>",
+        "<h1>Which of these scales, on which network, and why?</h1>",
+        *(f"<p>{html.escape(sentence)}</p>" for sentence in _answer(results, errors)),
+        _figure(_diagonal(results), first=True),
+    ]
+    for result in results:
+        parts.append(f"<h2>{html.escape(result['question'])}</h2>")
+        slower = f", times and rate {result['dilation']:g} times slower" if result["dilation"] != 1 else ""
+        way = {"torch": "Gloo's point-to-point", "mpi": "Open MPI's TCP"}[result["by"]]
+        parts.append(f"<p>{html.escape(result['network'])}{slower}, over {way}.</p>")
+        parts.append(_figure(_bars(result)))
+        parts.append(_rows(result))
+    parts.append("<h2>One step of VGG-16 on eight hosts of 10 Gbit/s, by a ring and by one server</h2>")
+    parts.append(_figure(_timeline()))
+    parts.append(f"<h2>The ten worst predictions</h2>{_worst(results)}")
+    here = machine()
+    parts.append(
+        f"<p><small>{html.escape(here.processor)}, {here.usable_cores} cores, shared with others; Linux "
+        f"{html.escape(platform.release())}; torch {torch.__version__}; <code>python benchmarks/lab.py run</code>, "
+        f"<code>report</code>. All hosts are namespaces of this machine: beyond its cores' speed nothing is told of "
+        f"real ones. No optimizer runs in a step.</small></p><script>{_SORT}</script></body></html>"
+    )
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text("\n".join(parts))
+    unfinished.replace(path)
+
+
+def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[str]:
+    """Three sentences."""
+    sentences = []
+    best = [
+        max(
+            (r for r in result["rows"] if r["predicted"] is not None and r["nbytes"] >= 4 << 20),
+            key=lambda r: r["of_line"],
+        )
+        for result in results
+        if "nbytes" in result["rows"][0] and any(row["nbytes"] >= 4 << 20 for row in result["rows"])
+    ]
+    if best:
+        parts = sorted({f"{row['way'].replace('_', '-')} ({row['of_line']:.0%})" for row in best})
+        sentences.append(f"From 4 MiB on, of the line rate the most is used by {', '.join(parts)}.")
+    steps = {(r["model"], r["way"]): r for result in results for r in result["rows"] if "model" in r}
+    pairs = [
+        (model, steps[model, "ring"], steps[model, "central"])
+        for model, way in steps
+        if way == "central" and (model, "ring") in steps
+    ]
+    if pairs:
+        told = ", ".join(
+            f"{ring['efficiency']:.0%} against {one['efficiency']:.0%} ({model})" for model, ring, one in pairs
+        )
+        sentences.append(f"Of a step's efficiency a ring leaves more than one server: {told}.")
+    if errors:
+        middle, late = errors[len(errors) // 2], errors[int(0.9 * len(errors))]
+        sentences.append(
+            f"The simulator is {middle:.0%} off in the median of {len(errors)} cases, {late:.0%} in the worst tenth."
+        )
+    return sentences
+
+
+def _figure(figure: go.Figure, first: bool = False) -> str:
+    drawn: str = plotly.io.to_html(figure, full_html=False, include_plotlyjs=first, config={"responsive": True})
+    return f"<figure>{drawn}</figure>"
+
+
+def _diagonal(results: Sequence[dict[str, Any]]) -> go.Figure:
+    figure = go.Figure(layout={**_LAYOUT, "title": "Predicted against measured, all cases"})
+    least, most = 1e9, 0.0
+    for result in results:
+        rows = [row for row in result["rows"] if row["predicted"] is not None]
+        measured, predicted = [1e3 * row["seconds"] for row in rows], [1e3 * row["predicted"] for row in rows]
+        names = [f"{row.get('model', row.get('nbytes'))} {row['way']}" for row in rows]
+        figure.add_scatter(x=measured, y=predicted, text=names, mode="markers", name=result["name"])
+        least, most = min([least, *measured]), max([most, *measured])
+    figure.add_scatter(
+        x=[least, most], y=[least, most], mode="lines", name="equal", line={"color": "#888", "dash": "dot"}
+    )
+    figure.update_xaxes(type="log", title="measured ms")
+    figure.update_yaxes(type="log", title="predicted ms")
+    return figure
+
+
+def _bars(result: dict[str, Any]) -> go.Figure:
+    steps = "model" in result["rows"][0]
+    what = "efficiency" if steps else "of_line"
+    title = "Efficiency of a step (one processor alone = 1)" if steps else "Bus bandwidth, as a part of the line's rate"
+    figure = go.Figure(layout={**_LAYOUT, "title": title, "barmode": "group"})
+    for way in dict.fromkeys(row["way"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["way"] == way]
+        cases = [row["model"] if steps else _size(row["nbytes"]) for row in rows]
+        figure.add_bar(x=cases, y=[row[what] for row in rows], name=way)
+    return figure
+
+
+def _timeline() -> go.Figure:
+    """When the buckets of one step are reduced, by two ways."""
+    model, network = profile("vgg16"), Network(8, 10_000)
+    costs = Costs(3e-5, 1 / network.bytes_per_second, 1e-10, 2e-5, 0.0, 1 << 20)
+    figure = go.Figure(
+        layout={**_LAYOUT, "title": "Predicted: buckets become full, and are reduced", "barmode": "overlay"}
+    )
+    for way in ("ring", "central"):
+        step = step_of(model, 1.0, way, 8, costs)
+        begins = [begin for begin, _ in step.times]
+        lasts = [end - begin for begin, end in step.times]
+        figure.add_bar(y=[way] * len(lasts), x=lasts, base=begins, orientation="h", name=f"{way}: {step.seconds:.2f} s")
+        figure.add_scatter(
+            x=list(step.ready),
+            y=[way] * len(lasts),
+            mode="markers",
+            marker={"symbol": "line-ns-open", "size": 18},
+            name="full",
+        )
+    figure.add_vline(x=model.seconds, line_dash="dot", annotation_text="backward ends")
+    figure.update_xaxes(title="seconds since the step began")
+    return figure
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
+
+
+def _rows(result: dict[str, Any]) -> str:
+    steps = "model" in result["rows"][0]
+    heads = ["case", "by", "ms", "efficiency %" if steps else "of line %", "predicted ms", "error %"]
+    rows = [
+        (
+            row["model"] if steps else _size(row["nbytes"]),
+            row["way"],
+            f"{1e3 * row['seconds']:.2f}",
+            f"{100 * row['efficiency' if steps else 'of_line']:.0f}",
+            "" if row["predicted"] is None else f"{1e3 * row['predicted']:.2f}",
+            "" if row["error"] is None else f"{100 * row['error']:+.0f}",
+        )
+        for row in result["rows"]
+    ]
+    return _table(heads, rows)
+
+
+def _worst(results: Sequence[dict[str, Any]]) -> str:
+    rows = [(result["name"], row) for result in results for row in result["rows"] if row["error"] is not None]
+    rows.sort(key=lambda pair: -abs(pair[1]["error"]))
+    told = [
+        (name, f"{row.get('model', row.get('nbytes'))} {row['way']}", f"{100 * row['error']:+.0f}", _why(row))
+        for name, row in rows[:10]
+    ]
+    return _table(["experiment", "case", "error %", "likely because"], told)
+
+
+def _why(row: dict[str, Any]) -> str:
+    if row["way"] in ("central", "direct", "tree") and row["error"] < 0:
+        return "several senders to one port at once: TCP loses and waits, which the model does not know"
+    if row["error"] < 0:
+        return "TCP starts anew with each peer, and two cores serve all hosts"
+    return "short messages pass in a queue's burst, or a step of the schedule overlaps more than the model lets it"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
