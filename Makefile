@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check wheels gpu-check torch-suite install clean
+.PHONY: demo test check wheels lab gpu-check torch-suite install clean
 
 install: $(STAMP)
 
@@ -42,6 +42,11 @@ wheels: $(STAMP)
 	        --config-settings "--build-option=--plat-name=manylinux_2_17_$$processor" . || exit 1; \
 	done
 	ls dist
+
+# Hosts on this machine, with networks of a stated rate; needs root. All experiments: `python benchmarks/lab.py run`.
+lab: $(STAMP)
+	$(BIN)/python benchmarks/lab.py run --short
+	$(BIN)/python benchmarks/lab.py report
 
 # For a machine with an NVIDIA GPU; GPU_PYTHON is a Python there with torch, CuPy, cuda-bindings, numpy and tabulate.
 GPU_PYTHON ?= $(PYTHON)

@@ -15,9 +15,9 @@ from ringred.topology.calibrate import Costs, Sample, fit, rounded
 
 __all__ = ["calibrate"]
 
-_SHORT = (1 << 10, 16 << 10, 64 << 10)
-_LONG = (1 << 20, 4 << 20)
-_CALLS = 9
+_SHORT = (1 << 10, 4 << 10, 16 << 10)
+_LONG = (4 << 20, 12 << 20)  # long enough that what a queue lets pass at once does not count
+_CALLS = 7
 
 
 def calibrate(comm: ringred.Communicator) -> Costs:
@@ -26,7 +26,7 @@ def calibrate(comm: ringred.Communicator) -> Costs:
     samples = [_sample(comm, name, nbytes) for name in ("ring", "halving_doubling", "direct") for nbytes in _SHORT]
     pair = comm.split(0 if comm.rank < 2 else None)
     if pair is not None:
-        samples += [_sample(pair, "ring", nbytes) for nbytes in _LONG for _ in range(2)]
+        samples += [_sample(pair, "ring", nbytes) for nbytes in _LONG]
         pair.close()
     found = torch.tensor(fit(samples), dtype=torch.float64)
     comm.broadcast(found, 0)

@@ -106,7 +106,7 @@ def test_a_rank_that_does_not_come(path: str, transport: str) -> None:
     def body(comm: Communicator) -> None:
         comm.barrier()
         if comm.rank == 1:
-            time.sleep(2.5)
+            time.sleep(1.6)
         call(comm, path, torch.ones(9))
 
     errors = caught(body, 3, transport, timeout=1.0)
