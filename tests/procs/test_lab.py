@@ -32,7 +32,7 @@ def test_a_short_run_measures_predicts_and_reports(tmp_path: Path) -> None:
     ended = lab("--out", str(tmp_path), "run", "--short")
     assert ended.returncode == 0, ended.stderr[-2000:]
     result = json.loads((tmp_path / "short.json").read_text())
-    assert len(result["rows"]) == 15
+    assert len(result["rows"]) == 10
     for row in result["rows"]:
         assert row["of_line"] < 1.2, "nothing is faster than the line"
         assert row["predicted"] is None or 0.2 < row["predicted"] / row["seconds"] < 5

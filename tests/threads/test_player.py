@@ -260,6 +260,7 @@ _WAITS = """
 import os, signal, threading, time, torch
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored by what started this
     # The main thread is a rank of its own communicator of two; the other rank does not come.
     from ringred.testing.ranks import connect
     from ringred.communicator import Communicator
