@@ -49,8 +49,7 @@ class Lane:
             try:
                 with comm.for_purpose(purpose), runner.device.following(ready) as began:
                     made = job(comm)
-                what = f"a job of {self._name}{f' for {purpose}' if purpose else ''}"
-                work.rest = runner.rest_of_job(ready, began, what, made, job)
+                work.rest = runner.rest_of_job(ready, began, made, job)
                 return made
             except BaseException as failure:
                 comm.abort(failure)  # peers may be waiting in collectives that this rank will not reach

@@ -38,6 +38,7 @@ class OnDevice:
         self._transport, self._blocking, self._failed, self._gave_up = transport, blocking, failed, gave_up
         self._watch = Progress(f"ringred-watch-{name}-{transport.rank}")
         self._drained_by: float | None = None  # when a stream that was to be drained is given up
+        self._last: Enqueued | None = None
         self.failed: list[Enqueued] = []
         """The calls that failed after they had returned."""
 
@@ -69,18 +70,26 @@ class OnDevice:
         if self.queue is None:
             return None
         precede = None if self._blocking else self.queue.precede
-        rest = Enqueued(ready, began, self.queue.record(), deadline, doing, precede, held)
+        rest = self._last = Enqueued(ready, began, self.queue.record(), deadline, doing, precede, held)
         self._watch.submit(lambda: self._watched(rest))
         return rest
 
-    def rest_of_job(
-        self, ready: Any, began: Any, deadline: float, doing: Doing, made: object, job: object
-    ) -> Enqueued | None:
+    def rest_of_job(self, ready: Any, began: Any, deadline: float, made: object, job: object) -> Enqueued | None:
         """As `rest`, for a job of calls and torch's own operations that ran within `following(ready)`, and made the
-        tensor `made`, or None."""
+        tensor `made`, or None. Errors name its last call, as those of all ranks do."""
         if self.queue is not None and isinstance(made, torch.Tensor):
             self.queue.share(made, ready)
+        doing = Doing(0, "no collective", "") if self._last is None else self._last.doing
         return self.rest(ready, began, deadline, doing, (job, made))
+
+    def finish(self) -> None:
+        """Returns once what is watched has ended. Raises what the last of it failed with."""
+        last = self._last
+        if last is not None:
+            last.finished()
+            if last.failure is not None:
+                last.heard = True
+                raise last.failure
 
     def _watched(self, rest: Enqueued) -> None:
         """Returns once the device has done the rest of a call, or that failed."""

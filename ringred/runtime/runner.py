@@ -184,21 +184,15 @@ class Runner:
         for follow in self.followers:
             follow(cause)
 
-    def rest_of_job(self, ready: Any, began: Any, what: str, made: object, job: object) -> Enqueued | None:
-        """As `OnDevice.rest_of_job`, of a job that does `what`, from now on."""
-        doing = Doing(self._sequence, what, "its end")
-        return self.device.rest_of_job(ready, began, self._deadline(), doing, made, job)
+    def rest_of_job(self, ready: Any, began: Any, made: object, job: object) -> Enqueued | None:
+        """As `OnDevice.rest_of_job`, from now on."""
+        return self.device.rest_of_job(ready, began, self._deadline(), made, job)
 
     def synchronize(self) -> None:
         """Returns once a device has done all that was started. Raises as the call that failed would."""
         for work in list(self._started):
             work.wait()
-        began = time.monotonic()
-        try:
-            self.device.passed(self._deadline())
-        except Fault as fault:
-            self._told = True
-            raise self._failed(fault, time.monotonic() - began, self._doing()) from fault
+        self.device.finish()
         if self._failure is not None:
             self._told = True
             raise self._failure
