@@ -114,6 +114,16 @@ class RoutedTransport:
     def counters(self, value: Any) -> None:
         self.near.counters = self.far.counters = value
 
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that `far` may wait by itself, where it does (`cuda/staged.py`)."""
+        return getattr(self.far, "timeout", None)
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        if isinstance(self.far, StagedTransport):
+            self.far.timeout = seconds
+
     def begin(self, contract: int, turn: int) -> None:
         self.near.begin(contract, turn)
         self.far.begin(contract, turn)

@@ -142,6 +142,8 @@ def test_a_rank_that_is_alone_on_its_host(monkeypatch: pytest.MonkeyPatch) -> No
         for group in [comm] if pair is None else [comm, pair, pair.duplicate()]:
             there = group.on_device(lambda: FakeDevice(delay=(0.0002, rank)), torch.device("cpu"))
             assert there.transport.model == ("cuda_ipc+torch_p2p" if group is comm else there.transport.model)
+            there.set_timeout(19.0)
+            assert there.transport.timeout == 19.0, "its waits for the device, between hosts too"
             for elements in (10, 3_000_000):
                 tensor, window = torch.ones(elements), there.empty(elements).fill_(1.0)
                 group.all_reduce(tensor)
