@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ __all__ = ["EXPERIMENTS", "Experiment", "run"]
 
 HERE = Path(__file__).parent
 _PEERS = ("gloo", "native", "alone")
-_LINE = 1448 / 1514
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Experiment:
     dilation: float = 1.0
     steps: int = 2
     seconds: float = 1.0
-    notes: tuple[str, ...] = field(default=())
 
 
 _WAYS = ("ring", "halving_doubling", "torus", "double_tree", "direct", "tree", "central", "auto")
@@ -156,7 +154,6 @@ def _row(experiment: Experiment, found: dict[str, Any], costs: Costs) -> dict[st
     else:
         if way not in _PEERS:
             predicted = all_reduce_seconds(way, size, found["nbytes"], costs, ports)
-        line = experiment.network.mbit * 1e6 / 8 * _LINE
-        extra = {"of_line": busbw(size, found["nbytes"], found["seconds"]) / line}
+        extra = {"of_line": busbw(size, found["nbytes"], found["seconds"]) / experiment.network.bytes_per_second}
     error = None if predicted is None else predicted / found["seconds"] - 1
     return {**found, **extra, "predicted": predicted, "error": error}

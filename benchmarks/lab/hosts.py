@@ -25,6 +25,7 @@ __all__ = ["Hosts", "Network", "clean", "left_behind", "unavailable"]
 _PREFIX = "ringred-lab-"
 _BURST = "32kb"  # a queue's tokens: two packets as large as the kernel may hand them down
 _GSO_BYTES = "16384"
+_PAYLOAD = 1448 / 1514  # of the bytes that a queue counts (frames, without preamble and gap), TCP's payload
 _NAMED = """
 import os, socket, sys
 socket.sethostname(os.environ["HOST_NAME"])
@@ -63,8 +64,8 @@ class Network:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of a port, in one direction, as TCP's payload: Ethernet, IP and TCP take 78 of each 1526 bytes."""
-        return self.mbit * 1e6 / 8 * PAYLOAD
+        """Of a port, in one direction, as TCP's payload."""
+        return self.mbit * 1e6 / 8 * _PAYLOAD
 
     def rack_of(self, host: int) -> int:
         """The rack in which a host is."""
@@ -73,10 +74,6 @@ class Network:
     def __str__(self) -> str:
         racks = "" if self.racks == 1 else f" in {self.racks} racks with uplinks of {self.uplink_mbit:g} Mbit/s"
         return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{racks}"
-
-
-PAYLOAD = 1448 / 1514
-"""Of the bytes that a queue counts, those that are TCP's payload: it counts the frames, without preamble and gap."""
 
 
 class Hosts:

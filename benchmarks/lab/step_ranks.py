@@ -70,8 +70,9 @@ class Replayed(nn.Module):
     def forward(self, x: Tensor) -> Any:
         self.clock.start()
         self.clock.sleep_until(self.forward_seconds)
+        layer: Any = _Layer.apply
         for weight, until in zip(self.weights, self.ends, strict=True):
-            x = _Layer.apply(x, weight, self.clock, until)  # type: ignore[no-untyped-call]
+            x = layer(x, weight, self.clock, until)
         return x.sum()
 
 

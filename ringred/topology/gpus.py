@@ -36,7 +36,7 @@ class Gpu(NamedTuple):
 def gpus() -> list[Gpu] | None:
     """This host's GPUs; None where NVML cannot be asked (`nvidia-ml-py` is missing, or the driver)."""
     try:
-        import pynvml as nvml  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        import pynvml as nvml
 
         nvml.nvmlInit()
     except Exception:  # ImportError, or one of NVML's own

@@ -6,6 +6,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,7 @@ def test_a_compiled_kernel_is_kept_and_found_again(tmp_path: Path) -> None:
     for turn in range(2):
         for what in ("sm 90", "sm 100"):
             for name in ("sum_f32", "max_f32"):
-                found = kernels.cached(folder, name, what, lambda text=f"{what} {name}": compiles(text))  # type: ignore[misc]
+                found = kernels.cached(folder, name, what, partial(compiles, f"{what} {name}"))
                 assert found.decode() == f"{what} {name}", turn
     assert len(made) == len(set(made)) == len(list(folder.iterdir())) == 4
     nowhere = tmp_path / "sum.txt"

@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from lab import hosts
 
+REASON = hosts.unavailable()
 pytestmark = [
     pytest.mark.procs,
     pytest.mark.timeout(150),
-    pytest.mark.skipif(hosts.unavailable() is not None, reason=f"no hosts here: {hosts.unavailable()}"),
+    pytest.mark.skipif(REASON is not None, reason=f"no hosts here: {REASON}"),
 ]
 
 

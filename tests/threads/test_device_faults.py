@@ -257,9 +257,10 @@ def test_a_device_that_breaks_is_told_with_rank_call_and_place() -> None:
         comm.synchronize()
 
     for transport in ("cuda_ipc:fake", "staged:fake"):
-        first, second = run_ranks(body, 2, transport, return_exceptions=True, timeout=10)
-        assert isinstance(second, RingredError)
-        assert "rank 1: all_reduce #2" in str(second)
-        assert "its device failed" in str(second)
-        assert isinstance(first, PeerFailed)
-        assert "illegal memory access" in str(first)
+        others = run_ranks(body, 3, transport, return_exceptions=True, timeout=10)
+        culprit = others.pop(1)
+        assert isinstance(culprit, RingredError)
+        assert "rank 1: all_reduce #2" in str(culprit)
+        assert "its device failed" in str(culprit)
+        assert "illegal memory access" in str(culprit)
+        assert all(isinstance(other, PeerFailed) and "illegal memory access" in str(other) for other in others), others

@@ -53,9 +53,9 @@ class Model(nn.Module):
 
 def trained(comm: ringred.Communicator, way: str, device: str) -> list[Tensor]:
     """Parameters, buffers and optimizer state after four steps."""
-    module = Model().to(device)
+    module: nn.Module = Model().to(device)
     if way == "synchronised norm":
-        module = ringred.SyncBatchNorm.convert_sync_batchnorm(module, comm)  # type: ignore[assignment]
+        module = ringred.SyncBatchNorm.convert_sync_batchnorm(module, comm)
     settings = dict(_SETTINGS.get(way, {}))
     if device == "cpu":
         settings.pop("device_ids", None)
@@ -124,14 +124,15 @@ def refused(comm: ringred.Communicator) -> None:
     """Devices that do not fit the parameters, and tensors of two devices in one call."""
     model = nn.Linear(2, 2).to("fake")
     torn = nn.Sequential(nn.Linear(2, 2).to("fake"), nn.Linear(2, 2))
-    for module, settings, text in (
+    cases: list[tuple[nn.Module, dict[str, Any], str]] = [
         (model, {"device_ids": [1]}, "got device_ids [1]"),
         (model, {"device_ids": [0], "output_device": 1}, "output_device 1"),
         (model, {"output_device": 1}, "output_device 1"),
         (torn, {}, "'1.weight': expected it on fake:0, as those before, got cpu"),
-    ):
+    ]
+    for module, settings, text in cases:
         with pytest.raises((ValueError, ringred.RingredError), match=re.escape(text)):
-            ringred.DistributedDataParallel(module, process_group=comm, **settings)  # type: ignore[arg-type]
+            ringred.DistributedDataParallel(module, process_group=comm, **settings)
     ringred.DistributedDataParallel(model, [torch.device("fake")], process_group=comm)
     with pytest.raises(ringred.UnsupportedTensor, match="expected tensors on one device, got them on cpu, fake:0"):
         comm.all_gather(torch.empty(2 * comm.size), torch.ones(2, device="fake"))
