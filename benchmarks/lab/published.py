@@ -1,4 +1,4 @@
-"""Scaling efficiency in print, and what the simulator makes of it: calibrated on one number, the rest predicted.
+"""Scaling efficiency in print, and what the simulator makes of it, from stated speeds and links: nothing is fitted.
 
 The model: every bucket is all-reduced when backward has filled it, over links of α and β; hosts of four or eight
 processors share their network links. What it leaves out is said beside each row.

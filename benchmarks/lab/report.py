@@ -191,18 +191,10 @@ def _worst(results: Sequence[dict[str, Any]]) -> str:
     rows = [(result["name"], row) for result in results for row in result["rows"] if row["error"] is not None]
     rows.sort(key=lambda pair: -abs(pair[1]["error"]))
     told = [
-        (name, f"{row.get('model', row.get('nbytes'))} {row['way']}", f"{100 * row['error']:+.0f}", _why(row))
+        (name, f"{row.get('model', row.get('nbytes'))} {row['way']}", f"{100 * row['error']:+.0f}")
         for name, row in rows[:10]
     ]
-    return _table(["experiment", "case", "error %", "likely because"], told)
-
-
-def _why(row: dict[str, Any]) -> str:
-    if row["way"] in ("central", "direct", "tree") and row["error"] < 0:
-        return "several senders to one port at once: TCP loses and waits, which the model does not know"
-    if row["error"] < 0:
-        return "TCP starts anew with each peer, and two cores serve all hosts"
-    return "short messages pass in a queue's burst, or a step of the schedule overlaps more than the model lets it"
+    return _table(["experiment", "case", "error %"], told)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
