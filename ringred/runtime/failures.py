@@ -21,7 +21,10 @@ RAISED = "raised"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one rank did and saw: its call, the call's number and place in the program, and why its wait ended."""
+    """What one rank did and saw: its call, the call's number and place in the program, and why its wait ended.
+
+    `waited` and `timeout`, which the wait had, are in seconds.
+    """
 
     rank: int
     kind: str
@@ -30,6 +33,7 @@ class Report:
     call: str
     site: str
     waited: float
+    timeout: float
     detail: str
 
     def dump(self) -> str:
@@ -48,6 +52,7 @@ class Report:
                 str(values["call"]),
                 str(values["site"]),
                 float(values["waited"]),
+                float(values["timeout"]),
                 str(values["detail"]),
             )
         except (ValueError, KeyError, TypeError):
@@ -82,12 +87,12 @@ def diagnose(mine: Report, reports: Mapping[int, Report], size: int) -> RingredE
     stood = next((report for report in timed_out if report.peer == report.rank), None)
     if stood is not None:  # it waited for nobody else
         return CollectiveTimeout(
-            f"{who}: the device of rank {stood.rank} was not done within the timeout of {stood.waited:.3g} s"
+            f"{who}: the device of rank {stood.rank} was not done within the timeout of {stood.timeout:.3g} s"
         )
     if timed_out:
         first = max(timed_out, key=lambda report: report.waited)
         return CollectiveTimeout(
-            f"{who}: {_ranks(missing or [first.peer])} did not take part within the timeout of {first.waited:.3g} s "
+            f"{who}: {_ranks(missing or [first.peer])} did not take part within the timeout of {first.timeout:.3g} s "
             f"(rank {first.rank} waited for rank {first.peer})"
         )
     gone = next((report for report in speaking if report.kind == FaultKind.PEER), mine)

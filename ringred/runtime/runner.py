@@ -180,7 +180,7 @@ class Runner:
             self._told = True
             number, call, site = self._doing()
             what = f"{type(cause).__name__}: {cause}"[:1000]
-            self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, what).dump())
+            self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, 0.0, what).dump())
         for follow in self.followers:
             follow(cause)
 
@@ -365,7 +365,8 @@ class Runner:
             turns = {report.number for report in heard}
             last = self._one_way[-1] if doing is None else doing
             number, call, site = next((done for done in self._one_way if done.number in turns), last)
-        mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, fault.detail[:1000])
+        timeout = self.timeout_ns / 1e9
+        mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, timeout, fault.detail[:1000])
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
         return diagnose(mine, {rank: report for rank, report in loaded.items() if report is not None}, self.size)

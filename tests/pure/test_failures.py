@@ -9,9 +9,9 @@ CALL, OTHER = "all_reduce #17 (sum, float32, 10 elements, ring)", "broadcast #17
 
 
 def report(
-    rank: int, kind: str, peer: int, call: str = CALL, detail: str = "", waited: float = 30.0, number: int = 17
+    rank: int, kind: str, peer: int, call: str = CALL, detail: str = "", waited: float = 30.4, number: int = 17
 ) -> Report:
-    return Report(rank, kind, peer, number, call, f"train.py:{rank}", waited, detail)
+    return Report(rank, kind, peer, number, call, f"train.py:{rank}", waited, 30.0, detail)
 
 
 def test_a_report_survives_the_journey_and_nonsense_is_none() -> None:
