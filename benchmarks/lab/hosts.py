@@ -24,6 +24,7 @@ __all__ = ["Hosts", "Network", "clean", "left_behind", "unavailable"]
 
 _PREFIX = "ringred-lab-"
 _BURST = "32kb"  # a queue's tokens: two packets as large as the kernel may hand them down
+_QUEUE = "2mb"  # what a switch with shared memory gives to a port
 _GSO_BYTES = "16384"
 _PAYLOAD = 1448 / 1514  # of the bytes that a queue counts (frames, without preamble and gap), TCP's payload
 _NAMED = """
@@ -261,8 +262,7 @@ def _remove(names: Sequence[str]) -> None:
 
 
 def _limit(space: str, device: str, mbit: float) -> None:
-    queue = int(max(200_000, mbit * 1e6 / 8 * 0.008))  # bytes: 8 ms, as a switch has them
-    limits = f"rate {mbit:g}mbit burst {_BURST} limit {queue}".split()
+    limits = f"rate {mbit:g}mbit burst {_BURST} limit {_QUEUE}".split()
     _run("ip", "-n", space, "link", "set", device, "gso_max_size", _GSO_BYTES)
     _run("tc", "-n", space, "qdisc", "add", "dev", device, "root", "tbf", *limits)
 

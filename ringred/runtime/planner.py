@@ -17,7 +17,8 @@ from ringred.runtime.folds import Folder, ReduceOp
 from ringred.runtime.select import AUTOMATIC, RANK_ORDER, choose, segments_for, share_bounds
 from ringred.runtime.tensors import Flat
 from ringred.schedule.ir import Recv
-from ringred.schedule.lower import in_step, lower
+from ringred.schedule.lower import lower
+from ringred.schedule.order import in_step, turns
 from ringred.schedule.program import Program
 from ringred.topology.calibrate import Costs
 from ringred.topology.detect import local_grid
@@ -75,7 +76,7 @@ class Planner:
         self.hosts, self.models, self.segment_bytes = tuple(hosts), models, segment_bytes
         self._calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
-        self._steady: OrderedDict[tuple[Any, ...], bool] = OrderedDict()
+        self._steady: OrderedDict[tuple[Any, ...], tuple[bool, frozenset[tuple[int, int, int]]]] = OrderedDict()
         self._own_only: OrderedDict[tuple[Any, ...], bool] = OrderedDict()
         self.can_native = can_native
         """Whether the transport's own all-reduce takes a dtype, where it has one."""
@@ -303,6 +304,7 @@ class Planner:
         puts: frozenset[tuple[int, int, int]] = frozenset()
         if self._windows is not None and call.collective in _PUTS and call.group.size <= _PROVED_RANKS:
             puts = prove(call.algorithm, call.group, puts=True).put_safe
+        steady, turning = (False, frozenset()) if whole_messages else self._in_step(call)
         program = lower(
             self.rank,
             steps(self.rank),
@@ -310,19 +312,22 @@ class Planner:
             segment,
             keep=self._keeps(call),
             merge=merge,
-            in_parts=not whole_messages and self._in_step(call),
+            in_parts=steady,
             put_safe=lambda step, op: (self.rank, step, op) in puts,
             buffers=self._buffers,
             depth=self._depth,
+            turns=turning,
         )
         return _keep(self._programs, key, program)
 
-    def _in_step(self, call: Call) -> bool:
+    def _in_step(self, call: Call) -> tuple[bool, frozenset[tuple[int, int, int]]]:
+        """Whether the schedule is `in_step`, and then its `turns`, where they matter."""
         key = (call.collective, call.algorithm.name, call.group)
         known = self._steady.get(key)
         if known is None:
-            size = call.group.size
-            known = size <= _PROVED_RANKS and in_step(call.algorithm.steps(call.group), size)
+            size, steps = call.group.size, call.algorithm.steps(call.group)
+            steady = size <= _PROVED_RANKS and in_step(steps, size)
+            known = steady, turns(steps, size) if steady and self._depth > 1 else frozenset()
             _keep(self._steady, key, known)
         return known
 

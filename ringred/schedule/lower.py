@@ -14,6 +14,9 @@ instructions is fixed here, so that nothing has to be decided at run time:
 - a chunk that is sent and received in one step is copied to a slot (temporary memory) and sent from there; over a
   transport that buffers, it is sent directly instead, and overwritten once the transport has copied it;
 - receives are posted in advance, as early as their destination is free;
+- a rank that turns from one sender to another tells it so (`order.turns`), over a transport that is slower than memory:
+  data that came before its step would share the way with what is needed first, and who is late would fall further
+  behind;
 - in a step in which a rank only sends, its receivers have little to do, so the work is shared: every second segment to
   a receiver may be put (written by the sender), and the receiver fetches the others;
 - at the end every send is waited for, so that the caller may write to the buffer again.
@@ -26,19 +29,21 @@ that keeps the steps of each part in sequence, and the instructions can run in a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
-from ringred.schedule.ir import Chunk, Send, Step, fold_groups, is_final, last_writes
+from ringred.schedule.ir import Chunk, Recv, Send, Step, fold_groups, is_final, last_writes
 from ringred.schedule.program import Fold, Instruction, PostReceive, PostSend, Program, Snapshot, Take, WaitSent
 
-__all__ = ["in_step", "lower"]
+__all__ = ["lower"]
 
 # How many folds in advance a lending receive is posted; each one holds staging memory in the transport.
 LEND_AHEAD = 2
 # The same for receives that replace data in the buffer; these hold nothing but a request.
 REPLACE_AHEAD = 16
+# The part of a segment from which on a message is worth the word that it may be sent.
+TOLD_PART = 1 / 4
 
 
 class _Span(NamedTuple):
@@ -73,6 +78,7 @@ def lower(
     snapshots: bool = True,
     buffers: bool = False,
     depth: int = 1,
+    turns: Container[tuple[int, int, int]] = (),
 ) -> Program:
     """The program of `rank`.
 
@@ -81,9 +87,11 @@ def lower(
     end. `put_safe(step, op)` says which sends may be puts.
     Adjacent units are sent in one message; with `merge=False` each unit is its own message, for units that are
     separate tensors. With `in_parts=True` a step of many segments need not finish before the next step starts; this is
-    for schedules that are `in_step`, if all ranks know the same `bounds`.
+    for schedules that are `order.in_step`, if all ranks know the same `bounds`.
     `depth` is how many parts a step may be ahead, and how early receives are posted: more than one for a transport on
     whose way much is under way at once, where a receive that is posted late holds its sender up.
+    `turns` are the messages whose sender is to wait for its receiver's word, if they are long; steps then run one after
+    the other.
     `snapshots=False` omits the slots and gives wrong results; it exists for the test that shows this. `buffers=True`
     also omits them, for a transport that can buffer at least one segment between any two ranks. That cannot deadlock:
     a segment then waits for room, room becomes free with the receiver's folds of earlier segments, and these wait
@@ -91,23 +99,8 @@ def lower(
     """
     lowering = _Lowering(rank, [tuple(step) for step in steps], bounds, segment, keep, merge, in_parts, depth)
     lowering.put_safe = put_safe
-    lowering.buffers = buffers
+    lowering.buffers, lowering.turns = buffers, turns
     return lowering.run(snapshots)
-
-
-def in_step(schedule: Callable[[int], Sequence[Step]], size: int) -> bool:
-    """Whether every message is sent and received in steps with the same number: only then do its sender and its
-    receiver process parts in the same order."""
-    sent: dict[tuple[int, int], list[int]] = defaultdict(list)
-    received: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for rank in range(size):
-        for index, step in enumerate(schedule(rank)):
-            for op in step:
-                if isinstance(op, Send):
-                    sent[rank, op.peer].append(index)
-                else:
-                    received[op.peer, rank].append(index)
-    return sent == received
 
 
 class _Lowering:
@@ -116,6 +109,7 @@ class _Lowering:
 
     put_safe: Callable[[int, int], bool]
     buffers: bool
+    turns: Container[tuple[int, int, int]]
 
     def __init__(
         self,
@@ -154,6 +148,8 @@ class _Lowering:
         turns: dict[int, Iterator[int]] = defaultdict(count)
         for index, part in self.order():
             step = self.steps[index]
+            if part == 0 and self.turns:
+                self.clear_to_send(index)
             for at, op in enumerate(step):
                 if isinstance(op, Send):
                     exposed = not overwritten[index].isdisjoint(op.chunk.units)
@@ -181,12 +177,12 @@ class _Lowering:
 
     def order(self) -> Iterable[tuple[int, int]]:
         """Steps and parts in the order in which they run. With a depth of one: (0, 0), (0, 1), (1, 0), (0, 2), (1, 1),
-        (2, 0), ...
+        (2, 0), ... Step by step if there are turns.
 
         A part consists of one segment of every unit. Steps never mix different elements, so the parts are independent
         of each other, and a part may be a step ahead of the part that follows it by the depth.
         """
-        steps, depth = len(self.steps), self.depth
+        steps, depth = len(self.steps), self.parts if self.turns else self.depth
         for wave in range((steps - 1) * depth + self.parts):
             first = max(0, -(-(wave - self.parts + 1) // depth))
             for index in range(first, min(steps, wave // depth + 1)):
@@ -271,6 +267,36 @@ class _Lowering:
             self.waited[request] = at
             self.sends[at].append(WaitSent(request, other))
         return at
+
+    def clear_to_send(self, index: int) -> None:
+        """Tells those whose turn to send to this rank comes in step `index` that the step has begun here, and waits for
+        such words. Ranks cannot wait for one another: a word depends on receives of earlier steps only."""
+        lo, now = self.bounds[0][0], self.events
+        for peer in self.turning(index, Recv):
+            self.sends[now].append(PostSend(self.requests, peer, lo, lo, None, False, False, index))
+            self.last_send[peer] = now
+            self.requests += 1
+        for peer in self.turning(index, Send):
+            post = PostReceive(self.requests, peer, lo, lo, False, index)
+            posted = self.last_post[peer]
+            (self.posts[posted] if posted < now else self.sends[now]).append(post)
+            self.sends[now].append(Take(self.requests, peer, lo, lo, index))
+            self.last_send[peer] = now
+            self.requests += 1
+
+    def turning(self, index: int, kind: type[Send] | type[Recv]) -> list[int]:
+        """The peers of sends or receives in step `index` that are `turns`, and long."""
+        elements: dict[int, int] = defaultdict(int)
+        for op in self.steps[index]:
+            if isinstance(op, kind):
+                elements[op.peer] += sum(self.bounds[u][1] - self.bounds[u][0] for u in op.chunk.units)
+        least = TOLD_PART * self.segment
+        return [
+            peer
+            for peer, several in elements.items()
+            if several >= least
+            and ((index, self.rank, peer) if kind is Send else (index, peer, self.rank)) in self.turns
+        ]
 
     def note(self, table: dict[int, list[_Span]], chunk: Chunk, span: _Span) -> None:
         """Adds `span` to the table entry of every unit that it overlaps, limited to that unit's elements."""

@@ -9,7 +9,8 @@ import pytest
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups, lookup
 from ringred.runtime.select import share_bounds
 from ringred.schedule.ir import Chunk, Recv, Send, unit
-from ringred.schedule.lower import in_step, lower
+from ringred.schedule.lower import lower
+from ringred.schedule.order import in_step, turns
 from ringred.schedule.program import Fold, Instruction, PostReceive, PostSend, Snapshot, Take, WaitSent
 
 
@@ -201,8 +202,9 @@ def test_nobody_waits_for_ever_where_every_send_waits_for_its_receive(size: int,
                 steps = entry.steps(group)
                 bounds = share_bounds(count, entry.units(group))
                 in_parts = in_step(steps, size)
+                told = turns(steps, size) if in_parts and depth > 1 else ()
                 programs = [
-                    lower(rank, steps(rank), bounds, 7, in_parts=in_parts, depth=depth).instructions
+                    lower(rank, steps(rank), bounds, 7, in_parts=in_parts, depth=depth, turns=told).instructions
                     for rank in range(size)
                 ]
                 assert not stands_still(programs), (collective, name, segments, count)
@@ -222,3 +224,27 @@ def test_depth_posts_receives_before_their_data_comes() -> None:
                 ahead.append(open_now + 1)
         middle = sorted(ahead)[len(ahead) // 4]
         assert middle >= least, (depth, ahead)
+
+
+def test_a_rank_that_turns_to_another_sender_tells_it_and_long_data_waits_for_that() -> None:
+    for name, size, expected in (("ring", 8, 0), ("central", 4, 0), ("halving_doubling", 8, 4), ("torus", 4, 2)):
+        entry = lookup("all_reduce", name)
+        group = entry.group(size)
+        steps, bounds = entry.steps(group), share_bounds(1024, entry.units(group))
+        told = turns(steps, size)
+        for rank in range(size):
+            program = lower(rank, steps(rank), bounds, 16, in_parts=True, depth=8, turns=told).instructions
+            words = [op for op in program if isinstance(op, Take) and op.lo == op.hi]
+            assert len(words) == expected, (name, rank)
+            for word in words:
+                data = next(
+                    at
+                    for at, op in enumerate(program)
+                    if isinstance(op, PostSend) and op.step == word.step and op.peer == word.peer and op.lo < op.hi
+                )
+                assert program.index(word) < data
+                before = [op for op in program if isinstance(op, (Fold, Take)) and op.step < word.step]
+                said = [op for op in program if isinstance(op, PostSend) and op.lo == op.hi and op.step == word.step]
+                assert all(program.index(one) < program.index(said[0]) for one in before if one.lo < one.hi)
+    short = lower(0, steps(0), share_bounds(4, 4), 16, in_parts=True, depth=8, turns=told).instructions
+    assert not [op for op in short if isinstance(op, Take) and op.lo == op.hi], "a short message needs no word"
