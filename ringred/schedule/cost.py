@@ -21,7 +21,7 @@ from ringred.schedule.ir import Send, Step, fold_groups
 from ringred.schedule.lower import lower
 from ringred.schedule.program import Fold, PostSend, Take
 
-__all__ = ["Cost", "Job", "Link", "Ports", "simulate", "simulate_jobs"]
+__all__ = ["Cost", "Job", "Link", "Port", "Ports", "simulate", "simulate_jobs"]
 
 Link: TypeAlias = tuple[float, float] | tuple[float, float, float]
 """One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent)."""
@@ -37,9 +37,18 @@ class Cost:
     bytes_received: int
 
 
-Ports: TypeAlias = Callable[[int, int], tuple[Sequence[tuple[int, float]], Sequence[tuple[int, float]]]]
+class Port(NamedTuple):
+    """A place that messages pass one after the other, at `beta` seconds a byte. After a pause, up to `burst` bytes pass
+    at once, as in a queue with a token bucket."""
+
+    number: int
+    beta: float
+    burst: float = 0.0
+
+
+Ports: TypeAlias = Callable[[int, int], tuple[Sequence[Port], Sequence[Port]]]
 """The ports that a message passes on its way, from a sender to a receiver: those that it leaves by and those that it
-arrives by, each with its number and its β. Messages pass a port one after the other."""
+arrives by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,20 @@ class _Receiving(NamedTuple):
     reduce: bool
 
 
+class _Arrived(NamedTuple):
+    busy: float  # seconds of a processor that it takes to receive and to reduce
+
+
+_Event: TypeAlias = _Begin | _End | _Sending | _Receiving | _Arrived
+
+
+class _OnTheWay(NamedTuple):
+    """When the first byte of a message has left its sender, and when the last has."""
+
+    first: float
+    last: float
+
+
 def simulate(
     size: int,
     schedule: Callable[[int], Iterable[Step]],
@@ -99,39 +122,37 @@ def simulate_jobs(
     *,
     ports: Ports | None = None,
     call: float = 0.0,
+    cores: int = 0,
 ) -> tuple[Cost, list[tuple[float, float]]]:
     """The cost of `jobs`, which every rank does one after the other, each when it has its data; a job takes `call`
     seconds beside its messages. With it the time at which the first rank began each job, and the last was done.
 
-    Without `ports` each rank sends and receives by ports of its own, with the β of the link.
+    Without `ports` each rank sends and receives by ports of its own, with the β of the link, and α is part of a port's
+    time. With them, each message takes α of a processor at its sender and at its receiver; with `cores`, all ranks
+    share that many processors, as they do on one machine.
     """
-    return _Simulation(size, jobs, link, gamma, ports, call).run()
+    if ports is None:
+        return _Simulation(size, jobs, link, gamma, call).run()
+    return _Network(size, jobs, link, gamma, call, ports, cores or size).run()
 
 
 class _Simulation:
-    """State of one simulation; all times are in seconds since its beginning."""
+    """State of one simulation, in which each rank has ports of its own; all times are in seconds since it began."""
 
     def __init__(
-        self,
-        size: int,
-        jobs: Sequence[Job],
-        link: Callable[[int, int], Link],
-        gamma: float,
-        ports: Ports | None,
-        call: float,
+        self, size: int, jobs: Sequence[Job], link: Callable[[int, int], Link], gamma: float, call: float
     ) -> None:
-        self.size, self.link, self.gamma, self.ports, self.call = size, link, gamma, ports, call
+        self.size, self.link, self.gamma, self.call = size, link, gamma, call
         self.events = [self._of(rank, jobs) for rank in range(size)]
         self.clock, self.send_port, self.receive_port = [0.0] * size, [0.0] * size, [0.0] * size
-        self.shared: dict[int, float] = {}  # when each of `ports` is free
         self.messages, self.sent, self.received = [0] * size, [0] * size, [0] * size
-        self.on_the_way: dict[tuple[int, int], deque[float]] = {}
+        self.on_the_way: dict[tuple[int, int], deque[_OnTheWay]] = {}
         self.wanted_by: dict[tuple[int, int], int] = {}
         self.times = [(math.inf, 0.0)] * len(jobs)
         self.woken: Callable[[int], None] = lambda rank: None
 
     @staticmethod
-    def _of(rank: int, jobs: Sequence[Job]) -> Iterator[_Begin | _End | _Sending | _Receiving]:
+    def _of(rank: int, jobs: Sequence[Job]) -> Iterator[_Event]:
         for number, job in enumerate(jobs):
             yield _Begin(number, job.ready[rank])
             if job.segment is None:
@@ -141,17 +162,17 @@ class _Simulation:
             yield _End(number)
 
     def run(self) -> tuple[Cost, list[tuple[float, float]]]:
-        finished = self._by_rank() if self.ports is None else self._by_time()
+        finished = self._finished()
         if finished < self.size:
             raise DeadlockError(f"simulation of {self.size} ranks: {self.size - finished} of them wait for ever")
         ends = [max(times) for times in zip(self.clock, self.send_port, strict=True)]
         cost = Cost(max(ends, default=0.0), max(self.messages), max(self.sent), max(self.received))
         return cost, self.times
 
-    def _by_rank(self) -> int:
-        """Each rank as far as it comes: enough where nothing is shared. Returns how many came to their ends."""
+    def _finished(self) -> int:
+        """Runs each rank as far as it comes: enough where nothing is shared. Returns how many came to their ends."""
         runnable, finished = deque(range(self.size)), 0
-        waiting: dict[int, _Begin | _End | _Sending | _Receiving] = {}
+        waiting: dict[int, _Event] = {}
         self.woken = runnable.append
         while runnable:
             rank = runnable.popleft()
@@ -164,73 +185,132 @@ class _Simulation:
                 waiting[rank] = event
         return finished
 
-    def _by_time(self) -> int:
-        """One event at a time, of the rank whose clock is the least: so ports serve who comes first."""
-        heap = [(0.0, rank) for rank in range(self.size)]
-        pending = [next(events, None) for events in self.events]
-        self.woken = lambda rank: heappush(heap, (self.clock[rank], rank))
-        while heap:
-            _, rank = heappop(heap)
-            event = pending[rank]
-            if event is not None and self._happens(rank, event):
-                pending[rank] = next(self.events[rank], None)
-                heappush(heap, (self.clock[rank], rank))
-        return sum(event is None for event in pending)
-
-    def _happens(self, rank: int, event: _Begin | _End | _Sending | _Receiving) -> bool:
+    def _happens(self, rank: int, event: _Event) -> bool:
         """Lets an event happen, unless it has to wait for a message."""
         clock = self.clock
         if isinstance(event, _Sending):
-            self._send(rank, event)
+            self.messages[rank] += 1
+            self.sent[rank] += event.nbytes
+            pair = (rank, event.peer)
+            self.on_the_way.setdefault(pair, deque()).append(self._sent(rank, event))
+            if pair in self.wanted_by:
+                self.woken(self.wanted_by.pop(pair))
         elif isinstance(event, _Receiving):
             absent = next((peer for peer in event.peers if not self.on_the_way.get((peer, rank))), None)
             if absent is not None:
                 self.wanted_by[absent, rank] = rank
                 return False
+            self.received[rank] += event.nbytes * len(event.peers)
             self._receive(rank, event)
         elif isinstance(event, _Begin):
             clock[rank] = max(clock[rank], event.ready)
             self.times[event.job] = min(self.times[event.job][0], clock[rank]), self.times[event.job][1]
-            clock[rank] += self.call
-        else:
+            self._work(rank, self.call)
+        elif isinstance(event, _End):
             clock[rank] = max(clock[rank], self.send_port[rank])
             self.times[event.job] = self.times[event.job][0], max(self.times[event.job][1], clock[rank])
         return True
 
-    def _send(self, rank: int, event: _Sending) -> None:
+    def _work(self, rank: int, seconds: float) -> None:
+        """The processor of `rank` is busy."""
+        self.clock[rank] += seconds
+
+    def _sent(self, rank: int, event: _Sending) -> _OnTheWay:
         alpha, beta, *_ = self.link(rank, event.peer)
         start = max(self.clock[rank], self.send_port[rank])
         self.send_port[rank] = start + alpha + beta * event.nbytes
-        if self.ports is not None:
-            self.send_port[rank] = start + alpha
-            for port, takes in self.ports(rank, event.peer)[0]:
-                start = max(start, self.shared.get(port, 0.0))
-                self.shared[port] = start + takes * event.nbytes
-                self.send_port[rank] = max(self.send_port[rank], self.shared[port])
-        self.messages[rank] += 1
-        self.sent[rank] += event.nbytes
-        pair = (rank, event.peer)
-        self.on_the_way.setdefault(pair, deque()).append(start)
-        if pair in self.wanted_by:
-            self.woken(self.wanted_by.pop(pair))
+        return _OnTheWay(start, start)
 
     def _receive(self, rank: int, event: _Receiving) -> None:
         # The port receives messages in the order of arrival, in whatever order they are added afterwards.
         arrivals = []
         for peer in event.peers:
             alpha, beta, *latency = self.link(peer, rank)
-            arrivals.append((self.on_the_way[peer, rank].popleft() + sum(latency), peer, alpha, beta))
-        for arrival, peer, alpha, beta in sorted(arrivals):
-            if self.ports is None:
-                self.receive_port[rank] = max(arrival, self.receive_port[rank]) + alpha + beta * event.nbytes
-            else:
-                for port, takes in self.ports(peer, rank)[1]:
-                    free = self.shared[port] = max(arrival, self.shared.get(port, 0.0)) + takes * event.nbytes
-                    self.receive_port[rank] = max(self.receive_port[rank], free + alpha)
-            self.received[rank] += event.nbytes
+            arrivals.append((self.on_the_way[peer, rank].popleft().first + sum(latency), alpha, beta))
+        for arrival, alpha, beta in sorted(arrivals):
+            self.receive_port[rank] = max(arrival, self.receive_port[rank]) + alpha + beta * event.nbytes
         self.clock[rank] = max(self.clock[rank], self.receive_port[rank])
         if event.reduce:
             self.clock[rank] += self.gamma * event.nbytes * len(event.peers)
+
+
+class _Network(_Simulation):
+    """A simulation in which ranks share ports and processors. Events happen in the order of their times, so that both
+    serve who comes first."""
+
+    def __init__(
+        self,
+        size: int,
+        jobs: Sequence[Job],
+        link: Callable[[int, int], Link],
+        gamma: float,
+        call: float,
+        ports: Ports,
+        cores: int,
+    ) -> None:
+        super().__init__(size, jobs, link, gamma, call)
+        self.ports, self.cores = ports, [0.0] * cores  # when each processor is free
+        self.owed: dict[int, float] = {}  # by port: when it has passed all, at its rate
+        self.pending: list[_Event | None] = []
+
+    def _finished(self) -> int:
+        heap = [(0.0, rank) for rank in range(self.size)]
+        self.pending = [next(events, None) for events in self.events]
+        self.woken = lambda rank: heappush(heap, (self.clock[rank], rank))
+        while heap:
+            _, rank = heappop(heap)
+            event = self.pending[rank]
+            if event is None:
+                continue
+            self.pending[rank] = None
+            if not self._happens(rank, event):
+                self.pending[rank] = event
+                continue
+            if self.pending[rank] is None:
+                self.pending[rank] = next(self.events[rank], None)
+            heappush(heap, (self.clock[rank], rank))
+        return sum(event is None for event in self.pending)
+
+    def _happens(self, rank: int, event: _Event) -> bool:
+        if isinstance(event, _Arrived):
+            self._work(rank, event.busy)
+            return True
+        return super()._happens(rank, event)
+
+    def _work(self, rank: int, seconds: float) -> None:
+        begin = max(self.clock[rank], heappop(self.cores))
+        self.clock[rank] = begin + seconds
+        heappush(self.cores, self.clock[rank])
+
+    def _sent(self, rank: int, event: _Sending) -> _OnTheWay:
+        self._work(rank, self.link(rank, event.peer)[0])
+        way = _OnTheWay(self.clock[rank], self.clock[rank])
+        for port in self.ports(rank, event.peer)[0]:
+            way = self._pass(port, way, event.nbytes)
+        self.send_port[rank] = max(self.send_port[rank], way.last)
+        return way
+
+    def _pass(self, port: Port, way: _OnTheWay, nbytes: int) -> _OnTheWay:
+        owed = self.owed.get(port.number, -math.inf)
+        first = max(way.first, owed)
+        passed = max(owed, way.first - port.burst * port.beta) + port.beta * nbytes
+        self.owed[port.number] = passed
+        return _OnTheWay(first, max(first, way.last, passed))
+
+    def _receive(self, rank: int, event: _Receiving) -> None:
+        # The ports pass messages in the order of arrival, in whatever order they are added afterwards.
+        arrivals, busy = [], 0.0
+        for peer in event.peers:
+            alpha, _, *latency = self.link(peer, rank)
+            busy += alpha + self.gamma * event.nbytes * event.reduce
+            first, last = self.on_the_way[peer, rank].popleft()
+            arrivals.append((first + sum(latency), last + sum(latency), peer))
+        for first, last, peer in sorted(arrivals):
+            way = _OnTheWay(first, last)
+            for port in self.ports(peer, rank)[1]:
+                way = self._pass(port, way, event.nbytes)
+            self.clock[rank] = max(self.clock[rank], way.last)
+        self.pending[rank] = _Arrived(busy)
 
 
 def _whole(steps: Iterable[Step], bounds: Sequence[tuple[int, int]]) -> Iterator[_Sending | _Receiving]:

@@ -9,7 +9,7 @@ import pytest
 from ringred.collectives.registry import algorithms, lookup
 from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
-from ringred.schedule.cost import Job, simulate, simulate_jobs
+from ringred.schedule.cost import Job, Port, simulate, simulate_jobs
 from ringred.schedule.ir import Recv, Send, unit
 from ringred.topology.model import flat, grid_links, hosts
 from ringred.topology.torus import factorisations
@@ -169,10 +169,42 @@ def test_messages_share_the_ports_on_their_way() -> None:
     steps = [[(Send((rank + 2) % 4, unit(0)), Recv((rank + 2) % 4, unit(1)))] for rank in range(4)]
     jobs = [Job(lambda rank: steps[rank], [(0, 1000), (1000, 2000)], [0.0] * 4)]
 
-    def ports(sender: int, receiver: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-        return [(sender // 2, 1e-6)], [(2 + receiver // 2, 1e-6)]
+    def ports(sender: int, receiver: int) -> tuple[list[Port], list[Port]]:
+        return [Port(sender // 2, 1e-6)], [Port(2 + receiver // 2, 1e-6)]
 
     own, _ = simulate_jobs(4, jobs, flat(4, 0.0, 1e-6, 0.0).link, 0.0)
     shared, _ = simulate_jobs(4, jobs, flat(4, 0.0, 1e-6, 0.0).link, 0.0, ports=ports)
     assert own.seconds == pytest.approx(1e-3)
     assert shared.seconds == pytest.approx(2e-3)
+
+
+def exchange(nbytes: int, messages: int = 1) -> list[Job]:
+    """Two ranks send messages of that size to each other."""
+    ops = [(Send(1, unit(at)), Recv(1, unit(messages + at))) for at in range(messages)]
+    back = [(Send(0, unit(messages + at)), Recv(0, unit(at))) for at in range(messages)]
+    return [Job(lambda rank: (ops, back)[rank], [(0, nbytes)] * 2 * messages, [0.0, 0.0])]
+
+
+def test_a_burst_passes_a_port_at_once_and_the_rest_at_its_rate() -> None:
+    def ports(sender: int, receiver: int) -> tuple[list[Port], list[Port]]:
+        return [Port(sender, 1e-6, 1000)], [Port(2 + receiver, 1e-6, 1000)]
+
+    def seconds(nbytes: int, messages: int) -> float:
+        return simulate_jobs(2, exchange(nbytes, messages), flat(2, 0.0, 1e-6, 0.0).link, 0.0, ports=ports)[0].seconds
+
+    assert seconds(1000, 1) == 0.0
+    assert seconds(4000, 1) == pytest.approx(3e-3)
+    assert seconds(1000, 4) == pytest.approx(3e-3)
+
+
+def test_ranks_wait_for_processors_that_they_share() -> None:
+    """Two messages each way, with α of a processor at either end: eight times α of work."""
+
+    def ports(sender: int, receiver: int) -> tuple[list[Port], list[Port]]:
+        return [], []
+
+    link = flat(2, 1.0, 0.0, 0.0).link
+    times = [
+        simulate_jobs(2, exchange(10, 2), link, 0.0, ports=ports, call=0.5, cores=cores)[0].seconds for cores in (1, 2)
+    ]
+    assert times == [pytest.approx(9.0), pytest.approx(4.5)]
