@@ -1,6 +1,8 @@
 """The scaling laboratory: hosts on this machine, with networks of a stated rate; measured, and predicted.
 
     python benchmarks/lab.py run                  # all experiments; `run reduce-4-mpi` one; `run --short` a minute
+    python benchmarks/lab.py record my.py:make    # a model's times, layer by layer, for
+    python benchmarks/lab.py run steps --profile out/lab/profiles/my.json
     python benchmarks/lab.py published            # efficiencies in print against the simulator's
     python benchmarks/lab.py report               # out/lab/report.html of what has been run
     python benchmarks/lab.py clean                # removes what killed runs left
@@ -17,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lab import hosts, published
+from lab import hosts, published, record
 from lab.experiments import EXPERIMENTS, SHORT, run
+from lab.rows import cells
 from tabulate import tabulate
 
 
@@ -34,36 +37,40 @@ def _run(options: argparse.Namespace) -> int:
         spent = time.monotonic() - began
         left = f", about {spent / number * (len(chosen) - number) / 60:.0f} min left" if number else ""
         print(f"[{number + 1}/{len(chosen)}{left}] {name}: {experiment.question}", flush=True)
-        result = run(name, experiment, options.out)
+        result = run(name, experiment, options.out, options.profile)
         print(table(result), flush=True)
     return 0
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows of an experiment as text."""
-    steps = "model" in result["rows"][0]
-    rows = []
-    for row in result["rows"]:
-        what = row["model"] if steps else f"{row['nbytes']} B"
-        part = f"{row['efficiency']:.0%}" if steps else f"{row['of_line']:.0%}"
-        predicted = "-" if row["predicted"] is None else f"{row['predicted'] * 1e3:.2f}"
-        error = "-" if row["error"] is None else f"{row['error']:+.0%}"
-        rows.append((what, row["way"], f"{row['seconds'] * 1e3:.2f}", part, predicted, error))
-    heads = ["case", "by", "ms", "efficiency" if steps else "of line rate", "predicted ms", "error"]
-    dilated = f", times and rate {result['dilation']:g} times slower" if result["dilation"] != 1 else ""
-    return f"{result['network']}, {result['by']}{dilated}\n{tabulate(rows, headers=heads)}\n"
+    heads, rows = cells(result)
+    return f"{'; '.join(result['networks'])}; {result['by']}\n{tabulate(rows, headers=heads)}\n"
+
+
+def _record(options: argparse.Namespace) -> int:
+    import torch
+
+    torch.set_num_threads(1)
+    found = record.record(Path(options.model.rpartition(":")[0] or options.model).stem, record.load(options.model))
+    path = options.out / "profiles" / f"{found.name}.json"
+    record.write(path, found)
+    print(f"{path}: {found.nbytes / 2**20:.1f} MiB, a step of {found.seconds * 1e3:.1f} ms (medians of 9)")
+    return 0
 
 
 def _published(options: argparse.Namespace) -> int:
+    fit = published.fitted()
+    print(f"fitted to the smallest counts: {fit.overhead:.1%} of computation beside, {fit.link:.0%} of a link used")
     rows = []
-    for row in published.PUBLISHED:
+    for row in (*published.CALIBRATION, *published.PUBLISHED):
         began = time.monotonic()
-        got = published.simulated(row)
-        grid = "x".join(map(str, row.grid))
-        points = f"{got - row.efficiency:+.1f}"
-        rows.append((row.work, row.model, grid, row.efficiency, got, points, row.left_out, time.monotonic() - began))
-    heads = ["work", "model", "grid", "print %", "simulated %", "points", "left out", "s"]
-    print(tabulate(rows, headers=heads, floatfmt=".1f"))
+        got = published.simulated(row, fit)
+        fitted = "fitted" if row in published.CALIBRATION else ""
+        told = (row.work, row.model, "x".join(map(str, row.grid)), row.efficiency, got, got - row.efficiency, fitted)
+        rows.append((*told, row.left_out, time.monotonic() - began))
+    heads = ["work", "model", "grid", "print %", "simulated %", "points", "", "left out", "s"]
+    print(tabulate(rows, headers=heads, floatfmt=("", "", "", ".1f", ".1f", "+.1f", "", "", ".1f")))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "published.json").write_text(json.dumps([list(map(str, row)) for row in rows], indent=1) + "\n")
     return 0
@@ -78,7 +85,7 @@ def _report(options: argparse.Namespace) -> int:
         print(f"lab: nothing was run yet: no experiment's file in {options.out}", file=sys.stderr)
         return 2
     path = options.out / "report.html"
-    write(path, found, table)
+    write(path, found)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, of {len(found)} experiments")
     return 0
 
@@ -96,7 +103,11 @@ def main() -> int:
     running = commands.add_parser("run", help="measure and predict")
     running.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS], metavar="NAME", help=", ".join(EXPERIMENTS))
     running.add_argument("--short", action="store_true")
+    running.add_argument("--profile", metavar="FILE", help="a recorded model in the place of the experiment's")
     running.set_defaults(run=_run)
+    recording = commands.add_parser("record", help="a model's times, layer by layer")
+    recording.add_argument("model", help=f"{', '.join(record.REAL)}, or FILE.py:FUNCTION")
+    recording.set_defaults(run=_record)
     for name, job in (("published", _published), ("report", _report), ("clean", _clean)):
         commands.add_parser(name).set_defaults(run=job)
     options = parser.parse_args()

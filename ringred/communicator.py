@@ -79,7 +79,7 @@ class Communicator(Operations):
         self._tries = 0  # how often such a side was asked for
         self._making = threading.RLock()
         self._above: Communicator | None = None  # the one that it is a part of, or a duplicate
-        self._runner = Runner(transport, self.config.timeout, name, self.config.blocking)
+        self._runner = Runner(transport, self.config.timeout, name, self.config.blocking, self.config.sites)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
         if self.config.trace and name == "world":

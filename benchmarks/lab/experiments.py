@@ -3,93 +3,185 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lab.cases import Case, Experiment
+from lab.costs import fitted
 from lab.hosts import Hosts, Network
-from lab.predict import Costs, all_reduce_seconds, busbw, step_of, uplinks
-from lab.profiles import profile
+from lab.predict import Costs, all_reduce_seconds, busbw, step_of
+from lab.profiles import read
+from ringred.buckets import MIB
 
-__all__ = ["EXPERIMENTS", "Experiment", "run"]
+__all__ = ["EXPERIMENTS", "SHORT", "run"]
 
 HERE = Path(__file__).parent
-_PEERS = ("gloo", "native", "alone")
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """All-reduces (`sizes`) or training steps (`models`, whose times are `dilation` times those of the processor) on a
-    network, by these ways. `by` is "torch" (Gloo connects the ranks) or "mpi"."""
-
-    question: str
-    network: Network
-    by: str
-    ways: tuple[str, ...]
-    sizes: tuple[int, ...] = ()
-    models: tuple[str, ...] = ()
-    dilation: float = 1.0
-    steps: int = 2
-    seconds: float = 1.0
-
-
 _WAYS = ("ring", "halving_doubling", "torus", "double_tree", "direct", "tree", "central", "auto")
 _SIZES = (1 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20)
+_GRADIENTS = ("alone", "ring", "halving_doubling", "torus", "tree", "double_tree", "auto", "central", "gloo")
+
+
+def _each(models: tuple[str, ...], ways: tuple[str, ...], dilation: float, **others: Any) -> list[Case]:
+    return [Case(model, way, dilation, **others) for model in models for way in ways]
+
 
 EXPERIMENTS: dict[str, Experiment] = {
     "reduce-4-torch": Experiment(
         "What part of the line do the algorithms use between 4 hosts, over Gloo's point-to-point?",
-        Network(4, 500),
+        (Network(4, 500),),
         "torch",
         (*_WAYS, "gloo"),
         _SIZES,
     ),
     "reduce-4-mpi": Experiment(
         "The same over Open MPI's TCP, beside its own all-reduce.",
-        Network(4, 500),
+        (Network(4, 500),),
         "mpi",
         (*_WAYS, "native"),
         _SIZES,
     ),
     "reduce-8-mpi": Experiment(
         "And between 8 hosts?",
-        Network(8, 250),
+        (Network(8, 250),),
         "mpi",
         ("ring", "halving_doubling", "torus", "direct", "central", "auto", "native"),
         (64 << 10, 1 << 20, 4 << 20, 16 << 20),
     ),
+    "reduce-8-torch": Experiment(
+        "Between 8 hosts over Gloo's point-to-point?",
+        (Network(8, 250),),
+        "torch",
+        ("ring", "halving_doubling", "torus", "auto", "gloo"),
+        (64 << 10, 1 << 20, 4 << 20, 16 << 20),
+    ),
+    "reduce-16-mpi": Experiment(
+        "Between 16?",
+        (Network(16, 125),),
+        "mpi",
+        ("ring", "halving_doubling", "torus", "auto", "native"),
+        (64 << 10, 1 << 20, 4 << 20),
+    ),
     "racks": Experiment(
         "Two racks of four hosts with an uplink of one host's rate each: does the torus win, or the ring?",
-        Network(8, 250, racks=2, uplink_mbit=250),
+        (Network(8, 250, racks=2, uplink_mbit=250),),
         "mpi",
         ("ring", "torus", "halving_doubling", "direct", "tree", "central"),
         (64 << 10, 1 << 20, 4 << 20, 16 << 20),
     ),
+    "slow-link": Experiment(
+        "One host of four has a quarter of the others' rate: who suffers least?",
+        (Network(4, 500, slow_mbit=125),),
+        "mpi",
+        ("ring", "halving_doubling", "torus", "double_tree", "direct", "tree", "central"),
+        (64 << 10, 1 << 20, 4 << 20),
+    ),
     "steps": Experiment(
         "How much of a training step is left of a P100's on 10 Gbit/s (all times and the rate 20 times slower)?",
-        Network(4, 500),
+        (Network(4, 500),),
         "torch",
-        ("alone", "ring", "halving_doubling", "double_tree", "auto", "central", "gloo"),
-        models=("resnet50", "alexnet", "lstm"),
-        dilation=20,
+        cases=lambda hosts: _each(("resnet50", "alexnet", "lstm"), _GRADIENTS, 20),
+    ),
+    "steps-others": Experiment(
+        "The same for models of other shapes?",
+        (Network(4, 500),),
+        "torch",
+        cases=lambda hosts: _each(("inception", "graph", "experts", "bert"), ("alone", "ring", "gloo"), 20),
+        steps=1,
     ),
     "server": Experiment(
         "One server against a ring for VGG-16 on 8 hosts: N (P-1) bytes in and out of its port at once, or 2 N (P-1)/P "
         "through each?",
-        Network(8, 1000),
+        (Network(8, 1000),),
         "torch",
-        ("alone", "ring", "direct", "central"),
-        models=("vgg16",),
-        dilation=10,
+        cases=lambda hosts: _each(("vgg16",), ("alone", "ring", "direct", "central"), 10),
         steps=1,
+    ),
+    "servers": Experiment(
+        "The parameter server as it is (messages, keys), with one server and with one on each host, by policy, for a "
+        "graph network?",
+        (Network(4, 100),),
+        "torch",
+        cases=lambda hosts: _each(
+            ("graph",),
+            (
+                *("alone", "ring", "server:sync", "servers:sync", "servers:k_sync:3", "servers:async"),
+                *("server:async", "servers:k_async:2"),
+            ),
+            20,
+        ),
+        steps=8,
+    ),
+    "scaling": Experiment(
+        "ResNet-50 on 2, 4 and 8 hosts: the same batch on each (weak), or divided among them (strong)?",
+        (Network(2, 500), Network(4, 500), Network(8, 500)),
+        "torch",
+        cases=lambda hosts: [
+            *(Case("resnet50", way, 20, label="weak") for way in ("ring", "gloo")),
+            *(Case("resnet50", way, 20, batch=32 // hosts, label="strong") for way in ("ring", "gloo")),
+        ],
+        steps=1,
+    ),
+    "ratio": Experiment(
+        "How much computation hides the communication of ResNet-50 (2.5 to 80 times that of a P100, one network)?",
+        (Network(4, 500),),
+        "torch",
+        cases=lambda hosts: [
+            Case("resnet50", way, times, label=f"x{times:g}")
+            for times in (2.5, 5, 10, 20, 40, 80)
+            for way in ("ring", "gloo")
+        ],
+        steps=1,
+    ),
+    "buckets": Experiment(
+        "What do buckets of other sizes change for ResNet-50?",
+        (Network(4, 500),),
+        "torch",
+        cases=lambda hosts: [
+            Case("resnet50", way, 20, cap_mib=cap, label=f"{cap:g} MiB")
+            for cap in (1, 5, 25, 100)
+            for way in ("ring", "double_tree", "gloo")
+        ],
+        steps=1,
+    ),
+    "stragglers": Experiment(
+        "One host computes 1.5 times as long: what do those lose that wait for it, and those that need not?",
+        (Network(4, 100),),
+        "torch",
+        cases=lambda hosts: [
+            Case("graph", way, 20, slowness=slowness, label=f"x{slowness:g}")
+            for slowness in (1.0, 1.5)
+            for way in ("ring", "gloo", "servers:sync", "servers:k_sync:3", "servers:async")
+        ],
+        steps=8,
+    ),
+    "replay": Experiment(
+        "Does a replayed model take as long as the real one that was recorded (500 Mbit/s, nothing slowed down)?",
+        (Network(2, 500),),
+        "torch",
+        cases=lambda hosts: [
+            Case(f"{kind}:{name}", way)
+            for name in ("mlp", "cnn")
+            for way in ("alone", "ring", "gloo")
+            for kind in ("real", "replayed")
+        ],
+        steps=15,
+    ),
+    "accuracy": Experiment(
+        "How long until the digits are 97 % right, and a small GPT needs 2.3 nats a byte, on 4 hosts of 100 Mbit/s?",
+        (Network(4, 100),),
+        "torch",
+        ("alone", "ring", "gloo", "servers:sync", "servers:async"),
+        trainings=("digits", "gpt"),
     ),
 }
 SHORT = Experiment(
     "Four hosts, a few sizes: the laboratory in a minute.",
-    Network(4, 500),
+    (Network(4, 500),),
     "torch",
     ("ring", "halving_doubling", "central", "auto", "gloo"),
     (64 << 10, 1 << 20),
@@ -97,24 +189,36 @@ SHORT = Experiment(
 )
 
 
-def run(name: str, experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """Measures an experiment and predicts it; the result is written to `folder` as well."""
+def run(name: str, experiment: Experiment, folder: Path, profile: str | None = None) -> dict[str, Any]:
+    """Measures an experiment and predicts it; the result is written to `folder` as well. With `profile`, training steps
+    are those of a recorded model."""
     began = time.monotonic()
-    rows, costs = [], None
-    for found in _measured(experiment):
-        if "costs" in found:
-            costs = Costs(*found["costs"], found["segment"])
-            continue
-        assert costs is not None, "the costs come first"
-        rows.append(_row(experiment, found, costs))
+    rows: list[dict[str, Any]] = []
+    kept, fits = [], []
+    for number, network in enumerate(experiment.networks, 1):
+        cases = [] if experiment.cases is None else list(experiment.cases(network.hosts))
+        if profile is not None:
+            whole = (case for case in cases if case.batch is None)  # a recorded batch cannot be divided
+            cases = list({Case(**{**asdict(case), "model": profile}): None for case in whole})
+        found = list(_measured(experiment, network, cases))
+        print(f"  [{number}/{len(experiment.networks)}] {network}: measured", file=sys.stderr)
+        calibrations = next((line["calibrations"] for line in found if "calibrations" in line), None)
+        costs: Costs | None = None
+        seen: set[tuple[str, int]] = set()
+        if calibrations is not None:
+            kept.append(calibrations)
+            costs = fitted(calibrations, network, len(os.sched_getaffinity(0)))
+            fits.append(asdict(costs))
+            seen = {(sample["name"], sample["nbytes"]) for sample in calibrations[0]["samples"]}
+        lines = [line for line in found if "way" in line]
+        rows += [_row(line, lines, costs, network, seen) for line in lines]
     result = {
         "name": name,
         "question": experiment.question,
-        "network": str(experiment.network),
+        "networks": list(map(str, experiment.networks)),
         "by": experiment.by,
-        "hosts": experiment.network.hosts,
-        "dilation": experiment.dilation,
-        "costs": None if costs is None else asdict(costs),
+        "costs": fits,
+        "calibrations": kept,
         "seconds": time.monotonic() - began,
         "rows": rows,
     }
@@ -122,38 +226,62 @@ def run(name: str, experiment: Experiment, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _measured(experiment: Experiment) -> Iterator[dict[str, Any]]:
-    task: dict[str, Any] = {"ways": experiment.ways, "steps": experiment.steps, "dilation": experiment.dilation}
-    if experiment.models:
-        program, task = HERE / "step_ranks.py", {**task, "models": experiment.models}
+def _measured(experiment: Experiment, network: Network, cases: list[Case]) -> Iterator[dict[str, Any]]:
+    task: dict[str, Any] = {"ways": experiment.ways, "steps": experiment.steps, "seconds": experiment.seconds}
+    if cases:
+        program, task = HERE / "step_ranks.py", {**task, "cases": [asdict(case) for case in cases]}
+    elif experiment.trainings:
+        program, task = HERE / "train_ranks.py", {**task, "trainings": experiment.trainings}
     else:
-        program = HERE / "reduce_ranks.py"
-        task |= {"sizes": experiment.sizes, "seconds": experiment.seconds}
+        program, task = HERE / "reduce_ranks.py", {**task, "sizes": experiment.sizes}
     root = HERE.parents[1]
     variables = {"PYTHONPATH": f"{root}:{HERE.parent}", "RINGRED_TUNING": "off"}
-    with Hosts(experiment.network) as hosts:
+    with Hosts(network) as hosts:
         start = hosts.torch_ranks if experiment.by == "torch" else hosts.mpi_ranks
-        texts = start(program, json.dumps(task), RINGRED_TIMEOUT=120, **variables)
+        texts = start(program, json.dumps(task), RINGRED_TIMEOUT=600, **variables)
     for line in texts[0].splitlines():
         if line.startswith("{"):
             yield json.loads(line)
-    print(f"  {experiment.network}: done", file=sys.stderr)
 
 
-def _row(experiment: Experiment, found: dict[str, Any], costs: Costs) -> dict[str, Any]:
-    size, ports = experiment.network.hosts, uplinks(experiment.network, costs)
-    way, predicted = found["way"], None
-    if experiment.models:
-        model = profile(found["model"])
-        alone = model.seconds * experiment.dilation
-        if way == "alone":
-            predicted = alone
-        elif way not in _PEERS:
-            predicted = step_of(model, experiment.dilation, way, size, costs, ports=ports).seconds
-        extra: dict[str, Any] = {"efficiency": alone / found["seconds"], "communication": found["seconds"] - alone}
+def _row(
+    found: dict[str, Any],
+    lines: list[dict[str, Any]],
+    costs: Costs | None,
+    network: Network,
+    seen: set[tuple[str, int]],
+) -> dict[str, Any]:
+    """A measured case with what was predicted of it; `fitted` are those that the costs were fitted to."""
+    way, size = found["way"], network.hosts
+    row = {"hosts": size, **found, "predicted": None, "error": None, "fitted": (way, found.get("nbytes")) in seen}
+    if "nbytes" in found:
+        row["case"] = f"{found['nbytes']} B"
+        row["of_line"] = busbw(size, found["nbytes"], found["seconds"]) / network.bytes_per_second
+        if costs is not None and way not in ("gloo", "native"):
+            row["predicted"] = all_reduce_seconds(way, found["nbytes"], costs, network)
+    elif "training" in found:
+        row["case"] = found["training"]
     else:
-        if way not in _PEERS:
-            predicted = all_reduce_seconds(way, size, found["nbytes"], costs, ports)
-        extra = {"of_line": busbw(size, found["nbytes"], found["seconds"]) / experiment.network.bytes_per_second}
-    error = None if predicted is None else predicted / found["seconds"] - 1
-    return {**found, **extra, "predicted": predicted, "error": error}
+        case = Case(**{name: found[name] for name in Case.__dataclass_fields__})
+        row["case"] = case.name
+        real = case.model.partition(":")[0] in ("real", "replayed")
+        if real:
+            by_itself = (line for line in lines if line["model"] == case.model and line["way"] == "alone")
+            alone = next(by_itself)["seconds"]
+        else:
+            alone = read(case.model, case.batch).seconds * case.dilation
+        row["efficiency"] = alone / found["seconds"]
+        row["predicted"] = None if real else _step(case, alone, costs, network)
+    if row["predicted"] is not None:
+        row["error"] = row["predicted"] / found["seconds"] - 1
+    return row
+
+
+def _step(case: Case, alone: float, costs: Costs | None, network: Network) -> float | None:
+    if case.way == "alone":
+        return alone * case.slowness
+    if case.way == "gloo" or ":" in case.way or costs is None:
+        return None
+    model = read(case.model, case.batch)
+    caps = {} if case.cap_mib is None else {"caps": (int(case.cap_mib * MIB),)}
+    return step_of(model, case.dilation, case.way, costs, network, slowness=case.slowness, **caps).seconds

@@ -20,10 +20,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["Hosts", "Network", "clean", "left_behind", "unavailable"]
+__all__ = ["BURST_BYTES", "Hosts", "Network", "clean", "left_behind", "unavailable"]
 
 _PREFIX = "ringred-lab-"
-_BURST = "32kb"  # a queue's tokens: two packets as large as the kernel may hand them down
+BURST_BYTES = 32 << 10
+"""A queue's tokens: two packets as large as the kernel may hand them down."""
 _QUEUE = "2mb"  # what a switch with shared memory gives to a port
 _GSO_BYTES = "16384"
 _PAYLOAD = 1448 / 1514  # of the bytes that a queue counts (frames, without preamble and gap), TCP's payload
@@ -56,12 +57,21 @@ def unavailable() -> str | None:
 
 
 class Network:
-    """`hosts` hosts with ports of `mbit` Mbit/s, in `racks` equal racks whose uplinks have `uplink_mbit`."""
+    """`hosts` hosts with ports of `mbit` Mbit/s, in `racks` equal racks whose uplinks have `uplink_mbit`; the port of
+    the last host has `slow_mbit`."""
 
-    def __init__(self, hosts: int, mbit: float, racks: int = 1, uplink_mbit: float | None = None) -> None:
+    def __init__(
+        self,
+        hosts: int,
+        mbit: float,
+        racks: int = 1,
+        uplink_mbit: float | None = None,
+        slow_mbit: float | None = None,
+    ) -> None:
         if hosts % racks:
             raise ValueError(f"expected racks of equal size, got {hosts} hosts in {racks}")
-        self.hosts, self.mbit, self.racks, self.uplink_mbit = hosts, mbit, racks, uplink_mbit or mbit
+        self.hosts, self.mbit, self.racks = hosts, mbit, racks
+        self.uplink_mbit, self.slow_mbit = uplink_mbit or mbit, slow_mbit or mbit
 
     @property
     def bytes_per_second(self) -> float:
@@ -72,9 +82,14 @@ class Network:
         """The rack in which a host is."""
         return host // (self.hosts // self.racks)
 
+    def mbit_of(self, host: int) -> float:
+        """The rate of a host's port."""
+        return self.slow_mbit if host == self.hosts - 1 else self.mbit
+
     def __str__(self) -> str:
+        slow = "" if self.slow_mbit == self.mbit else f", one of {self.slow_mbit:g} Mbit/s"
         racks = "" if self.racks == 1 else f" in {self.racks} racks with uplinks of {self.uplink_mbit:g} Mbit/s"
-        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{racks}"
+        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{slow}{racks}"
 
 
 class Hosts:
@@ -107,7 +122,7 @@ class Hosts:
                 self._plug(switch, f"port{host}", network.rack_of(host))
                 for where, device in ((space, "eth0"), (switch, f"port{host}")):
                     _run("ip", "-n", where, "link", "set", device, "up")
-                    _limit(where, device, network.mbit)
+                    _limit(where, device, network.mbit_of(host))
                 _run("ip", "-n", space, "link", "set", "lo", "up")
             if network.racks > 1:
                 self._core(switch)
@@ -262,7 +277,7 @@ def _remove(names: Sequence[str]) -> None:
 
 
 def _limit(space: str, device: str, mbit: float) -> None:
-    limits = f"rate {mbit:g}mbit burst {_BURST} limit {_QUEUE}".split()
+    limits = f"rate {mbit:g}mbit burst {BURST_BYTES} limit {_QUEUE}".split()
     _run("ip", "-n", space, "link", "set", device, "gso_max_size", _GSO_BYTES)
     _run("tc", "-n", space, "qdisc", "add", "dev", device, "root", "tbf", *limits)
 

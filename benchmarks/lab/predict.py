@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lab.hosts import Network
+from lab.hosts import BURST_BYTES, Network
 from lab.profiles import Profile
 from ringred.buckets import FIRST_BUCKET_BYTES, MIB, Entry, assign
 from ringred.collectives.registry import lookup
-from ringred.runtime.select import candidates, segments_for, share_bounds
-from ringred.schedule.cost import Job, Ports, simulate_jobs
+from ringred.runtime.select import choose, segments_for, share_bounds
+from ringred.schedule.cost import Job
 from ringred.schedule.ir import Group
+from ringred.schedule.network import Port, Ports, simulate_jobs
 from ringred.topology.model import Topology
 
-__all__ = ["Costs", "Step", "all_reduce_seconds", "buckets_of", "busbw", "linear", "step_of", "uplinks"]
+__all__ = ["Costs", "Step", "all_reduce_seconds", "buckets_of", "busbw", "linear", "ports_of", "step_of"]
 
 _CAPS = (FIRST_BUCKET_BYTES, 25 * MIB)
+_CUT_RANKS = 16  # of more, messages are whole in a simulation
+_DEPTH = 8  # of the transports between hosts
 
 
 @dataclass(frozen=True)
 class Costs:
-    """α, β, γ, λ between two hosts, and what a call takes beside, in seconds; the greatest message in bytes."""
+    """α, β, γ, λ between two hosts, and what a call takes beside, in seconds; the greatest message in bytes; how many
+    processors all hosts share (0: each has its own), and a processor's seconds to send or to receive a byte."""
 
     alpha: float
     beta: float
@@ -29,11 +33,24 @@ class Costs:
     latency: float
     call: float
     segment: int
+    cores: int = 0
+    copy: float = 0.0
+
+    choosing: tuple[float, float, float, float, float] | None = None
+    """α, β, γ, λ and a call's cost by which "auto" chose, if not by the same."""
 
     def topology(self, size: int) -> Topology:
         """Ranks with these links between all of them."""
-        places = tuple((rank,) for rank in range(size))
-        return Topology(size, ((self.alpha, self.beta, self.latency),), self.gamma, places, "lab", self.call)
+        return _topology(size, (self.alpha, self.beta, self.gamma, self.latency, self.call))
+
+    def choice(self, size: int) -> Topology:
+        """The same, as "auto" saw it."""
+        return self.topology(size) if self.choosing is None else _topology(size, self.choosing)
+
+
+def _topology(size: int, costs: tuple[float, float, float, float, float]) -> Topology:
+    alpha, beta, gamma, latency, call = costs
+    return Topology(size, ((alpha, beta, latency),), gamma, tuple((rank,) for rank in range(size)), "lab", call)
 
 
 @dataclass(frozen=True)
@@ -46,44 +63,55 @@ class Step:
     times: Sequence[tuple[float, float]]
 
 
-def _group(name: str, size: int, nbytes: int, costs: Costs) -> tuple[str, Group]:
-    """The algorithm, which "auto" chooses by the costs, and its group."""
-    if name == "auto":
-        best = candidates("all_reduce", size, nbytes, costs.topology(size), segment_bytes=costs.segment)[0]
-        entry = lookup("all_reduce", best.name)
-        return best.name, entry.group(size, grid=best.grid, segments=segments_for(nbytes, costs.segment))
-    return name, lookup("all_reduce", name).group(size, segments=segments_for(nbytes, costs.segment))
-
-
 def _job(name: str, size: int, nbytes: int, costs: Costs, ready: Sequence[float]) -> Job:
-    name, group = _group(name, size, nbytes, costs)
-    entry = lookup("all_reduce", name)
-    segment = costs.segment if size <= 16 and nbytes > costs.segment else None
-    return Job(entry.steps(group), share_bounds(nbytes, entry.units(group)), ready, segment)
+    """One all-reduce; "auto" is what ringred chooses by the costs."""
+    grid = None
+    if name == "auto":
+        entry, chosen = choose("all_reduce", nbytes, costs.choice(size))
+        grid = chosen.grid
+    else:
+        entry = lookup("all_reduce", name)
+    group = entry.group(size, grid=grid, segments=segments_for(nbytes, costs.segment))
+    cut = size <= _CUT_RANKS
+    return Job(
+        entry.steps(group),
+        share_bounds(nbytes, entry.units(group)),
+        ready,
+        costs.segment if cut else None,
+        _DEPTH if cut else 1,
+    )
 
 
-def uplinks(network: Network, costs: Costs) -> Ports | None:
-    """The ports on the ways of a network with racks; None without."""
-    if network.racks == 1:
-        return None
-    slower = costs.beta * network.mbit / network.uplink_mbit
+def ports_of(network: Network, costs: Costs) -> Ports:
+    """The queues that a message passes: its sender's, with racks those of the uplinks, and the switch's to its
+    receiver. β is that of a usual port."""
 
-    def ports(sender: int, receiver: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-        out, into = [(sender, costs.beta)], [(1000 + receiver, costs.beta)]
+    def port(number: int, mbit: float) -> Port:
+        return Port(number, costs.beta * network.mbit / mbit, BURST_BYTES)
+
+    def ports(sender: int, receiver: int) -> tuple[list[Port], list[Port]]:
+        out, into = [port(sender, network.mbit_of(sender))], [port(1000 + receiver, network.mbit_of(receiver))]
         here, there = network.rack_of(sender), network.rack_of(receiver)
         if here != there:
-            out.append((2000 + here, slower))
-            into.insert(0, (3000 + there, slower))
+            out.append(port(2000 + here, network.uplink_mbit))
+            into.insert(0, port(3000 + there, network.uplink_mbit))
         return out, into
 
     return ports
 
 
-def all_reduce_seconds(name: str, size: int, nbytes: int, costs: Costs, ports: Ports | None = None) -> float:
-    """The time of an all-reduce among hosts."""
-    job = _job(name, size, nbytes, costs, [0.0] * size)
-    cost, _ = simulate_jobs(size, [job], costs.topology(size).link, costs.gamma, ports=ports, call=costs.call)
-    return cost.seconds
+def _simulated(jobs: Sequence[Job], costs: Costs, network: Network) -> tuple[float, list[tuple[float, float]]]:
+    size = network.hosts
+    link = costs.topology(size).link
+    options = {"ports": ports_of(network, costs), "call": costs.call}
+    options |= {"cores": costs.cores, "copy": costs.copy}
+    cost, times = simulate_jobs(size, jobs, link, costs.gamma, **options)
+    return cost.seconds, times
+
+
+def all_reduce_seconds(name: str, nbytes: int, costs: Costs, network: Network) -> float:
+    """The time of an all-reduce among all hosts of a network."""
+    return _simulated([_job(name, network.hosts, nbytes, costs, [0.0] * network.hosts)], costs, network)[0]
 
 
 def buckets_of(model: Profile, caps: Sequence[int] = _CAPS) -> list[list[int]]:
@@ -96,14 +124,15 @@ def step_of(
     model: Profile,
     dilation: float,
     name: str,
-    size: int,
     costs: Costs,
+    network: Network,
     *,
-    ports: Ports | None = None,
     caps: Sequence[int] = _CAPS,
+    slowness: float = 1.0,
     seconds_of: Callable[[int], float] | None = None,
 ) -> Step:
-    """A training step on `size` hosts, each bucket reduced as soon as it is full and those before it are done.
+    """A training step on all hosts, each bucket reduced as soon as it is full and those before it are done; the last
+    host computes `slowness` times as long.
 
     With `seconds_of`, a bucket of so many bytes takes that long, and nothing is simulated: for thousands of ranks.
     """
@@ -115,8 +144,13 @@ def step_of(
     ready = [max(ends[at] for at in layers) for layers in buckets]
     sizes = [sum(4 * model.layers[at].elements for at in layers) for layers in buckets]
     if seconds_of is None:
-        jobs = [_job(name, size, nbytes, costs, [when] * size) for nbytes, when in zip(sizes, ready, strict=True)]
-        _, times = simulate_jobs(size, jobs, costs.topology(size).link, costs.gamma, ports=ports, call=costs.call)
+        hosts = network.hosts
+        jobs = [
+            _job(name, hosts, nbytes, costs, [when] * (hosts - 1) + [when * slowness])
+            for nbytes, when in zip(sizes, ready, strict=True)
+        ]
+        _, times = _simulated(jobs, costs, network)
+        now *= slowness
     else:
         times, free = [], 0.0
         for nbytes, when in zip(sizes, ready, strict=True):

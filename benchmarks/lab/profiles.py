@@ -6,10 +6,12 @@ floating-point operations each in forward, four in backward) on a processor of a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["MODELS", "Layer", "Processor", "Profile", "profile"]
+__all__ = ["MODELS", "Layer", "Processor", "Profile", "profile", "read"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ P100 = Processor("P100 at 4.5 Tflop/s", 4.5e12)
 
 @dataclass(frozen=True)
 class Profile:
-    """A model for batches of `batch` samples on a processor; times are in seconds, of each layer in forward order."""
+    """A model for batches of `batch` samples on a processor; times are in seconds, of each layer in forward order.
+    `recorded` are measured ones: of each layer's backward, and last of forward."""
 
     name: str
     layers: tuple[Layer, ...]
     batch: int
     processor: Processor
+    recorded: tuple[float, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -54,12 +58,14 @@ class Profile:
     @property
     def backward(self) -> list[float]:
         """Seconds of each layer's backward."""
+        if self.recorded:
+            return list(self.recorded[:-1])
         return [4 * layer.multiplications * self.batch / self.processor.flops for layer in self.layers]
 
     @property
     def forward(self) -> float:
         """Seconds of forward."""
-        return sum(self.backward) / 2
+        return self.recorded[-1] if self.recorded else sum(self.backward) / 2
 
     @property
     def seconds(self) -> float:
@@ -97,13 +103,23 @@ def vgg16() -> list[Layer]:
 
 def resnet50() -> list[Layer]:
     """He et al. (2016): 25.6 M parameters; batch normalisations count with their convolutions."""
+    return _resnet((3, 4, 6, 3))
+
+
+def resnet101() -> list[Layer]:
+    """The same with 101 layers: 44.5 M parameters."""
+    return _resnet((3, 4, 23, 3))
+
+
+def _resnet(blocks_of: tuple[int, int, int, int]) -> list[Layer]:
 
     def normalised(name: str, inputs: int, outputs: int, kernel: int, size: int) -> Layer:
         layer = _convolution(name, inputs, outputs, kernel, size, bias=False)
         return Layer(name, layer.elements + 2 * outputs, layer.multiplications)
 
     layers, before = [normalised("stem", 3, 64, 7, 112)], 64
-    for stage, (width, blocks, size) in enumerate([(64, 3, 56), (128, 4, 28), (256, 6, 14), (512, 3, 7)]):
+    shapes = zip((64, 128, 256, 512), blocks_of, (56, 28, 14, 7), strict=True)
+    for stage, (width, blocks, size) in enumerate(shapes):
         for block in range(blocks):
             name = f"stage{stage}.{block}"
             layers.append(normalised(f"{name}.1", before, width, 1, size if block or not stage else 2 * size))
@@ -168,6 +184,7 @@ MODELS: dict[str, tuple[Callable[[], list[Layer]], int]] = {
     "alexnet": (alexnet, 128),
     "vgg16": (vgg16, 32),
     "resnet50": (resnet50, 32),
+    "resnet101": (resnet101, 32),
     "inception": (inception, 32),
     "lstm": (lstm, 20),
     "bert": (bert, 16),
@@ -181,3 +198,12 @@ def profile(name: str, batch: int | None = None, processor: Processor = P100) ->
     """One of `MODELS`."""
     make, usual = MODELS[name]
     return Profile(name, tuple(make()), batch or usual, processor)
+
+
+def read(name: str, batch: int | None = None) -> Profile:
+    """One of `MODELS`, or what `lab record` wrote to a file of this name."""
+    if name in MODELS:
+        return profile(name, batch)
+    found = json.loads(Path(name).read_text())
+    layers = tuple(Layer(layer, elements, 0.0) for layer, elements in found["layers"])
+    return Profile(found["name"], layers, found["batch"], Processor(found["processor"], 0.0), tuple(found["recorded"]))

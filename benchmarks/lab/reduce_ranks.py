@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import ringred
-from lab.costs import calibrate
+from lab.costs import calibrated
 
 
 def seconds(comm: ringred.Communicator, call: Callable[[], object], least: float, most_calls: int) -> list[float]:
@@ -43,9 +43,7 @@ def main() -> None:
 
         dist.init_process_group("gloo")
         peers["gloo"] = dist.all_reduce
-    costs = calibrate(comm)
-    if comm.rank == 0:
-        print(json.dumps({"costs": costs, "segment": comm.transport.segment_bytes}), flush=True)
+    calibrations = [calibrated(comm)]
     for nbytes in task["sizes"]:
         tensor = torch.ones(nbytes // 4)
         for name in task["ways"]:
@@ -58,6 +56,9 @@ def main() -> None:
             if comm.rank == 0:
                 found = {"nbytes": nbytes, "way": name, "seconds": statistics.median(times), "calls": len(times)}
                 print(json.dumps({**found, "low": min(times), "high": max(times)}), flush=True)
+    calibrations.append(calibrated(comm))
+    if comm.rank == 0:
+        print(json.dumps({"calibrations": calibrations}), flush=True)
     if peers:
         dist.destroy_process_group()
     comm.close()

@@ -1,7 +1,7 @@
-"""What each rank of the laboratory's step experiment does: trains a replayed model, way by way.
+"""What each rank of the laboratory's step experiments does: trains replayed models, case by case.
 
 A replayed layer sleeps until its backward is over and hands over a gradient of its true size. Rank 0 prints one JSON
-line a measured case: the median step of the slowest rank, the bytes of the busiest, and how late a layer was.
+line a measured case: seconds a step, bytes of the busiest host in each direction, and how late a layer was.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import ringred
-from lab.costs import calibrate
-from lab.profiles import Profile, profile
+from lab.cases import Case
+from lab.costs import calibrated
+from lab.profiles import Profile, read
+from lab.record import load, record
+from lab.traffic import Traffic
+from ringred.parameter_server.policies import parse
 
 
 class _Layer(torch.autograd.Function):
@@ -38,13 +42,13 @@ class _Layer(torch.autograd.Function):
 
 
 class _Clock:
-    """Times since the step began; `late` is how long a layer came after its time."""
+    """Times since the step began; `late` is the longest that a layer came after its time."""
 
     def __init__(self) -> None:
         self.began, self.late = time.perf_counter(), 0.0
 
     def start(self) -> None:
-        self.began, self.late = time.perf_counter(), 0.0
+        self.began = time.perf_counter()
 
     def sleep_until(self, seconds: float) -> None:
         left = self.began + seconds - time.perf_counter()
@@ -54,7 +58,7 @@ class _Clock:
 
 
 class Replayed(nn.Module):
-    """A model of a profile whose times are `dilation` times as long; a straggler's are longer by a factor."""
+    """A model of a profile whose times are `dilation` times as long."""
 
     def __init__(self, model: Profile, dilation: float) -> None:
         super().__init__()
@@ -76,64 +80,120 @@ class Replayed(nn.Module):
         return x.sum()
 
 
-def stepper(comm: ringred.Communicator, way: str, module: Replayed) -> tuple[Callable[[], object], Callable[[], int]]:
-    """A training step, and the bytes that this rank has sent so far; without an optimizer, whose time is none here."""
+def sharing(comm: ringred.Communicator, case: Case, module: nn.Module) -> Callable[[], None]:
+    """A training step by a collective, without an optimizer, whose time is none here."""
+    caps: dict[str, Any] = {} if case.cap_mib is None else {"bucket_cap_mb": case.cap_mib}
     x = torch.ones(1, requires_grad=True)
-    if way == "alone":
+    if case.way == "alone":
         model: nn.Module = module
-    elif way == "gloo":
-        model = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    elif case.way == "gloo":
+        model = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **caps)
     else:
-        model = ringred.DistributedDataParallel(
-            module, process_group=comm, algorithm=way, gradient_as_bucket_view=True, init_sync=False
-        )
+        caps |= {"algorithm": case.way, "init_sync": False}
+        model = ringred.DistributedDataParallel(module, process_group=comm, gradient_as_bucket_view=True, **caps)
 
     def step() -> None:
         model(x).backward()
         module.zero_grad()
 
-    return step, lambda: comm.counters.bytes_sent
+    return step
 
 
-def measured(comm: ringred.Communicator, way: str, model: Profile, task: dict[str, Any]) -> dict[str, Any]:
-    """One case; collective."""
-    module = Replayed(model, task["dilation"])
-    step, sent = stepper(comm, way, module)
-    times, late = [], 0.0
-    for turn in range(1 + task["steps"]):
+class Measured(NamedTuple):
+    """Seconds of each step, and the bytes of a step that this host sent and received."""
+
+    times: list[float]
+    moved: list[float]
+
+
+def on_collectives(comm: ringred.Communicator, case: Case, module: nn.Module, steps: int) -> Measured:
+    """Each step of all ranks together, after a first one; a collective takes as long as its last rank."""
+    step, times = sharing(comm, case, module), []
+    step()
+    comm.barrier()
+    traffic = Traffic()
+    for _ in range(steps):
         comm.barrier()
-        before = sent()
         began = time.perf_counter()
         step()
-        took = torch.tensor([time.perf_counter() - began])
-        moved = sent() - before
-        comm.all_reduce(took, "max")
-        if turn:
-            times.append(took.item())
-            late = max(late, module.clock.late)
-    numbers = torch.tensor([float(moved), late])
+        times.append(time.perf_counter() - began)
+    slowest = torch.tensor(times)
+    comm.all_reduce(slowest, "max")
+    return Measured([float(took) for took in slowest], [nbytes / steps for nbytes in traffic.since()])
+
+
+def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps: int) -> Measured:
+    """What a mini-batch of each worker takes, by the gradients that the servers apply: those of a policy that cancels
+    some count only where they were not in vain."""
+    kind, _, name = case.way.partition(":")
+    policy = parse(name)
+    several = policy.gradients_per_update(comm.size)
+    warm = comm.size // several
+    x = torch.ones(1, requires_grad=True)
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.01)
+
+    placement: dict[str, Any] = {"comm": comm, "shards": 1 if kind == "server" else None}
+    updates = (1 + steps) * comm.size // several
+    began, first, traffic = 0.0, 0, Traffic()
+    with ringred.ParameterServer(module, optimizer, policy, updates=updates, **placement) as server:
+        while server.pull():
+            if not first and server.version >= warm:
+                began, first, traffic = time.perf_counter(), server.version, Traffic()
+            module(x).backward()
+            server.push()
+        took, applied = time.perf_counter() - began, (server.version - first) * several
+        moved = [nbytes * comm.size / applied for nbytes in traffic.since()]
+    rate = torch.tensor([applied / took])
+    comm.broadcast(rate, 0)
+    return Measured([comm.size / rate.item()], moved)
+
+
+def module_of(comm: ringred.Communicator, case: Case) -> nn.Module:
+    """A replayed model; a real one, "real:NAME"; or one recorded just now, on all hosts at once, "replayed:NAME"."""
+    kind, _, name = case.model.rpartition(":")
+    if kind == "real":
+        return load(name)
+    if kind == "replayed":
+        comm.barrier()
+        return Replayed(record(name, load(name)), 1.0)
+    slowness = case.slowness if comm.rank == comm.size - 1 else 1.0
+    return Replayed(read(case.model, case.batch), case.dilation * slowness)
+
+
+def measured(comm: ringred.Communicator, case: Case, steps: int) -> dict[str, Any]:
+    """One case; collective."""
+    module = module_of(comm, case)
+    comm.barrier()
+    times, moved = (on_servers if ":" in case.way else on_collectives)(comm, case, module, steps)
+    late = module.clock.late if isinstance(module, Replayed) else 0.0
+    numbers = torch.tensor([*moved, late], dtype=torch.float64)
     comm.all_reduce(numbers, "max")
-    return {"seconds": statistics.median(times), "low": min(times), "high": max(times), "bytes": numbers[0].item()} | {
-        "late": numbers[1].item()
-    }
+    sent, received, late = numbers.tolist()
+    found = {"seconds": statistics.median(times), "low": min(times), "high": max(times)}
+    return found | {"sent": sent, "received": received, "late": late}
 
 
 def main() -> None:
     task: dict[str, Any] = json.loads(sys.argv[1])
+    cases = [Case(**case) for case in task["cases"]]
+    torch.set_num_threads(1)
     comm = ringred.init()
-    if "gloo" in task["ways"]:
+    peer = any(case.way == "gloo" for case in cases)
+    if peer:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-    costs = calibrate(comm)
+    calibrations = [calibrated(comm)]
+    for case in cases:
+        found = measured(comm, case, task["steps"])
+        if comm.rank == 0:
+            print(json.dumps({**asdict(case), **found}), flush=True)
+    calibrations.append(calibrated(comm))
     if comm.rank == 0:
-        print(json.dumps({"costs": costs, "segment": comm.transport.segment_bytes}), flush=True)
-    for name in task["models"]:
-        for way in task["ways"]:
-            found = measured(comm, way, profile(name), task)
-            if comm.rank == 0:
-                print(json.dumps({"model": name, "way": way, **found}), flush=True)
-    with suppress(NameError):
+        print(json.dumps({"calibrations": calibrations}), flush=True)
+    if peer:
         dist.destroy_process_group()
     comm.close()
 

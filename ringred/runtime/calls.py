@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -26,10 +27,17 @@ class Call(NamedTuple):
     algorithm: Algorithm
     group: Group
     digest: int
+    purpose: str = ""
 
     def for_purpose(self, purpose: str) -> Call:
         """The same call, which only meets calls for the same `purpose` on the other ranks."""
-        return self._replace(text=f"{self.text} for {purpose}", digest=self.digest ^ digest(purpose))
+        text, value = f"{self.text} for {purpose}", self.digest ^ digest(purpose)
+        return self._replace(text=text, digest=value, purpose=purpose)
+
+    def at_site(self, site: str) -> Call:
+        """The same call, which only meets those of the same place. Of its file the name counts: hosts may keep the
+        program in different folders."""
+        return self._replace(digest=self.digest ^ digest(os.path.basename(site)))
 
 
 class Native(NamedTuple):

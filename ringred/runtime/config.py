@@ -8,6 +8,7 @@
 | RINGRED_INTERFACE | address that torch_p2p binds, where the host has several | the host's own |
 | RINGRED_TUNING | file of measured costs that "auto" uses; off: built-in costs | ~/.cache/ringred/tuning.json |
 | RINGRED_COMPILED | off: plans on shared memory are run by Python, not by the compiled player | on |
+| RINGRED_CHECK | sites: ranks must also call at the same file and line, or get a CollectiveMismatch | arguments |
 | RINGRED_BLOCKING | on: the host waits for the device in every call, which so raises its own failure | off |
 | RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
 """
@@ -43,6 +44,7 @@ class Config:
     tuning: Path | None = None
     compiled: bool = True
     blocking: bool = False
+    sites: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -58,6 +60,7 @@ class Config:
             tuning=_tuning_file(env),
             compiled=_choice("RINGRED_COMPILED", env.get("RINGRED_COMPILED"), ("on", "off")) != "off",
             blocking=_choice("RINGRED_BLOCKING", env.get("RINGRED_BLOCKING"), ("on", "off")) == "on",
+            sites=_choice("RINGRED_CHECK", env.get("RINGRED_CHECK"), ("sites", "arguments")) == "sites",
         )
 
 

@@ -102,7 +102,11 @@ def diagnose(mine: Report, reports: Mapping[int, Report], size: int) -> RingredE
 def _mismatch(
     mine: Report, calls: Mapping[str, list[Report]], ahead: list[Report], seen: Report | None
 ) -> CollectiveMismatch:
-    said = [_called(call, group) for call, group in calls.items()]
+    groups = list(calls.values())
+    if len(calls) == 1:  # then by place, which is all that tells them apart where places must be equal
+        (same,) = calls.values()
+        groups = [[r for r in same if r.site == site] for site in dict.fromkeys(r.site for r in same)]
+    said = [_called(group) for group in groups]
     said += [f"rank {r.rank} is past it, in {r.call} at {r.site}" for r in ahead]
     if seen is not None:
         whom = f"from rank {seen.peer} " if seen.peer >= 0 else ""
@@ -110,9 +114,9 @@ def _mismatch(
     return CollectiveMismatch(f"rank {mine.rank}: the ranks did not make the same call: {'; '.join(said)}")
 
 
-def _called(call: str, group: list[Report]) -> str:
+def _called(group: list[Report]) -> str:
     sites = sorted({report.site for report in group})
-    return f"{_ranks([report.rank for report in group])} {call} at {', '.join(sites)}"
+    return f"{_ranks([report.rank for report in group])} {group[0].call} at {', '.join(sites)}"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -321,13 +321,15 @@ class Planner:
         return _keep(self._programs, key, program)
 
     def _in_step(self, call: Call) -> tuple[bool, frozenset[tuple[int, int, int]]]:
-        """Whether the schedule is `in_step`, and then its `turns`, where they matter."""
+        """Whether the schedule is `in_step`, and then its `turns`, if all messages go between hosts. Where some ranks
+        share a host, their parts had better not wait for a step of the others to end."""
         key = (call.collective, call.algorithm.name, call.group)
         known = self._steady.get(key)
         if known is None:
             size, steps = call.group.size, call.algorithm.steps(call.group)
             steady = size <= _PROVED_RANKS and in_step(steps, size)
-            known = steady, turns(steps, size) if steady and self._depth > 1 else frozenset()
+            mixed = 1 < len(set(self.hosts)) < self.size
+            known = steady, turns(steps, size) if steady and self._depth > 1 and not mixed else frozenset()
             _keep(self._steady, key, known)
         return known
 

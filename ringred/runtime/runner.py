@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from ringred.errors import CollectiveMismatch, PeerFailed, RingredError
 from ringred.runtime import tensors
+from ringred.runtime.call_site import call_site
 from ringred.runtime.calls import Call, Native, Post, Prepared
 from ringred.runtime.enqueued import Doing, Enqueued
 from ringred.runtime.executor import Plan, run
@@ -28,11 +25,6 @@ from ringred.transports.base import Fault, FaultKind, Request, Tape, Transport
 
 __all__ = ["Runner", "contract"]
 
-_LIBRARIES = (
-    str(Path(__file__).resolve().parents[1]) + os.sep,
-    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-    *(module.__file__ or "" for module in (contextlib, threading)),
-)
 _OUTGOING = 32  # greatest number of asynchronous sends in flight
 _ONE_WAY = 64  # collectives that this rank may have left before others began, and that are remembered
 _SHORT_WAIT = 0.05  # the same, before this rank says what it saw
@@ -46,13 +38,16 @@ class Runner:
     """Puts the calls of a communicator in one order, and runs one at a time; each may take `timeout` seconds.
 
     On a device a call is done once it is enqueued, if the program goes on there too, and is watched from then on by a
-    thread of its own. `blocking` makes the host wait for the device instead.
+    thread of its own. `blocking` makes the host wait for the device instead. With `sites`, ranks must call a collective
+    at the same place of the program.
     """
 
-    def __init__(self, transport: Transport, timeout: float, name: str, blocking: bool = False) -> None:
-        self.transport = transport
+    def __init__(
+        self, transport: Transport, timeout: float, name: str, blocking: bool = False, sites: bool = False
+    ) -> None:
+        self.transport, self._sites = transport, sites
         self.set_timeout(timeout)
-        self._attempt = None if transport.player is None else transport.player.attempt
+        self._attempt = None if transport.player is None or sites else transport.player.attempt
         self.device = OnDevice(transport, name, blocking, self._failed, self.abort)
         self.rank, self.size = transport.rank, transport.size
         self.tracer: Tracer | None = None
@@ -89,6 +84,8 @@ class Runner:
                 self._refuse(call)
             if self.purpose:
                 prepared = prepared._replace(call=call.for_purpose(self.purpose))
+            elif self._sites and pair is None and not call.purpose:
+                prepared = prepared._replace(call=call.at_site(call_site(sys._getframe(1))))
             if not async_op and self._progress.is_current():
                 raise RingredError(
                     f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
@@ -106,7 +103,7 @@ class Runner:
                 if rest is not None:
                     rest.wait(None)
                 return None
-            site = _call_site(sys._getframe(1))
+            site = call_site(sys._getframe(1))
             work: Work[None] = Work(f"rank {self.rank}: {_numbered(prepared.call, number)} at {site}")
 
             def job(held: object = tensors.holding(holding)) -> None:
@@ -266,7 +263,7 @@ class Runner:
         text = _numbered(call, number)
         # All ranks count collectives in the same way; a call between two ranks gets the number of the last collective.
         turn = self._sequence if of_a_pair else number
-        return Doing(turn, text, site if isinstance(site, str) else _call_site(site))
+        return Doing(turn, text, site if isinstance(site, str) else call_site(site))
 
     def _run(
         self,
@@ -282,7 +279,7 @@ class Runner:
         if self._failure is not None:
             self._refuse(call)
         self._current = (number, call, site, of_a_pair)
-        sent = self.transport.counters.messages_sent if prepared.one_way else 0
+        sent = self.transport.counters.bytes_sent if prepared.one_way else 0
         began = time.monotonic() if began_ns is None else began_ns / 1e9
         rest: Enqueued | None = None
         try:
@@ -316,7 +313,7 @@ class Runner:
                 raise named from failure
             raise
         else:
-            self._note(prepared, prepared.one_way and self.transport.counters.messages_sent > sent)
+            self._note(prepared, prepared.one_way and self.transport.counters.bytes_sent > sent)
             if self.tracer is not None:
                 _, text, where = self._doing()
                 self.tracer.span("collective", text, int(began * 1e9), time.monotonic_ns(), site=where)
@@ -380,10 +377,3 @@ def contract(digest: int, number: int) -> int:
 def _numbered(call: Call, number: int) -> str:
     head, _, rest = call.text.partition(" ")
     return f"{head} #{number} {rest}"
-
-
-def _call_site(frame: FrameType) -> str:
-    """Where in the user's program the collective was called: the innermost frame outside of ringred and torch."""
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -108,6 +108,7 @@ def run_ranks(
     delay: tuple[float, int] | None = None,
     driver: Callable[[int], Driver] | None = None,
     return_exceptions: bool = False,
+    sites: bool = False,
 ) -> list[T]:
     """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
 
@@ -117,9 +118,10 @@ def run_ranks(
     "torch_p2p" (Gloo over the loopback).
     Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
     `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that raised one is
-    raised, after all have ended; with `return_exceptions` each rank's is returned as its result.
+    raised, after all have ended; with `return_exceptions` each rank's is returned as its result. `sites` is
+    RINGRED_CHECK=sites.
     """
-    config = Config(timeout=timeout, segment_bytes=segment_bytes)
+    config = Config(timeout=timeout, segment_bytes=segment_bytes, sites=sites)
     make = connect(transport, size, slots=slots, timeout=timeout, driver=driver)
     results: list[Any] = [None] * size
     raised: list[tuple[int, BaseException]] = []

@@ -9,8 +9,9 @@ import pytest
 from ringred.collectives.registry import algorithms, lookup
 from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
-from ringred.schedule.cost import Job, Port, simulate, simulate_jobs
+from ringred.schedule.cost import Job, simulate
 from ringred.schedule.ir import Recv, Send, unit
+from ringred.schedule.network import Port, simulate_jobs
 from ringred.topology.model import flat, grid_links, hosts
 from ringred.topology.torus import factorisations
 

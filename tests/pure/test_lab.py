@@ -9,9 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lab import predict, published
+from lab import costs, experiments, predict, published, record
 from lab.hosts import Network
-from lab.profiles import MODELS, profile
+from lab.profiles import MODELS, profile, read
+
+from ringred.parameter_server.policies import parse
 
 COSTS = predict.Costs(1e-4, 1e-8, 0.0, 0.0, 0.0, 1 << 20)
 
@@ -20,6 +22,7 @@ def test_models_have_the_parameters_of_the_papers() -> None:
     assert profile("alexnet").elements == 61_100_840
     assert profile("vgg16").elements == 138_357_544
     assert profile("resnet50").elements == 25_557_032
+    assert profile("resnet101").elements == 44_549_160
     assert profile("bert").elements == pytest.approx(109.5e6, rel=0.01)
     assert profile("inception").elements == pytest.approx(23.8e6, rel=0.01)
 
@@ -27,7 +30,7 @@ def test_models_have_the_parameters_of_the_papers() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_buckets_are_full_in_the_order_in_which_they_are_reduced(name: str) -> None:
     model = profile(name)
-    step = predict.step_of(model, 10.0, "ring", 4, COSTS)
+    step = predict.step_of(model, 10.0, "ring", COSTS, Network(4, 800))
     assert sorted(at for layers in predict.buckets_of(model) for at in layers) == list(range(len(model.layers)))
     assert list(step.ready) == sorted(step.ready)
     assert all(ready <= begin <= end for ready, (begin, end) in zip(step.ready, step.times, strict=True))
@@ -37,18 +40,74 @@ def test_buckets_are_full_in_the_order_in_which_they_are_reduced(name: str) -> N
 
 def test_one_server_takes_half_as_many_times_as_long_as_a_ring_as_there_are_hosts() -> None:
     """N (P-1) bytes go into its port while as many come out; on a ring 2 N (P-1)/P go through each."""
-    ring, central = (predict.all_reduce_seconds(way, 8, 64 << 20, COSTS) for way in ("ring", "central"))
+    ring, central = (predict.all_reduce_seconds(way, 64 << 20, COSTS, Network(8, 800)) for way in ("ring", "central"))
     assert central / ring == pytest.approx(4, rel=0.05)
 
 
 def test_a_slow_uplink_is_shared_by_its_rack() -> None:
     racks = Network(8, 1000, racks=2, uplink_mbit=250)
-    ports = predict.uplinks(racks, COSTS)
     assert [racks.rack_of(host) for host in range(8)] == [0] * 4 + [1] * 4
-    flat, slow = (predict.all_reduce_seconds("direct", 8, 8 << 20, COSTS, p) for p in (None, ports))
-    ring = predict.all_reduce_seconds("ring", 8, 8 << 20, COSTS, ports)
+    flat, slow = (predict.all_reduce_seconds("direct", 8 << 20, COSTS, on) for on in (Network(8, 1000), racks))
+    ring = predict.all_reduce_seconds("ring", 8 << 20, COSTS, racks)
     assert slow > 5 * flat, "each host of a rack sends half of its data over the uplink"
     assert ring < slow, "of a ring one host of each rack does"
+
+
+def test_a_slow_port_holds_a_ring_up_by_its_whole_share() -> None:
+    even, slow = Network(4, 1000), Network(4, 1000, slow_mbit=250)
+    assert [slow.mbit_of(host) for host in range(4)] == [1000, 1000, 1000, 250]
+    times = [predict.all_reduce_seconds("ring", 64 << 20, COSTS, network) for network in (even, slow)]
+    assert times[1] / times[0] == pytest.approx(4, rel=0.1)
+
+
+def test_a_straggler_takes_its_time_and_everybody_waits() -> None:
+    model = profile("graph")
+    steps = [predict.step_of(model, 10.0, "ring", COSTS, Network(4, 800), slowness=slow) for slow in (1.0, 1.5)]
+    assert steps[1].seconds - steps[0].seconds == pytest.approx(5 * model.seconds, rel=0.05)
+
+
+def test_costs_are_found_again_from_samples_that_they_explain() -> None:
+    network, known = Network(4, 800), predict.Costs(4e-5, 1e-8, 0.0, 2e-5, 5e-5, 1 << 20, 2, 1e-9)
+    samples = [
+        {
+            "name": name,
+            "ranks": 4,
+            "nbytes": nbytes,
+            "seconds": predict.all_reduce_seconds(name, nbytes, known, network),
+        }
+        for name in ("ring", "halving_doubling", "direct", "tree")
+        for nbytes in (1 << 10, 16 << 10, 64 << 10, 256 << 10)
+    ]
+    long = [{"name": "ring", "ranks": 2, "nbytes": n, "seconds": 1e-3 + 1e-8 * n} for n in (4 << 20, 12 << 20)]
+    run = {"samples": samples + long, "segment": 1 << 20, "choosing": (1e-4, 1e-8, 0.0, 0.0, 0.0)}
+    found = costs.fitted([run], network, 2)
+    assert found.beta == pytest.approx(1e-8)
+    for sample in samples:
+        again = predict.all_reduce_seconds(str(sample["name"]), int(sample["nbytes"]), found, network)
+        assert again == pytest.approx(sample["seconds"], rel=0.1)
+
+
+def test_a_recorded_model_is_read_as_it_was_written(tmp_path: Path) -> None:
+    recorded = record.record("small", record.load("mlp"))
+    record.write(tmp_path / "small.json", recorded)
+    again = read(str(tmp_path / "small.json"))
+    assert again == recorded
+    assert again.nbytes == 4 * sum(parameter.numel() for parameter in record.load("mlp").parameters())
+    assert again.seconds == pytest.approx(sum(again.recorded))
+    assert again.layers[0].name == "model.0.weight"
+    with pytest.raises(SystemExit, match=r"expected mlp, cnn, or FILE.py:FUNCTION"):
+        record.load("nothing.py:make")
+
+
+def test_every_experiment_names_cases_that_there_are() -> None:
+    for experiment in experiments.EXPERIMENTS.values():
+        for network in experiment.networks:
+            for case in [] if experiment.cases is None else experiment.cases(network.hosts):
+                kind, _, name = case.model.rpartition(":")
+                assert name in (record.REAL if kind else MODELS)
+                policy = case.way.partition(":")[2]
+                assert not policy or parse(policy)
+                assert policy or case.way in ("alone", "gloo", "auto") or predict.lookup("all_reduce", case.way)
 
 
 def test_a_straight_line_tells_the_time_of_any_size() -> None:
@@ -61,7 +120,10 @@ def test_a_straight_line_tells_the_time_of_any_size() -> None:
     assert seconds_of(48 << 20) == pytest.approx(simulated.seconds, rel=1e-3)
 
 
-def test_the_larger_scale_the_lower_efficiency() -> None:
-    goyal = published.PUBLISHED[0]
-    found = published.simulated(goyal)
-    assert 60 < found < 100
+def test_what_is_fitted_to_print_gives_print_and_the_rest_is_predicted() -> None:
+    fit = published.fitted()
+    assert [published.simulated(row, fit) for row in published.CALIBRATION] == pytest.approx([90.0, 79.0], abs=0.3)
+    assert 0 < fit.overhead < 0.2
+    goyal = next(row for row in published.PUBLISHED if row.work.startswith("Goyal"))
+    ideal = published.simulated(goyal, published.Fit(0.0, 1.0))
+    assert published.simulated(goyal, fit) < ideal <= 100

@@ -131,9 +131,10 @@ def test_units_in_tensors_of_their_own_are_not_merged() -> None:
     assert [(op.lo, op.hi) for op in program if isinstance(op, PostSend)] == [(0, 2), (2, 5)]
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 6, 8])
-def test_both_ends_of_a_pair_put_parts_in_one_order(size: int) -> None:
-    """Where messages are not sent and received in steps of the same number, there are no parts."""
+@pytest.mark.parametrize("depth", [1, 8])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 8])
+def test_both_ends_of_a_pair_put_parts_in_one_order(size: int, depth: int) -> None:
+    """Where messages are not sent and received in steps of the same number, there are no parts, and no words."""
     for name, entry in algorithms("all_reduce").items():
         if entry.native:
             continue
@@ -141,8 +142,10 @@ def test_both_ends_of_a_pair_put_parts_in_one_order(size: int) -> None:
         steps = entry.steps(group)
         in_parts = in_step(steps, size)
         assert in_parts or name in {"tree", "double_tree", "chain", "halving_doubling", "hierarchical"}, name
+        told = turns(steps, size) if in_parts and depth > 1 else ()
+        bounds = share_bounds(1001, entry.units(group))
         programs = [
-            lower(rank, steps(rank), share_bounds(1001, entry.units(group)), 7, in_parts=in_parts).instructions
+            lower(rank, steps(rank), bounds, 7, in_parts=in_parts, depth=depth, turns=told).instructions
             for rank in range(size)
         ]
         for sender in range(size):
@@ -193,7 +196,7 @@ def stands_still(programs: list[tuple[Instruction, ...]]) -> bool:
 @pytest.mark.parametrize("depth", [1, 2, 8])
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
 def test_nobody_waits_for_ever_where_every_send_waits_for_its_receive(size: int, depth: int) -> None:
-    for collective in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all"):
+    for collective in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "all_to_all"):
         for name, entry in algorithms(collective).items():
             if entry.native:
                 continue

@@ -1,0 +1,48 @@
+"""An experiment's rows as cells of a table, for text and for the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["cells", "foretold"]
+
+
+def foretold(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were predicted, without those that the costs were fitted to, and ranks alone, which say nothing."""
+    return [row for row in result["rows"] if row["error"] is not None and not row["fitted"] and row["way"] != "alone"]
+
+
+def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Heads and rows."""
+    first = result["rows"][0]
+    several = len(result["networks"]) > 1
+    if "training" in first:
+        heads = ["training", "by", "seconds until good enough", "mini-batches of a rank", "reached at last"]
+        return heads, [
+            (
+                row["case"],
+                row["way"],
+                _number(row["seconds"], 1, 1) or "never",
+                str(row["batches"] or ""),
+                _number(row["quality"], 1, 3),
+            )
+            for row in result["rows"]
+        ]
+    steps = "efficiency" in first
+    heads = ["case", "by", "ms", "efficiency" if steps else "of line rate", "predicted ms", "error"]
+    if steps:
+        heads += ["MiB sent", "received"]
+    rows = []
+    for row in result["rows"]:
+        case = f"{row['case']}, {row['hosts']} hosts" if several else row["case"]
+        part = f"{row['efficiency' if steps else 'of_line']:.0%}"
+        error = "" if row["error"] is None else f"{row['error']:+.0%}{' fitted' if row['fitted'] else ''}"
+        told = (case, row["way"], _number(row["seconds"], 1e3, 2), part, _number(row["predicted"], 1e3, 2), error)
+        if steps:
+            told += (_number(row["sent"], 2**-20, 1), _number(row["received"], 2**-20, 1))
+        rows.append(told)
+    return heads, rows
+
+
+def _number(value: float | None, scale: float, digits: int) -> str:
+    return "" if value is None else f"{value * scale:.{digits}f}"

@@ -1,0 +1,26 @@
+"""Where in the user's program a collective was called."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+__all__ = ["call_site"]
+
+_LIBRARIES = (
+    str(Path(__file__).resolve().parents[1]) + os.sep,
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+    *(module.__file__ or "" for module in (contextlib, threading)),
+)
+
+
+def call_site(frame: FrameType) -> str:
+    """FILE:LINE of the innermost frame outside of ringred and torch."""
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,185 @@
+"""Simulates the collectives of a training step where ranks share what they use: queues on the way, with rates and
+bursts, and processors."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from itertools import count
+from typing import NamedTuple, TypeAlias
+
+from ringred.schedule.cost import Begin, Cost, Event, Job, Link, OnTheWay, Receiving, Sending, Simulation
+
+__all__ = ["Port", "Ports", "simulate_jobs"]
+
+
+class Port(NamedTuple):
+    """A place that messages pass one after the other, at `beta` seconds a byte. After a pause, up to `burst` bytes pass
+    at once, as in a queue with a token bucket."""
+
+    number: int
+    beta: float
+    burst: float = 0.0
+
+
+Ports: TypeAlias = Callable[[int, int], tuple[Sequence[Port], Sequence[Port]]]
+"""The ports that a message passes on its way, from a sender to a receiver: those that it leaves by and those that it
+arrives by."""
+
+
+def simulate_jobs(
+    size: int,
+    jobs: Sequence[Job],
+    link: Callable[[int, int], Link],
+    gamma: float,
+    *,
+    ports: Ports | None = None,
+    call: float = 0.0,
+    cores: int = 0,
+    copy: float = 0.0,
+) -> tuple[Cost, list[tuple[float, float]]]:
+    """The cost of `jobs`, which every rank does one after the other, each when it has its data; a job takes `call`
+    seconds beside its messages. With it the time at which the first rank began each job, and the last was done.
+
+    Without `ports` each rank sends and receives by ports of its own, with the β of the link, and α is part of a port's
+    time. With them, each message takes α and `copy` seconds a byte of a processor at its sender and at its receiver;
+    with `cores`, all ranks share that many processors, as they do on one machine.
+    """
+    if ports is None:
+        return Simulation(size, jobs, link, gamma, call).run()
+    return _Network(size, jobs, link, gamma, call, ports, cores or size, copy).run()
+
+
+class _Arriving(NamedTuple):
+    """The first byte of a step's messages is there. Seconds of a processor: `copying` while the others come, until
+    `last` or longer, and `then`."""
+
+    copying: float
+    last: float
+    then: float
+
+
+class _Working(NamedTuple):
+    seconds: float
+
+
+_Happening: TypeAlias = Event | _Arriving | _Working
+
+
+class _Message(NamedTuple):
+    sender: int
+    receiver: int
+    nbytes: int
+    way: OnTheWay
+
+
+class _Network(Simulation):
+    """A simulation in which ranks share ports and processors. What takes a port or a processor happens in the order of
+    its time, so that both serve who comes first."""
+
+    def __init__(
+        self,
+        size: int,
+        jobs: Sequence[Job],
+        link: Callable[[int, int], Link],
+        gamma: float,
+        call: float,
+        ports: Ports,
+        cores: int,
+        copy: float,
+    ) -> None:
+        super().__init__(size, jobs, link, gamma, call)
+        self.ports, self.copy = ports, copy
+        self.cores = [0.0] * cores  # when each processor is free
+        self.owed: dict[int, float] = {}  # by port: when it has passed all, at its rate
+        self.pending: list[_Happening | None] = []
+        self.heap: list[tuple[float, int, int | _Message]] = []
+        self.order = count()
+
+    def _finished(self) -> int:
+        self.pending = [next(events, None) for events in self.events]
+        self.woken = lambda rank: self._at(self.clock[rank], rank)
+        for rank in range(self.size):
+            self.woken(rank)
+        while self.heap:
+            _, _, what = heappop(self.heap)
+            if isinstance(what, _Message):
+                self._arrives(what)
+                continue
+            event = self.pending[what]
+            if event is None:
+                continue
+            self.pending[what] = None
+            if not self._happens(what, event):
+                self.pending[what] = event
+                continue
+            if self.pending[what] is None:
+                self.pending[what] = next(self.events[what], None)
+            self.woken(what)
+        return sum(event is None for event in self.pending)
+
+    def _at(self, time: float, what: int | _Message) -> None:
+        heappush(self.heap, (time, next(self.order), what))
+
+    def _happens(self, rank: int, event: _Happening) -> bool:
+        if isinstance(event, Sending):
+            self._send(rank, event)
+        elif isinstance(event, _Arriving):
+            self._work(rank, event.copying)
+            self.clock[rank] = max(self.clock[rank], event.last)
+            self.pending[rank] = _Working(event.then)
+        elif isinstance(event, _Working):
+            self._work(rank, event.seconds)
+        elif isinstance(event, Begin):
+            super()._happens(rank, event)
+            self.pending[rank] = _Working(self.call)
+        else:
+            return super()._happens(rank, event)
+        return True
+
+    def _begin_call(self, rank: int) -> None:
+        """A processor is taken when the rank's time has come."""
+
+    def _work(self, rank: int, seconds: float) -> float:
+        """Takes a processor for as long; returns since when."""
+        if not seconds:
+            return self.clock[rank]
+        begin = max(self.clock[rank], heappop(self.cores))
+        self.clock[rank] = begin + seconds
+        heappush(self.cores, self.clock[rank])
+        return begin
+
+    def _send(self, rank: int, event: Sending) -> None:
+        alpha, _, *latency = self.link(rank, event.peer)
+        way = OnTheWay(self._work(rank, alpha + self.copy * event.nbytes) + alpha, self.clock[rank])
+        for port in self.ports(rank, event.peer)[0]:
+            way = self._pass(port, way, event.nbytes)
+        self.send_port[rank] = max(self.send_port[rank], way.last)
+        self.messages[rank] += 1
+        self.sent[rank] += event.nbytes
+        later = OnTheWay(way.first + sum(latency), way.last + sum(latency))
+        self._at(later.first, _Message(rank, event.peer, event.nbytes, later))
+
+    def _arrives(self, message: _Message) -> None:
+        way, pair = message.way, (message.sender, message.receiver)
+        for port in self.ports(*pair)[1]:
+            way = self._pass(port, way, message.nbytes)
+        self.on_the_way.setdefault(pair, deque()).append(way)
+        if pair in self.wanted_by:
+            self.woken(self.wanted_by.pop(pair))
+
+    def _pass(self, port: Port, way: OnTheWay, nbytes: int) -> OnTheWay:
+        owed = self.owed.get(port.number, -math.inf)
+        first = max(way.first, owed)
+        passed = max(owed, way.first - port.burst * port.beta) + port.beta * nbytes
+        self.owed[port.number] = passed
+        return OnTheWay(first, max(first, way.last, passed))
+
+    def _receive(self, rank: int, event: Receiving) -> None:
+        ways = [self.on_the_way[peer, rank].popleft() for peer in event.peers]
+        last = max(self.clock[rank], *(way.last for way in ways))
+        self.clock[rank] = max(self.clock[rank], min(way.first for way in ways))
+        then = sum(self.link(peer, rank)[0] + self.gamma * event.nbytes * event.reduce for peer in event.peers)
+        self.pending[rank] = _Arriving(self.copy * event.nbytes * len(ways), last, then)
