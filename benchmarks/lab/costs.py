@@ -25,6 +25,7 @@ __all__ = ["calibrated", "fitted"]
 _SHORT = (1 << 10, 16 << 10, 64 << 10, 256 << 10)
 _ALGORITHMS = ("ring", "halving_doubling", "direct", "tree")
 _SHARED = 2 << 20  # by all hosts, whose processors it keeps busy
+_SHARED_WEIGHT = 4  # so few against the short ones
 _LONG = (4 << 20, 12 << 20)
 _CALLS, _WARM_CALLS = 15, 5
 
@@ -111,7 +112,11 @@ def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int) -> Cost
             case = sample.name, sample.nbytes
             if case not in known:
                 known[case] = all_reduce_seconds(*case, found, network)
-        return sum(math.log(known[sample.name, sample.nbytes] / sample.seconds) ** 2 for sample in short)
+        return sum(
+            (_SHARED_WEIGHT if sample.nbytes == _SHARED else 1)
+            * math.log(known[sample.name, sample.nbytes] / sample.seconds) ** 2
+            for sample in short
+        )
 
     few = math.log(1e-2 * min(sample.seconds for sample in short))
     tries = (

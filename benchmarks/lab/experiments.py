@@ -85,6 +85,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         (Network(4, 500),),
         "torch",
         cases=lambda hosts: _each(("resnet50", "alexnet", "lstm"), _GRADIENTS, 20),
+        steps=1,
     ),
     "steps-others": Experiment(
         "The same for models of other shapes?",
