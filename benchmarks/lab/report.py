@@ -28,7 +28,8 @@ h1 { line-height: 1.2; } table { border-collapse: collapse; font-variant-numeric
 .wide { overflow-x: auto; } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--edge); text-align: right; }
 th { cursor: pointer; position: sticky; top: 0; background: Canvas; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-figure { margin: 1.5rem 0; background: #fff; border-radius: .5rem; } small { opacity: .75; }
+figure { margin: 1.5rem 0; background: #fff; color: #234; border-radius: .5rem; padding: .5rem; }
+small { opacity: .75; }
 """
 _SORT = """
 document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
@@ -41,7 +42,7 @@ document.querySelectorAll("th").forEach(head => head.addEventListener("click", (
   rows.forEach(row => table.tBodies[0].append(row));
 }));
 """
-_LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": {"t": 50, "l": 60, "r": 20, "b": 50}}
+_LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": {"t": 20, "l": 60, "r": 20, "b": 50}}
 
 
 def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -125,8 +126,12 @@ def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[
 
 
 def _figure(figure: go.Figure, first: bool = False) -> str:
-    drawn: str = plotly.io.to_html(figure, full_html=False, include_plotlyjs=first, config={"responsive": True})
-    return f"<figure>{drawn}</figure>"
+    """With its title as a caption, which wraps on a narrow page."""
+    caption = html.escape(figure.layout.title.text)
+    figure.update_layout(title=None, legend={"orientation": "h", "y": -0.2})
+    options = {"responsive": True, "displayModeBar": False}
+    drawn: str = plotly.io.to_html(figure, full_html=False, include_plotlyjs=first, config=options)
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
 
 
 def _diagonal(results: Sequence[dict[str, Any]]) -> go.Figure:
