@@ -15,26 +15,24 @@ import torch
 from torch import Tensor
 
 from ringred.errors import UnsupportedTensor
-from ringred.runtime import connect, explain, lifetime, probe
+from ringred.runtime import connect, lifetime, probe
+from ringred.runtime.choosing import Choosing
 from ringred.runtime.config import Config, cache_folder
 from ringred.runtime.operations import Operations
 from ringred.runtime.planner import Planner
+from ringred.runtime.renewing import Renewing
 from ringred.runtime.runner import Runner
-from ringred.runtime.select import choose, machine_model
+from ringred.runtime.seat import Seat
 from ringred.runtime.tensors import over_host_memory
 from ringred.runtime.trace import Tracer
-from ringred.topology.calibrate import Costs, Tuning
-from ringred.topology.model import Topology
+from ringred.topology.calibrate import Tuning
 from ringred.transports.base import Counters, Transport, Windowed
 from ringred.transports.cuda import joining
-from ringred.transports.shm_player import engine
 
 __all__ = ["Communicator", "default_communicator", "init"]
 
-_MEMORIES = ("tensor", "window")
 
-
-class Communicator(Operations):
+class Communicator(Operations, Choosing, Renewing):
     """`size` ranks that reach each other over `transport`; this process is `rank`.
 
     Create it with `ringred.init()`, `from_mpi`, `from_store` or `from_process_group`. All ranks must call the same
@@ -53,6 +51,7 @@ class Communicator(Operations):
         config: Config | None = None,
         name: str = "world",
         device: torch.device | None = None,
+        seat: Seat | None = None,
     ) -> None:
         self.config = config or Config.from_environment()
         self.rank, self.size, self.name = transport.rank, transport.size, name
@@ -80,6 +79,7 @@ class Communicator(Operations):
         self._making = threading.RLock()
         self._above: Communicator | None = None  # the one that it is a part of, or a duplicate
         self._runner = Runner(transport, self.config.timeout, name, self.config.blocking, self.config.sites)
+        self._take_seat(seat)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
         if self.config.trace and name == "world":
@@ -118,7 +118,7 @@ class Communicator(Operations):
 
     @classmethod
     def _tuned(cls, connected: connect.Connected, config: Config) -> Communicator:
-        comm = cls(connected.transport, hosts=connected.hosts, config=config)
+        comm = cls(connected.transport, hosts=connected.hosts, config=config, seat=connected.seat)
         probe.tune(comm, connected.gather)
         connected.leave()
         return comm
@@ -146,7 +146,8 @@ class Communicator(Operations):
         config = self.config if timeout is None else replace(self.config, timeout=timeout)
         transport = self.transport.subset(members, name)
         hosts = [self.hosts[rank] for rank in members]
-        child = Communicator(transport, hosts=hosts, config=config, name=name, device=self._planner.device)
+        seat = None if self.seat is None else self.seat.part(name, members)
+        child = Communicator(transport, hosts=hosts, config=config, name=name, device=self._planner.device, seat=seat)
         child.tune(self.tuning)
         child._above = self
         self._children.add(child)
@@ -206,7 +207,7 @@ class Communicator(Operations):
         for comm in (self, *self._sides):
             comm._runner.synchronize()
 
-    # ------------------------------------------------------------------ properties, costs and traces
+    # ------------------------------------------------------------------ properties and traces
 
     @property
     def device(self) -> torch.device:
@@ -224,59 +225,11 @@ class Communicator(Operations):
         mine = self.transport.counters
         return sum((there.transport.counters for there in self._sides), mine) if self._sides else mine
 
-    def tune(self, tuning: Tuning) -> None:
-        """Makes "auto" use the costs in `tuning`, the same on every rank; {} means the built-in costs."""
-        self.tuning = dict(tuning)
-        self._planner.models = self._models()
-        self._planner.native = self.tuning.get("native")
-        self._planner.forget()
-
-    def choice(self, nbytes: int, collective: str = "all_reduce", memory: str = "tensor") -> str:
-        """The algorithm that "auto" chooses for `nbytes` bytes in memory of kind `memory` (see `memory_of`)."""
-        return choose(collective, nbytes, self._planner.models[memory], native=self._native_costs(collective))[0].name
-
-    def predicted_seconds(self, nbytes: int) -> float:
-        """The cost model's time of an all-reduce of `nbytes` bytes in memory of `empty`, by the algorithm that
-        "auto" takes."""
-        native = self._native_costs("all_reduce")
-        return choose("all_reduce", nbytes, self._planner.models["window"], native=native)[1].seconds
-
-    def memory_of(self, tensor: Tensor) -> str:
-        """The kind of memory that `tensor` lies in: "window" if it came from `empty` and peers share it."""
-        return self._planner.memory_of(tensor)
-
-    def explain(
-        self, nbytes: int, collective: str = "all_reduce", *, memory: str = "tensor", measured: bool = False
-    ) -> str:
-        """The algorithms for `nbytes` bytes with their predicted times; the first is what "auto" takes.
-
-        `memory` is "tensor" for ordinary tensors, "window" for those from `empty`. With `measured=True` each
-        algorithm is also timed, on float32; this is collective and works for all-reduce only.
-        """
-        elements = max(1, nbytes // 4)
-        shared = measured and memory == "window"
-        tensor = self.empty(elements, torch.float32) if shared else torch.empty(elements, device=self._planner.device)
-        return explain.table(
-            collective,
-            nbytes,
-            self._planner.models[memory],
-            self._native_costs(collective),
-            ("measured on this machine" if self.tuning else "built-in costs")
-            + (f", run by {engine(self.transport.player)}" if self.transport.windows else ""),
-            (lambda candidate: probe.seconds_of(self, tensor, candidate.name, 5)) if measured else None,
-        )
-
     @staticmethod
     def _over(transport: Transport, device: torch.device | None) -> Callable[[int, int, torch.dtype], Tensor] | None:
         if device is None or device.type == "cpu":
             return over_host_memory
         return None if transport.queue is None else transport.queue.over
-
-    def _models(self) -> dict[str, Topology]:
-        return {memory: machine_model(self.transport.model, self.hosts, self.tuning, memory) for memory in _MEMORIES}
-
-    def _native_costs(self, collective: str) -> Costs | None:
-        return self.tuning.get("native") if collective == "all_reduce" else None
 
     @property
     def tracer(self) -> Tracer | None:
@@ -308,6 +261,8 @@ class Communicator(Operations):
     def abort(self, cause: BaseException) -> None:
         """Tells every rank that this one failed with `cause` and takes no further part; they all raise."""
         self._runner.abort(cause)
+        if self.seat is not None:
+            self.seat.member.leave(self.seat.view)
         for child in list(self._children):
             child.abort(cause)
 
@@ -322,6 +277,7 @@ class Communicator(Operations):
         if failure is not None and id(failure) != self._born_under:
             self.abort(failure)
         with contextlib.ExitStack() as ending:
+            ending.callback(self._leave_seat)
             ending.callback(self._runner.close)
             for there in self._sides:
                 ending.callback(there.close)
@@ -330,9 +286,10 @@ class Communicator(Operations):
         return self
 
     def __exit__(self, kind: object, value: BaseException | None, traceback: object) -> None:
+        last = self.newest()
         if value is not None:
-            self.abort(value)
-        self.close()
+            last.abort(value)
+        last.close()
 
     def __deepcopy__(self, memo: Any) -> Communicator:
         return self  # a copy of a module uses the same communicator as the original
@@ -364,6 +321,7 @@ def init(*, trace: str | None = None) -> Communicator:
     global _default, _default_group
     with _lock:
         group = connect.torch_group()
+        _default = None if _default is None else _default.newest()
         if _default is not None and not _default.closed and _fits(_default, group):
             return _default
         _default_group = None if group is None else weakref.ref(group)
@@ -392,6 +350,8 @@ def default_communicator(group: Any = None) -> Communicator:
         return init()
     with _lock:
         known = _of_groups.get(group)
+        known = None if known is None else known.newest()
         if known is None or known.closed:
-            known = _of_groups[group] = Communicator.from_process_group(group)
+            known = Communicator.from_process_group(group)
+        _of_groups[group] = known
         return known

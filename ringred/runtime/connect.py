@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,26 +14,42 @@ from torch import Tensor
 
 from ringred.errors import TransportUnavailable
 from ringred.runtime.config import Config, detect_launch, mpi_environment
+from ringred.runtime.seat import Renewed, Seat, check_alive, take
 from ringred.topology.detect import host_indices, host_name
 from ringred.transports import routed
 from ringred.transports.base import Gather, Transport
 from ringred.transports.local import Hub
+from ringred.transports.membership.member import Member
+from ringred.transports.membership.view import View
 
-__all__ = ["Connected", "by_launcher", "by_mpi", "by_process_group", "by_store", "end_job", "gatherer", "torch_group"]
+__all__ = [
+    "Connected",
+    "again",
+    "by_launcher",
+    "by_mpi",
+    "by_process_group",
+    "by_store",
+    "end_job",
+    "gatherer",
+    "meeting_board",
+    "torch_group",
+]
 
 
 _TEXT_BYTES = 256
+_MEETING_SECONDS = 30.0  # in which ranks connect anew
 _GRACE_SECONDS = 1.0  # in which peers can say what they saw, before MPI ends them
 
 
 class Connected(NamedTuple):
     """The ranks of a job, connected. `hosts` has the host of each rank as a number; `gather` gives a text to all ranks;
-    `leave` is called once nothing needs `gather` any more."""
+    `leave` is called once nothing needs `gather` any more. `seat` is None for one rank."""
 
     transport: Transport
     hosts: tuple[int, ...]
     gather: Gather
     leave: Callable[[], None]
+    seat: Seat | None = None
 
 
 def gatherer(size: int, all_gather: Callable[[Tensor, Tensor], object]) -> Gather:
@@ -60,15 +78,15 @@ def by_mpi(comm: Any, config: Config) -> Connected:
     gather = mpi.gatherer(comm)
     names = gather(host_name())
     transport = _nearest(gather, comm.Get_rank(), len(names), lambda: mpi.MpiTransport(comm), config, "mpi")
-    return Connected(transport, host_indices(names), gather, _nothing)
+    return Connected(transport, host_indices(names), gather, _nothing, _seat(gather, comm.Get_rank(), names, config))
 
 
-def by_store(store: Any, rank: int, size: int, config: Config) -> Connected:
+def by_store(store: Any, rank: int, size: int, config: Config, seated: bool = True) -> Connected:
     """`size` ranks that share a torch store; Gloo connects them. Collective."""
-    from ringred.transports import torch_p2p
+    from ringred.transports import stores, torch_p2p
 
-    store = torch_p2p.corner(store, rank)
-    gather = torch_p2p.gatherer(store, rank, size, config.timeout)
+    store = stores.corner(store, rank)
+    gather = stores.gatherer(store, rank, size, config.timeout)
     names = gather(host_name())
     address = torch_p2p.bind_address(names, config.interface)
 
@@ -76,14 +94,45 @@ def by_store(store: Any, rank: int, size: int, config: Config) -> Connected:
         return torch_p2p.TorchP2PTransport(store, rank, size, config.timeout, address)
 
     transport = _nearest(gather, rank, size, far, config, "torch_p2p")
-    return Connected(transport, host_indices(names), gather, lambda: torch_p2p.leave(store, rank, size, config.timeout))
+    seat = _seat(gather, rank, names, config) if seated else None
+
+    def leave() -> None:
+        stores.leave(store, rank, size, config.timeout)
+
+    return Connected(transport, host_indices(names), gather, leave, seat)
+
+
+def _seat(gather: Gather, rank: int, names: Sequence[str], config: Config) -> Seat | None:
+    """The seat of `rank`, whose job goes on over shared memory and Gloo when its ranks change, MPI's too: MPI's own
+    messages are not to be relied on after a rank has died."""
+    if len(names) == 1:
+        return None
+    return take(gather, rank, names, config.interface, partial(again, config))
+
+
+def again(config: Config, member: Member, view: View) -> Renewed:
+    """The members of `view`, connected by a board that the first of them keeps. Collective among them; raises
+    `TransportUnavailable`, or `PeerFailed` where one has ended meanwhile."""
+    patient = replace(config, timeout=min(config.timeout, _MEETING_SECONDS))
+    store = meeting_board(patient, member, view)
+    rank = view.rank_of(member.identity)
+    assert rank is not None, "who is left out does not connect"
+    connected = by_store(store, rank, len(view.members), patient, seated=False)
+    return Renewed(connected.transport, connected.hosts, connected.gather)
+
+
+def meeting_board(config: Config, member: Member, view: View) -> Any:
+    """A store that the first member of `view` keeps for all of them."""
+    from ringred.transports.board_store import BoardStore
+
+    return BoardStore(view.members[0], member.secret, view.key, config.timeout, lambda: check_alive(member, view))
 
 
 def by_process_group(group: Any, config: Config) -> Connected:
     """The ranks of a torch process group, the default one if None, through its store. Collective."""
-    from ringred.transports import torch_p2p
+    from ringred.transports import stores
 
-    return by_store(*torch_p2p.group_store(group), config)
+    return by_store(*stores.group_store(group), config)
 
 
 def by_launcher(config: Config) -> Connected:
@@ -99,7 +148,7 @@ def by_launcher(config: Config) -> Connected:
     if kind == "mpi":
         connected = by_mpi(None, config)
     elif kind == "store":
-        from ringred.transports.torch_p2p import rendezvous
+        from ringred.transports.stores import rendezvous
 
         connected = by_store(rendezvous(config.timeout, launch.restart), launch.rank, launch.size, config)
     else:

@@ -6,6 +6,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,9 +16,14 @@ from torch import Tensor
 from ringred.communicator import Communicator
 from ringred.errors import TransportUnavailable
 from ringred.runtime.config import Config
-from ringred.transports.base import Counters, Request, Transport, Windowed
+from ringred.runtime.connect import again, meeting_board
+from ringred.runtime.seat import Renewed, Seat, take
+from ringred.transports.base import Counters, Gather, Request, Transport, Windowed
 from ringred.transports.cuda.driver import Driver
 from ringred.transports.local import Hub
+from ringred.transports.membership.member import Member
+from ringred.transports.membership.view import View
+from ringred.transports.stores import gatherer
 
 __all__ = ["Faulty", "connect", "run_ranks"]
 
@@ -123,6 +130,7 @@ def run_ranks(
     """
     config = Config(timeout=timeout, segment_bytes=segment_bytes, sites=sites)
     make = connect(transport, size, slots=slots, timeout=timeout, driver=driver)
+    seats = _seats(transport, size, config) if size > 1 and not transport.endswith(":fake") else None
     results: list[Any] = [None] * size
     raised: list[tuple[int, BaseException]] = []
 
@@ -130,17 +138,18 @@ def run_ranks(
         comm: Communicator | None = None
         try:
             end = make(rank)
-            comm = Communicator(end if delay is None else Faulty(end, *delay), config=config)
+            seat = None if seats is None else seats(rank, end)
+            comm = Communicator(end if delay is None else Faulty(end, *delay), config=config, seat=seat)
             results[rank] = fn(comm)
-            comm.close()
+            comm.newest().close()
         except BaseException as failure:
             results[rank] = failure
             raised.append((rank, failure))
             if comm is not None:
-                comm.abort(failure)
+                comm.newest().abort(failure)
         finally:
             if comm is not None:
-                comm.close()
+                comm.newest().close()
 
     threads = [
         threading.Thread(target=rank_main, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)
@@ -184,6 +193,42 @@ def connect(
     raise ValueError(f"run_ranks: transport is {kinds}, got {transport!r}")
 
 
+def _seats(transport: str, size: int, config: Config) -> Callable[[int, Transport], Seat]:
+    """Returns a function that gives a rank its seat."""
+    gathers = _gathers(size, config.timeout)
+    anew = replace(config, transport=transport.partition(":")[0], compiled=not transport.endswith(":python"))
+
+    def take_seat(rank: int, end: Transport) -> Seat:
+        def within(member: Member, view: View) -> Renewed:
+            first = member.first(view.lineage)
+            ranks = [first.rank_of(card.identity) for card in view.members]
+            part = end.subset([rank for rank in ranks if rank is not None], view.key)
+            gather = gatherer(meeting_board(config, member, view), part.rank, part.size, config.timeout)
+            return Renewed(part, (0,) * part.size, gather)
+
+        return take(gathers(rank), rank, [0] * size, None, within if transport == "local" else partial(again, anew))
+
+    return take_seat
+
+
+def _gathers(size: int, timeout: float) -> Callable[[int], Gather]:
+    """Returns a function that gives each of `size` threads its `Gather`."""
+    texts = [""] * size
+    meeting = threading.Barrier(size)
+
+    def of(rank: int) -> Gather:
+        def gather(text: str) -> list[str]:
+            texts[rank] = text
+            meeting.wait(timeout)
+            everyone = list(texts)
+            meeting.wait(timeout)
+            return everyone
+
+        return gather
+
+    return of
+
+
 def _torch_p2p(size: int, timeout: float) -> Callable[[int], Transport]:
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -201,18 +246,10 @@ def _shm(
 
     if size == 1:
         return Hub(1).transport
-    texts = [""] * size
-    meeting = threading.Barrier(size)
+    gathers = _gathers(size, timeout)
 
     def make(rank: int) -> Transport:
-        def gather(text: str) -> list[str]:
-            texts[rank] = text
-            meeting.wait(timeout)
-            everyone = list(texts)
-            meeting.wait(timeout)
-            return everyone
-
-        found, reason = neighbours.connect(gather, rank, compiled and shm_player.unusable() is None)
+        found, reason = neighbours.connect(gathers(rank), rank, compiled and shm_player.unusable() is None)
         if found is None:
             raise TransportUnavailable(f"rank {rank}: no shared memory: {reason}")
         near = ShmTransport(found, range(size), "world", timeout)

@@ -30,7 +30,8 @@ from ringred.torch_backend.meeting import meet
 from ringred.torch_backend.reducing import operation, sparse_all_reduce
 from ringred.torch_backend.versions import Backend, among_others, group_of
 from ringred.torch_backend.works import RingredWork
-from ringred.transports.torch_p2p import bind_address, corner
+from ringred.transports.stores import corner
+from ringred.transports.torch_p2p import bind_address
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 

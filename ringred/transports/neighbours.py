@@ -20,11 +20,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from ringred.transports import futex
 from ringred.transports.base import Gather
+from ringred.transports.membership.card import place
 from ringred.transports.windows import Heap, Window, adopt, create
 
 __all__ = ["Neighbours", "connect"]
@@ -59,9 +59,9 @@ def connect(gather: Gather, rank: int, compiled: bool = True) -> tuple[Neighbour
             listener.listen(4096)
         except OSError as failure:
             reason = f"no Unix socket: {failure}"
-    place = "-" if reason is not None else _place()
-    cards = [card.split(" ") for card in gather(f"{place} {name} {secret.hex()} {compiled:d}")]
-    members = [peer for peer, card in enumerate(cards) if card[0] == place and place != "-"]
+    here = "-" if reason is not None else place()
+    cards = [card.split(" ") for card in gather(f"{here} {name} {secret.hex()} {compiled:d}")]
+    members = [peer for peer, card in enumerate(cards) if card[0] == here != "-"]
     found: Neighbours | None = None
     if len(members) > 1 and listener is not None:
         try:
@@ -80,12 +80,6 @@ def connect(gather: Gather, rank: int, compiled: bool = True) -> tuple[Neighbour
     if found is not None:
         found.watch()
     return found, None
-
-
-def _place() -> str:
-    """A text that is the same on ranks that can share memory: the kernel, the network namespace, the user."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}/{os.geteuid()}"
 
 
 class Neighbours:

@@ -13,7 +13,6 @@ looks up the reason in the store, and closes its own connections.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -25,85 +24,21 @@ import torch.distributed as _distributed
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.transports.base import UNSETTLED_SECONDS, Counters, Fault, FaultKind, Gather
+from ringred.transports.base import UNSETTLED_SECONDS, Counters, Fault, FaultKind
+from ringred.transports.stores import Part
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
 __all__ = [
     "TorchP2PTransport",
     "bind_address",
-    "corner",
-    "gatherer",
     "gloo_group",
-    "group_store",
-    "leave",
-    "rendezvous",
 ]
 
 _HEADER_BYTES = 16  # contract and payload length, as int64
 _FRAME_BYTES = 1 << 16
 _TAG, _NEVER_SENT = 0, 1
 _POOLED = 64
-
-
-def rendezvous(timeout: float, restart: str) -> Any:
-    """The store that torchrun, or rank 0 at MASTER_ADDR:MASTER_PORT, serves. Raises `TransportUnavailable`."""
-    try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
-    except (RuntimeError, ValueError) as failure:
-        raise TransportUnavailable(
-            f"no store at MASTER_ADDR:MASTER_PORT: {failure}; start every rank with torchrun"
-        ) from failure
-    # After an elastic restart the store may be the old one, with the old keys in it.
-    return dist.PrefixStore(f"ringred/{restart}", store)
-
-
-def group_store(group: Any) -> tuple[Any, int, int]:
-    """(store, rank, size) of a torch process group, for ranks that have called `init_process_group`."""
-    from torch.distributed import distributed_c10d as c10d
-
-    group = dist.group.WORLD if group is None else group
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError(f"rank {dist.get_rank()} is no member of the process group given")
-    return dist.PrefixStore("ringred", c10d._get_process_group_store(group)), rank, size
-
-
-def corner(store: Any, rank: int) -> Any:
-    """A fresh part of `store`: the n-th call on each rank gets part n, so that one store serves many communicators."""
-    turn = store.add(f"turn/{rank}", 1)
-    return dist.PrefixStore(f"turn-{turn}", store)
-
-
-def gatherer(store: Any, rank: int, size: int, timeout: float) -> Gather:
-    """Returns a `Gather` through `store`, which raises `TransportUnavailable` if a rank does not come in time."""
-    rounds = itertools.count()
-
-    def gather(text: str) -> list[str]:
-        label = next(rounds)
-        try:
-            store.set(f"text-{label}/{rank}", text)
-            keys = [f"text-{label}/{peer}" for peer in range(size)]
-            store.wait(keys, timedelta(seconds=timeout))
-            return [store.get(key).decode() for key in keys]
-        except RuntimeError as failure:
-            raise TransportUnavailable(
-                f"rank {rank}: not all of {size} ranks came to the store within {timeout:g} s: {failure}"
-            ) from failure
-
-    return gather
-
-
-def leave(store: Any, rank: int, size: int, timeout: float) -> None:
-    """Says that `rank` needs the store no more; rank 0, whose process may serve it, waits until all have said so."""
-    try:
-        store.set(f"left/{rank}", "")
-        if rank == 0:
-            store.wait([f"left/{peer}" for peer in range(size)], timedelta(seconds=timeout))
-    except RuntimeError as failure:
-        raise TransportUnavailable(
-            f"rank {rank}: not all of {size} ranks joined within {timeout:g} s: {failure}"
-        ) from failure
 
 
 def bind_address(hosts: Sequence[object], interface: str | None) -> str | None:
@@ -167,7 +102,7 @@ class TorchP2PTransport:
         # A store serves one call at a time: this transport must not wait behind somebody else's.
         self._board = store.clone() if hasattr(store, "clone") else store
         # A connection to each peer for each direction: Gloo's word that one may send must not wait behind data.
-        stores = [dist.PrefixStore(f"gloo {way}", store) for way in ("down", "up")]
+        self._parts = stores = [Part(f"gloo {way}", store) for way in ("down", "up")]
         self._groups = [gloo_group(one, rank, size, timeout, address) for one in stores]
         self._contract = 0
         self._greeted: set[int] = set()
@@ -382,7 +317,7 @@ class TorchP2PTransport:
         return found
 
     def subset(self, members: Sequence[int], key: str) -> TorchP2PTransport:
-        store = dist.PrefixStore(f"subset/{key}", self._store)
+        store = Part(f"subset/{key}", self._store)
         rank = list(members).index(self.rank)
         transport = TorchP2PTransport(store, rank, len(members), self._timeout, self._address)
         transport.model, transport.segment_bytes = self.model, self.segment_bytes

@@ -24,7 +24,7 @@ def connecting(world):
 
     import torch.distributed as dist
 
-    from ringred.transports.torch_p2p import rendezvous
+    from ringred.transports.stores import rendezvous
 
     store, numbers = rendezvous(60, "disagreements"), itertools.count()
 

@@ -1,0 +1,95 @@
+"""The part of a communicator that goes on without those who have gone, and with those who come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable
+from ringred.runtime.seat import Renewed, Seat, agreed_text
+from ringred.transports.membership.agree import agree
+
+__all__ = ["Renewing", "seated"]
+
+C = TypeVar("C", bound="Renewing")
+
+
+class Renewing:
+    """What a communicator does when its ranks change. `seat` is None where there is one rank only."""
+
+    rank: int
+    size: int
+    name: str
+    seat: Seat | None
+    successor: Any
+    """The communicator that took its place, if one did."""
+
+    def _take_seat(self, seat: Seat | None) -> None:
+        self.seat, self.successor = seat, None
+        if seat is not None:
+            seat.member.hold()
+
+    def _leave_seat(self) -> None:
+        if self.seat is not None:
+            self.seat.member.leave(self.seat.view)
+            self.seat.member.let_go()
+
+    def newest(self: C) -> C:
+        """This communicator, or the one that took its place in the end."""
+        comm = self
+        while comm.successor is not None:
+            comm = comm.successor
+        return comm
+
+    def shrink(self: C, timeout: float | None = None) -> C:
+        """A communicator of the ranks that are left, in their order, once this one has failed. Collective among those
+        that are alive. It takes this one's place, which is closed: tensors that `empty` gave remain.
+
+        All that get one agree on who is in it. If a rank dies meanwhile, they agree again. A rank that is alive and
+        does not call it within `timeout` seconds (default: that of collectives), or does not even answer for five
+        seconds, is left out.
+
+        Raises `PeerFailed` on a rank that was left out, and on all where those who came cannot know that they are the
+        only ones: more than half of the ranks that have not ended must come, or one half with the lowest of them.
+        """
+        return self.renew({}, timeout=timeout)
+
+    def renew(self: C, said: Mapping[str, Any], *, invite: bool = False, timeout: float | None = None) -> C:
+        """As `shrink`, with what each rank says to all the others, which is then in `seat.view.said`. With `invite`,
+        processes that wait to join the job become the last ranks."""
+        comm: Any = self
+        if self.seat is None:
+            raise RingredError(f"rank {self.rank}: {self.name}: expected a communicator of ranks that reach each other")
+        seat, seconds = self.seat, comm.config.timeout if timeout is None else timeout
+        view, deadline = seat.view, time.monotonic() + seconds
+        while True:
+            view = agree(seat.member, view, said, seconds, invite)
+            made = None
+            try:
+                made = seated(comm, seat._replace(view=view), seat.connect(seat.member, view))
+                made.barrier()
+            except (PeerFailed, CollectiveTimeout, TransportUnavailable):
+                if made is not None:
+                    made.close()
+                if time.monotonic() >= deadline:
+                    raise
+                continue
+            break
+        self.successor = made
+        comm.close()
+        return cast("C", made)
+
+
+def seated(comm: Any, seat: Seat, connected: Renewed) -> Any:
+    """The communicator of `seat`'s view, made as `comm`, with the costs that rank 0 knows. Collective."""
+    transport, hosts, gather = connected
+    name = f"{seat.view.lineage}~{seat.view.generation}"
+    made = type(comm)(transport, hosts=hosts, config=comm.config, name=name, device=comm.device, seat=seat)
+    try:
+        tuning = cast("dict[str, list[float]]", agreed_text(gather, comm.tuning))
+        made.tune({kind: cast("Any", tuple(costs)) for kind, costs in tuning.items()})
+    except BaseException:
+        made.close()
+        raise
+    return made

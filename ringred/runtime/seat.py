@@ -1,0 +1,94 @@
+"""A communicator's seat in its job: who its members are, beside the data, and how they connect when that changes."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ringred.errors import PeerFailed
+from ringred.transports.base import Gather, Transport
+from ringred.transports.membership.caller import Cut, Gone, Silent
+from ringred.transports.membership.card import Card
+from ringred.transports.membership.member import Member
+from ringred.transports.membership.view import View
+from ringred.transports.membership.wire import Malformed
+
+__all__ = ["LINEAGE", "Renewed", "Seat", "take"]
+
+LINEAGE = "world"
+"""The name of the communicator of all ranks of a job, whatever its generation."""
+_LOOK_SECONDS = 1.0  # in which a living member answers
+
+
+class Renewed(NamedTuple):
+    """The members of a new view, connected: see `connect.Connected`."""
+
+    transport: Transport
+    hosts: tuple[int, ...]
+    gather: Gather
+
+
+class Seat(NamedTuple):
+    """The rank's `member`, which others reach, the `view` that its communicator has, and `connect`, which connects the
+    members of another view. The latter is collective among them."""
+
+    member: Member
+    view: View
+    connect: Callable[[Member, View], Renewed]
+
+    def part(self, name: str, ranks: Sequence[int], connect: Callable[[Member, View], Renewed] | None = None) -> Seat:
+        """That of a communicator `name` of some of the ranks."""
+        members = tuple(self.view.members[rank] for rank in ranks)
+        return Seat(self.member, self.member.adopt(View(name, 0, members, {})), connect or self.connect)
+
+
+def take(
+    gather: Gather,
+    rank: int,
+    hosts: Sequence[object],
+    interface: str | None,
+    connect: Callable[[Member, View], Renewed],
+) -> Seat:
+    """The seat of `rank` among all ranks of a job, which are on `hosts`. Collective.
+
+    The job's secret comes from rank 0, the way that the ranks have of connecting.
+    """
+    secret = bytes.fromhex(gather(secrets.token_hex(32) if rank == 0 else "")[0])
+    member = Member(secret, _address(interface) if len(set(hosts)) > 1 else None)
+    cards = tuple(Card.from_text(text) for text in gather(member.card.as_text()))
+    return Seat(member, member.adopt(View(LINEAGE, 0, cards, {})), connect)
+
+
+def _address(interface: str | None) -> str | None:
+    """The address at which other hosts reach this one."""
+    try:
+        return socket.gethostbyname(interface or socket.gethostname())
+    except OSError as failure:
+        warnings.warn(
+            f"ringred: {interface or socket.gethostname()} has no address ({failure}): ranks of other hosts cannot ask "
+            "this one what it does, or go on with it after a failure; RINGRED_INTERFACE names one",
+            stacklevel=2,
+        )
+        return None
+
+
+def check_alive(member: Member, view: View) -> None:
+    """Raises `PeerFailed` if a member of `view` has ended."""
+    for rank, card in enumerate(view.members):
+        if card.identity == member.identity:
+            continue
+        try:
+            member.call(card, _LOOK_SECONDS).close()
+        except (Gone, Malformed):
+            raise PeerFailed(f"{card}, to be rank {rank} of {view.lineage}, ended while the ranks connected") from None
+        except (Cut, Silent):
+            continue
+
+
+def agreed_text(gather: Gather, mine: object) -> object:
+    """What rank 0 gives. Collective."""
+    return json.loads(gather(json.dumps(mine))[0])
