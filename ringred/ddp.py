@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ringred.buckets import FIRST_BUCKET_BYTES
 from ringred.communicator import Communicator, default_communicator
 from ringred.data_parallel import arguments
 from ringred.data_parallel.arguments import BucketPlan
@@ -22,14 +21,13 @@ from ringred.data_parallel.as_given import AsGiven
 from ringred.data_parallel.join import UnevenInputs, check_joinable
 from ringred.data_parallel.layout import Members, Settings
 from ringred.data_parallel.moving import moved
-from ringred.data_parallel.overlap import OverlapReport, forecast, report
 from ringred.data_parallel.policy import Policy, comm_hook
+from ringred.data_parallel.recovery import Change
 from ringred.data_parallel.reducer import Reducer
 from ringred.data_parallel.reductions import CommHook
-from ringred.data_parallel.replicas import broadcast_tensors, check_same_model, check_same_values
-from ringred.data_parallel.stragglers import StragglerReport, straggler_report
+from ringred.data_parallel.replicas import broadcast_tensors, check_same_model
+from ringred.data_parallel.reporting import Reporting
 from ringred.data_parallel.weights import Weights
-from ringred.errors import RingredError
 from ringred.runtime.compiling import active_ddp_module, compiled_in_buckets, not_compiled
 from ringred.runtime.folds import ReduceOp
 
@@ -38,7 +36,7 @@ __all__ = ["DistributedDataParallel"]
 _wrappers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
 
 
-class DistributedDataParallel(nn.Module):
+class DistributedDataParallel(nn.Module, Reporting):
     """Trains `module` on every rank with the gradients averaged over all ranks: torch's DDP over ringred.
 
     Parameters and buffers of rank 0 are copied to all ranks at the start (`init_sync`), after a check that all
@@ -62,6 +60,8 @@ class DistributedDataParallel(nn.Module):
       `NonFiniteGradient`, which names the parameter and the rank that they come from.
     - `desync_check_every`: every `desync_check_every` synchronised forwards, ranks compare checksums of their
       parameters; if they differ, every rank raises `ReplicasDiverged`. 0 means never.
+    - `on_failure`: "raise", or "shrink": when ranks fail, those that are left repeat what not all have done and go on
+      without them, over `comm`, which is then another communicator (docs/faults.md).
 
     Li et al., PyTorch distributed: experiences on accelerating data parallel training (VLDB 2020).
     """
@@ -97,6 +97,7 @@ class DistributedDataParallel(nn.Module):
         bucket_plan: BucketPlan | str | Path | None = None,
         check_finite: bool = False,
         desync_check_every: int = 0,
+        on_failure: str = "raise",
     ) -> None:
         super().__init__()
         arguments.check_supported(mixed_precision, lazy_bucket_allocation)
@@ -121,6 +122,7 @@ class DistributedDataParallel(nn.Module):
             batched_copy=batched_grad_copy,
             check_finite=check_finite,
             deterministic=deterministic,
+            recovers=arguments.recovers(on_failure, module, gradient_as_bucket_view),
         )
         alike = [
             *arguments.as_text(settings, desync_check_every, bucket_plan),
@@ -146,6 +148,10 @@ class DistributedDataParallel(nn.Module):
         self._sync_buffers_next = True
         self._weights = Weights(self.comm)
         self._uneven: UnevenInputs | None = None
+        self._recovery = reducer.recovery
+        if self._recovery is not None:
+            self._recovery.enrol(self)
+            reducer.weighed_again = self._weights.gathered
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistributedDataParallel:
         """A wrapper of a copy of the module over the same ranks, without a communication hook."""
@@ -190,8 +196,7 @@ class DistributedDataParallel(nn.Module):
         reducer = self.reducer
         syncing = torch.is_grad_enabled() and self.require_backward_grad_sync
         copying = self.forward_sync_buffers and self._sync_buffers_next
-        root = 0
-        scale: Callable[[], float] | None = None
+        root, scale = 0, cast("Callable[[], float] | None", None)
         if syncing:
             reducer.check_finished()
             self._as_given.check(self.module, self.reducer.settings.find_unused)
@@ -201,15 +206,28 @@ class DistributedDataParallel(nn.Module):
             root = turn.root
             if self._scales(self._uneven):
                 scale = partial(float, 1 / len(turn.active))
-        if syncing:
-            reducer.rebuild()
-            if self._weights.given:
+        self._forwards += syncing
+        every = self._desync_check_every if syncing and self._uneven is None else 0
+        checking = every > 0 and self._forwards % every == 0
+        buffers = self._current_buffers() if copying else []
+        weighed = syncing and self._weights.given
+
+        def meet() -> None:
+            nonlocal scale
+            if syncing:
+                reducer.rebuild()
+            if weighed:
                 scale = self._weights.gathered()
-            self._forwards += 1
-            if self._desync_check_every and self._forwards % self._desync_check_every == 0 and self._uneven is None:
+            if checking:
                 self.check_desync()
-        if copying:
-            broadcast_tensors(self.comm, self._current_buffers(), root)
+            broadcast_tensors(self.comm, buffers, root)
+
+        if self._recovery is None:
+            meet()
+        elif weighed or checking or buffers or (syncing and reducer.rebuilds):
+            met = self._recovery.through(meet)
+            if weighed and not met:  # others are further, and weigh again in their backward
+                scale = self._weights.gathered()
         reducer.clock.waited(time.monotonic_ns() - began)
         return syncing, scale
 
@@ -250,6 +268,17 @@ class DistributedDataParallel(nn.Module):
         """The buffers as they are now: a module may put new tensors in their places."""
         return [buffer for name, buffer in self.module.named_buffers() if name not in self.parameters_to_ignore]
 
+    # ------------------------------------------------------------------ other ranks
+
+    def tells(self) -> None:
+        """Nothing: see `Recovery`."""
+
+    def adopt(self, change: Change) -> None:
+        """Goes on over the ranks of `change`. Collective."""
+        self.comm = self._weights.comm = change.comm
+        _wrappers[change.comm] = max(_wrappers.values())
+        self.reducer.adopt(change.comm)
+
     # ------------------------------------------------------------------ uneven inputs
 
     @contextmanager
@@ -270,6 +299,8 @@ class DistributedDataParallel(nn.Module):
         if not enable:
             yield
             return
+        if self._recovery is not None:
+            raise ValueError("join does not go with on_failure='shrink'")
         check_joinable(self.module, self.reducer.layout, throw_on_early_termination)
         self._uneven = UnevenInputs(self.comm, divide_by_initial_world_size, throw_on_early_termination)
         try:
@@ -312,6 +343,8 @@ class DistributedDataParallel(nn.Module):
         already has a hook or a backward was already reduced.
         """
         arguments.check_hook(hook)
+        if self._recovery is not None:
+            raise ValueError("a communication hook does not go with on_failure='shrink': it has a state of the ranks")
         if self.reducer.layout.hooked:
             raise RuntimeError("register_comm_hook can only be called once")
         if self.reducer.layout.shares is not None:
@@ -328,21 +361,6 @@ class DistributedDataParallel(nn.Module):
         for share in self.reducer.layout.shares or ():
             share.holds = False
 
-    def bucket_plan(self) -> list[list[str]]:
-        """The parameters' names bucket by bucket, for the `bucket_plan` of another run. After two iterations buckets
-        stay as they are."""
-        return [[self.reducer.members.names[at] for at in indices] for indices in self.reducer.layout.plan]
-
-    def save_bucket_plan(self, path: str | Path) -> None:
-        """Writes `bucket_plan()` to a file (JSON), whole or not at all."""
-        arguments.write_plan(path, self.bucket_plan(), self.comm.rank)
-
-    def check_desync(self) -> None:
-        """Raises `ReplicasDiverged` on every rank if parameters differ between ranks. Collective."""
-        check_same_values(self.comm, self.reducer.members.names, self.reducer.members.parameters)
-
-    # ------------------------------------------------------------------ reports
-
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -352,23 +370,6 @@ class DistributedDataParallel(nn.Module):
     def broadcast_buffers(self) -> bool:
         """torch's older name of `forward_sync_buffers`."""
         return self.forward_sync_buffers
-
-    def overlap_report(self) -> OverlapReport:
-        """Reports, for each bucket of the last synchronised backward, when it was full, when its reduction started and
-        ended, and how long it ran after backward; and which `bucket_cap_mb` would hide more. Raises
-        `RingredError` before the first synchronised backward."""
-        times = self.reducer.clock.last
-        if times is None:
-            raise RingredError(f"rank {self.comm.rank}: overlap_report: no synchronised backward was made yet")
-        first = FIRST_BUCKET_BYTES if len(self.reducer.settings.caps) == 2 else None
-        caps, slowness = forecast(
-            times, self.reducer.layout.entries, self.reducer.members.sparse, self.comm.predicted_seconds, first
-        )
-        return report(times, caps, slowness)
-
-    def straggler_report(self) -> StragglerReport:
-        """Reports which rank the others waited for over the last iterations; the same on all ranks. Collective."""
-        return straggler_report(self.comm, self.reducer.clock.arrivals)
 
     @classmethod
     def _get_active_ddp_module(cls) -> Any:

@@ -17,6 +17,7 @@ from ringred.buckets import FIRST_BUCKET_BYTES, MIB
 from ringred.collectives.registry import algorithms, lookup
 from ringred.data_parallel.layout import Members, Settings
 from ringred.data_parallel.policy import Policy
+from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
 from ringred.errors import UnknownAlgorithm, UnsupportedTensor
 from ringred.runtime.folds import ReduceOp, reduce_op
 from ringred.runtime.select import AUTOMATIC, RANK_ORDER
@@ -192,6 +193,25 @@ def algorithm_of(algorithm: str, grid: Sequence[int] | None, deterministic: bool
             f"{', '.join(names)}"
         )
     return RANK_ORDER if algorithm == "auto" else algorithm
+
+
+def recovers(on_failure: str, module: nn.Module, as_views: bool) -> bool:
+    """Whether ranks go on after a failure. Raises `ValueError` if the model cannot."""
+    if on_failure not in ("raise", "shrink"):
+        raise ValueError(f"DistributedDataParallel: on_failure is 'raise' or 'shrink', got {on_failure!r}")
+    if on_failure == "raise":
+        return False
+    if as_views:
+        raise ValueError(
+            "on_failure='shrink' does not go with gradient_as_bucket_view=True: a step is repeated from the gradients "
+            "of each rank, which a failed reduction of views leaves half reduced"
+        )
+    if any(isinstance(part, (SyncBatchNorm, nn.SyncBatchNorm)) for part in module.modules()):
+        raise ValueError(
+            "on_failure='shrink' does not go with SyncBatchNorm: it communicates within forward and backward, which "
+            "cannot be repeated in part"
+        )
+    return True
 
 
 def as_text(settings: Settings, desync_check_every: int, plan: BucketPlan | str | Path | None) -> list[str]:

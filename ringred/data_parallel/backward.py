@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ringred.buckets import Bucket, SparseBucket
 from ringred.data_parallel.layout import Layout
-from ringred.data_parallel.reductions import InFlight, Nothing
+from ringred.data_parallel.recovery import RECOVERABLE
+from ringred.data_parallel.reductions import Failed, InFlight, Nothing
 from ringred.errors import NonFiniteGradient, UnsupportedTensor
 from ringred.runtime.folds import ReduceOp
-from ringred.runtime.work import Work
 
 __all__ = ["Backward", "Forward"]
 
@@ -61,7 +61,8 @@ class Backward:
         self.works: list[InFlight] = []
         self.used_somewhere: Tensor | None = None
         self._used, self._asks_for_use, self._on_launched = used, asks_for_use, on_launched
-        self._behind: list[Work[None]] = []
+        self._behind: list[InFlight] = []
+        self._scale_failed: BaseException | None = None
         self._found: Tensor | None = None
         self._non_finite = -1, 0, 0
         for bucket in layout.buckets:
@@ -104,11 +105,20 @@ class Backward:
         gradient = parameter.grad
         if gradient is not None:
             self._check_gradient(at, gradient, bucket)
-        scale = None if self.forward.scale is None else self.forward.scale()
+        scale = self._scale()
         # With a factor of 0 the gradient is not read at all: it may be NaN.
         bucket.put(place, None if scale == 0.0 else gradient, scale)
         if gradient is not None and self.layout.settings.as_views and isinstance(bucket, Bucket):
             parameter.grad = bucket.views[place]
+
+    def _scale(self) -> float | None:
+        try:
+            return None if self.forward.scale is None else self.forward.scale()
+        except RECOVERABLE as failure:
+            if not self.layout.settings.recovers:
+                raise
+            self._scale_failed = failure  # heard of when the results are waited for
+            return None
 
     def _put_all(self, bucket: Bucket | SparseBucket) -> None:
         given = [self.layout.members.parameters[at].grad for at in bucket.indices]
@@ -149,8 +159,8 @@ class Backward:
                 self.works.append(Nothing())
             else:
                 op = self.layout.settings.op if self.forward.scale is None else ReduceOp.SUM
-                purpose = f"bucket {len(self.works)} of {self.purpose}"
-                self.works.append(self.layout.reduction(len(self.works), op).start(purpose))
+                number = len(self.works)
+                self.works.append(self._started(lambda: self._start(number, op)))  # noqa: B023  # called at once
             if len(self.works) == len(buckets):
                 self._launch_behind()
                 self._on_launched()
@@ -160,12 +170,36 @@ class Backward:
         if self._asks_for_use:
             self.used_somewhere = torch.zeros(len(self.left), dtype=torch.uint8)
             self.used_somewhere[list(self._used)] = 1
-            self._behind.append(self.layout.comm.all_reduce(self.used_somewhere, ReduceOp.MAX, async_op=True))
+            used = self.used_somewhere
+            self._behind.append(self._started(lambda: self.layout.comm.all_reduce(used, ReduceOp.MAX, async_op=True)))
         if self.layout.settings.check_finite:
-            self._found = torch.empty(3 * self.layout.comm.size, dtype=torch.int64)
-            work = self.layout.comm.all_gather(self._found, torch.tensor(self._non_finite), async_op=True)
-            assert work is not None, "asynchronous calls return their work"
-            self._behind.append(work)
+            found = self._found = torch.empty(3 * self.layout.comm.size, dtype=torch.int64)
+            mine = torch.tensor(self._non_finite)
+            self._behind.append(self._started(lambda: self.layout.comm.all_gather(found, mine, async_op=True)))
+
+    def _start(self, number: int, op: ReduceOp) -> InFlight:
+        return self.layout.reduction(number, op).start(f"bucket {number} of {self.purpose}")
+
+    def _started(self, start: Callable[[], InFlight | None]) -> InFlight:
+        """What `start` started. If the ranks go on after failures, one of now is heard of when the result is waited
+        for: in the middle of backward it would end that."""
+        try:
+            work = start()
+        except RECOVERABLE as failure:
+            if not self.layout.settings.recovers:
+                raise
+            return Failed(failure)
+        assert work is not None, "asynchronous calls return their work"
+        return work
+
+    def again(self) -> None:
+        """Starts the reductions of all buckets, from the gradients that the parameters have."""
+        for number, bucket in enumerate(self.layout.buckets):
+            for place, at in enumerate(bucket.indices):
+                self._put(at, bucket, place)
+            bucket.missing = 0
+            self.full_ns[number] = time.monotonic_ns()
+        self._launch_full()
 
     def _note_non_finite(self, bucket: Bucket | SparseBucket) -> None:
         """If a gradient holds NaN or infinity, notes it and zeroes the bucket, so that no other rank receives them."""
@@ -184,12 +218,12 @@ class Backward:
         for number, bucket in enumerate(self.layout.buckets):
             for place in range(len(bucket.indices)):
                 bucket.put(place, None)
-            self.works.append(self.layout.reduction(number, op).start(f"bucket {number} of {self.purpose}"))
+            self.works.append(self._start(number, op))
         self._launch_behind()
 
     def wait(self) -> None:
         """Waits for all reductions, even after a failure, because they use the buckets; raises the first failure."""
-        failures = []
+        failures = [] if self._scale_failed is None else [self._scale_failed]
         for work in (*self.works, *self._behind):
             try:
                 work.wait()

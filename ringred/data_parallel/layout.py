@@ -44,6 +44,7 @@ class Settings:
     batched_copy: bool = False
     check_finite: bool = False
     deterministic: bool = False
+    recovers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

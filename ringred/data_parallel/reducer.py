@@ -17,7 +17,10 @@ from ringred.data_parallel.clock import Clock
 from ringred.data_parallel.graph import leaves_behind, tensors_in
 from ringred.data_parallel.layout import Layout, Members, Settings
 from ringred.data_parallel.policy import Policy
+from ringred.data_parallel.recovery import Recovery
 from ringred.data_parallel.reductions import CommHook, Nothing, Share
+from ringred.data_parallel.repeating import carried_through
+from ringred.data_parallel.replicas import agreed_plan
 from ringred.runtime.folds import ReduceOp
 
 __all__ = ["Reducer"]
@@ -42,6 +45,8 @@ class Reducer:
     ) -> None:
         self.comm, self.members, self.settings, self.name = comm, members, settings, name
         self.layout = Layout(comm, members, settings, plan)
+        self.recovery = Recovery.of(comm) if settings.recovers else None
+        self.weighed_again: Callable[[], Callable[[], float]] | None = None  # weighs once more, over the ranks of now
         self.rebuilt = plan is not None or (settings.find_unused and not settings.static_graph)
         self.clock = Clock(comm.runner_on(members.parameters[0].device).device.here)
         self._reduced = False  # whether a backward was reduced yet, by `shadow` or not
@@ -106,7 +111,7 @@ class Reducer:
                 at for at, p in enumerate(self.members.parameters) if id(p) not in used and self._firings[at]
             ]
         self._open, self._presumed_unused = False, frozenset()
-        self._pass = self._new_backward(forward)
+        self._pass = self.new_backward(forward)
         self.clock.forward_ended()
         on_backward = weakly(self, Reducer.on_backward, forward)
         for tensor in tensors:
@@ -119,7 +124,7 @@ class Reducer:
         if self._pass is not None and not self._pass.touched:
             self._pass = None
 
-    def _new_backward(self, forward: Forward) -> Backward:
+    def new_backward(self, forward: Forward, launched: Callable[[], None] | None = None) -> Backward:
         settings = self.settings
         return Backward(
             self.layout,
@@ -127,7 +132,7 @@ class Reducer:
             self._firings,
             self._used,
             asks_for_use=self._used_always is None if settings.static_graph else settings.find_unused,
-            on_launched=weakly(self, Reducer._finish_at_the_end),
+            on_launched=launched or weakly(self, Reducer._finish_at_the_end),
         )
 
     # ------------------------------------------------------------------ backward
@@ -149,7 +154,7 @@ class Reducer:
         self._open = True
         at_the_end_of_backward(self._close)
         if self._pass is None:
-            self._pass = self._new_backward(forward)
+            self._pass = self.new_backward(forward)
 
     def _close(self) -> None:
         """Runs at the end of a backward that went through outputs of forward."""
@@ -273,7 +278,10 @@ class Reducer:
         ended = self.clock.ended()
         now, self._pass = self._pass, None
         assert now is not None, "a backward that ends has begun"
-        now.wait()
+        if self.recovery is None:
+            now.wait()
+        else:
+            now = carried_through(self, now, self.recovery)
         self._note_reduced(now)
         now.forward.reduced = True
         if not self.rebuilt:
@@ -289,6 +297,14 @@ class Reducer:
         if self.settings.op is ReduceOp.SUM:
             held = [(at, parameter.grad) for at, parameter in enumerate(self.members.parameters)]
             self._summed = [(at, weakref.ref(g), g._version) for at, g in held if g is not None]
+
+    def adopt(self, comm: Communicator) -> None:
+        """From here on gradients are reduced over the ranks of `comm`, in the buckets of rank 0 there. Collective. A
+        backward that is under way keeps its own."""
+        plan, self.rebuilt = agreed_plan(comm, self.layout.plan, self.rebuilt)
+        self.comm, self.layout = comm, Layout(comm, self.members, self.settings, plan)
+        if self._pass is not None and not self._pass.touched:
+            self._pass = self.new_backward(self._pass.forward)
 
     def _note_reduced(self, now: Backward) -> None:
         self._reduced = True
@@ -307,9 +323,14 @@ class Reducer:
 
     # ------------------------------------------------------------------ between two backwards
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether `rebuild` has something to do. The same on all ranks."""
+        return self._reduced and not self.rebuilt
+
     def rebuild(self) -> None:
         """Lays the buckets out anew, once, in the order in which rank 0's first gradients became ready."""
-        if self.rebuilt or not self._reduced:
+        if not self.rebuilds:
             return
         self.rebuilt = True
         laid_out = [at for indices in self.layout.plan for at in indices if at not in self.members.delayed]
@@ -344,6 +365,8 @@ class Reducer:
         """From here on each rank gets only its share of the reduced gradients, in fixed buckets given by `plan`. Raises
         `RuntimeError` once a backward was reduced."""
         self._expect_fresh("gradients are shared out")
+        if self.recovery is not None:
+            raise ValueError("a ShardedOptimizer does not go with on_failure='shrink': a rank's share goes with it")
         self.rebuilt = True
         return self.layout.shard(plan)
 
@@ -354,7 +377,7 @@ class Reducer:
     def shadow(self, scaled: bool) -> None:
         """Takes part, with zeros, in the reductions of a backward that other ranks make and this one does not.
         `scaled` is whether they scale their gradients."""
-        now = self._new_backward(Forward())
+        now = self.new_backward(Forward())
         self._begin(now)
         # This rank's gradients may be views of the buckets, and must not change.
         kept = [bucket.flat.clone() for bucket in self.layout.buckets if isinstance(bucket, Bucket)]

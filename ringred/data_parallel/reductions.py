@@ -19,6 +19,7 @@ from ringred.runtime.work import Work
 __all__ = [
     "SPARSE_ROWS",
     "CommHook",
+    "Failed",
     "GradBucket",
     "HookReduction",
     "InFlight",
@@ -69,6 +70,17 @@ class Nothing:
 
     def wait(self) -> None:
         pass
+
+
+class Failed:
+    """A reduction that could not be started."""
+
+    def __init__(self, failure: BaseException) -> None:
+        self.started_ns = self.ended_ns = time.monotonic_ns()
+        self._failure = failure
+
+    def wait(self) -> None:
+        raise self._failure
 
 
 class GradBucket:

@@ -13,7 +13,7 @@ from ringred.errors import ModelMismatch, ReplicasDiverged
 from ringred.runtime.folds import SUPPORTED, ReduceOp
 from ringred.runtime.tensors import carried
 
-__all__ = ["average_tensors", "broadcast_tensors", "check_same_model", "check_same_values"]
+__all__ = ["agreed_plan", "average_tensors", "broadcast_tensors", "check_same_model", "check_same_values"]
 
 _COALESCED_BYTES = 250 << 20  # copied in parts of this size, as torch does
 _LANES = 1024  # checksums add words along rows of this length and across them, and weight the sums by position
@@ -109,6 +109,21 @@ def average_tensors(comm: Communicator, tensors: Sequence[Tensor]) -> None:
     for part, flat in _coalesced(comm, tensors):
         comm.all_reduce(flat, ReduceOp.AVG)
         _write_back(part, flat)
+
+
+def agreed_plan(comm: Communicator, plan: Sequence[Sequence[int]], fixed: bool) -> tuple[list[list[int]], bool]:
+    """The plan of rank 0, and whether it is `fixed` there; all ranks have as many parameters. Collective."""
+    lengths = [len(bucket) for bucket in plan]
+    head = torch.tensor([len(plan), fixed], dtype=torch.int64)
+    comm.broadcast(head, 0)
+    buckets, is_fixed = head.tolist()
+    table = torch.zeros(buckets + sum(lengths), dtype=torch.int64)
+    if comm.rank == 0:
+        table.copy_(torch.tensor([*lengths, *(at for bucket in plan for at in bucket)]))
+    comm.broadcast(table, 0)
+    places = iter(table[buckets:].tolist())
+    agreed = [[next(places) for _ in range(length)] for length in table[:buckets].tolist()]
+    return agreed, bool(is_fixed)
 
 
 def _coalesced(comm: Communicator, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -19,6 +19,7 @@ class Weights:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self._samples: float | None = None
+        self._last = 0.0
 
     @property
     def given(self) -> bool:
@@ -37,9 +38,11 @@ class Weights:
         self._samples = float(samples)
 
     def gathered(self) -> Callable[[], float]:
-        """Starts to add up the samples of all ranks; the result returns this rank's part of them. Collective."""
-        assert self._samples is not None, "weights were given"
-        mine, self._samples = self._samples, None
+        """Starts to add up the samples of all ranks; the result returns this rank's part of them. Collective. Called
+        again, it does so for what was given last."""
+        if self._samples is not None:
+            self._last, self._samples = self._samples, None
+        mine = self._last
         total = torch.tensor([mine], dtype=torch.float64)
         work = self.comm.all_reduce(total, async_op=True)
         known: list[float] = []

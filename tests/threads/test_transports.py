@@ -119,8 +119,8 @@ def test_the_kit_is_not_blind() -> None:
 def test_a_rank_that_is_alone_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cuts messages and chooses algorithms as the others do, in groups of some ranks too."""
     here, store, size = threading.local(), HashStore(), 3
-    place = neighbours._place
-    monkeypatch.setattr(neighbours, "_place", lambda: f"{place()} {here.host}".replace(" ", "/"))
+    place = neighbours.place
+    monkeypatch.setattr(neighbours, "place", lambda: f"{place()} {here.host}".replace(" ", "/"))
     texts, meeting, found = [""] * size, threading.Barrier(size), [[]] * size
 
     def rank_main(rank: int) -> None:
