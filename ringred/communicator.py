@@ -79,7 +79,7 @@ class Communicator(Operations, Choosing, Renewing):
         self._making = threading.RLock()
         self._above: Communicator | None = None  # the one that it is a part of, or a duplicate
         self._runner = Runner(transport, self.config.timeout, name, self.config.blocking, self.config.sites)
-        self._take_seat(seat)
+        self._take_seat(seat, self.config.stall_seconds)
         self._splits = 0
         self._children: weakref.WeakSet[Communicator] = weakref.WeakSet()
         if self.config.trace and name == "world":
@@ -196,6 +196,11 @@ class Communicator(Operations, Choosing, Renewing):
         self._sides.append(there)
         self._runner.followers.append(there.abort)
         return there
+
+    @property
+    def runner(self) -> Runner:
+        """What runs its collectives."""
+        return self._runner
 
     def runner_on(self, device: torch.device) -> Runner:
         """What runs the collectives on tensors of `device`. The first call for it is collective."""

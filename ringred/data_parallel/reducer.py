@@ -253,6 +253,7 @@ class Reducer:
     def _begin(self, now: Backward) -> None:
         self._began += 1
         now.purpose = f"backward {self._began}{self.name}"
+        self.comm.note("step", self._began)
 
     def on_trigger(self) -> None:
         """Called when the gradient for which the delayed parameters wait has been accumulated."""

@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-__all__ = ["call_site"]
+__all__ = ["call_site", "in_libraries"]
 
 _LIBRARIES = (
     str(Path(__file__).resolve().parents[1]) + os.sep,
@@ -19,8 +19,13 @@ _LIBRARIES = (
 )
 
 
+def in_libraries(file: str) -> bool:
+    """Whether a file is part of ringred, torch, or what calls the user's code."""
+    return file.startswith(_LIBRARIES)
+
+
 def call_site(frame: FrameType) -> str:
     """FILE:LINE of the innermost frame outside of ringred and torch."""
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+    while frame.f_back is not None and in_libraries(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -9,6 +9,7 @@
 | RINGRED_TUNING | file of measured costs that "auto" uses; off: built-in costs | ~/.cache/ringred/tuning.json |
 | RINGRED_COMPILED | off: plans on shared memory are run by Python, not by the compiled player | on |
 | RINGRED_CHECK | sites: ranks must also call at the same file and line, or get a CollectiveMismatch | arguments |
+| RINGRED_STALL_SECONDS | a rank that waits longer says once who is missing; 0: it does not | 10 |
 | RINGRED_BLOCKING | on: the host waits for the device in every call, which so raises its own failure | off |
 | RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
 """
@@ -34,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of a communicator; `timeout` is in seconds. `tuning` is None for built-in costs."""
+    """Settings of a communicator; times are in seconds. `tuning` is None for built-in costs."""
 
     timeout: float = 300.0
     segment_bytes: int | None = None
@@ -45,6 +46,7 @@ class Config:
     compiled: bool = True
     blocking: bool = False
     sites: bool = False
+    stall_seconds: float = 10.0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -61,7 +63,12 @@ class Config:
             compiled=_choice("RINGRED_COMPILED", env.get("RINGRED_COMPILED"), ("on", "off")) != "off",
             blocking=_choice("RINGRED_BLOCKING", env.get("RINGRED_BLOCKING"), ("on", "off")) == "on",
             sites=_choice("RINGRED_CHECK", env.get("RINGRED_CHECK"), ("sites", "arguments")) == "sites",
+            stall_seconds=_seconds("RINGRED_STALL_SECONDS", env.get("RINGRED_STALL_SECONDS", "10")),
         )
+
+
+def _seconds(name: str, text: str) -> float:
+    return 0.0 if text == "0" else _positive(name, text)
 
 
 def _positive(name: str, text: str) -> float:

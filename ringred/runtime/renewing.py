@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable
 from ringred.runtime.seat import Renewed, Seat, agreed_text
+from ringred.runtime.stall import watch
 from ringred.transports.membership.agree import agree
 
 __all__ = ["Renewing", "seated"]
@@ -24,16 +26,26 @@ class Renewing:
     seat: Seat | None
     successor: Any
     """The communicator that took its place, if one did."""
+    thread: int
+    stalls: int
+    """How often a call took so long that it said who was missing (RINGRED_STALL_SECONDS)."""
 
-    def _take_seat(self, seat: Seat | None) -> None:
+    def _take_seat(self, seat: Seat | None, stall_seconds: float) -> None:
         self.seat, self.successor = seat, None
+        self.thread, self.stalls = threading.get_ident(), 0
         if seat is not None:
             seat.member.hold()
+            watch(self, stall_seconds)
 
     def _leave_seat(self) -> None:
         if self.seat is not None:
             self.seat.member.leave(self.seat.view)
             self.seat.member.let_go()
+
+    def note(self, name: str, value: Any) -> None:
+        """Tells who asks what the ranks do (`ringred status`) a fact of this one, as JSON."""
+        if self.seat is not None:
+            self.seat.member.facts[name] = value
 
     def newest(self: C) -> C:
         """This communicator, or the one that took its place in the end."""

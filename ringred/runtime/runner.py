@@ -61,6 +61,7 @@ class Runner:
         self._outgoing: deque[list[Request]] = deque()
         self._started: deque[Work[None]] = deque()  # to find those that failed while nobody waited for them
         self._current: tuple[int, Call, str | FrameType, bool] | None = None
+        self._last: tuple[int, Call] | None = None
         self._one_way: deque[Doing] = deque(maxlen=_ONE_WAY)  # done perhaps before others began, since all last had
         self._failure: RingredError | None = None
         self._told = False  # whether a call has raised that
@@ -145,7 +146,7 @@ class Runner:
                     self.abort(failure)
                     raise
                 finally:
-                    self._current = None
+                    self._last, self._current = (number, call), None
                 if left:
                     began = plan.tape.words[Tape.DEADLINE] - self.timeout_ns if plan.tape.words[Tape.PLAYING] else None
                     self._run(prepared, number, frame, began)
@@ -255,11 +256,24 @@ class Runner:
             f"{where}: this communicator is unusable since an earlier failure: {self._failure}"
         ) from self._failure
 
+    def seen(self) -> tuple[object, Doing, bool]:
+        """The call that is under way, or else the last one, as any thread may ask: what no other call equals, what it
+        is, and whether it is under way. The place of the last one is not known any more."""
+        current, last = self._current, self._last
+        if current is not None:
+            return (current[0], id(current)), self._told_of(current), True
+        if last is None:
+            return None, self._told_of(None), False
+        return None, Doing(self._sequence, _numbered(last[1], last[0]), ""), False
+
     def _doing(self) -> Doing:
         """The call that is under way."""
-        if self._current is None:
+        return self._told_of(self._current)
+
+    def _told_of(self, current: tuple[int, Call, str | FrameType, bool] | None) -> Doing:
+        if current is None:
             return Doing(self._sequence, "no collective", "")
-        number, call, site, of_a_pair = self._current
+        number, call, site, of_a_pair = current
         text = _numbered(call, number)
         # All ranks count collectives in the same way; a call between two ranks gets the number of the last collective.
         turn = self._sequence if of_a_pair else number
@@ -318,7 +332,7 @@ class Runner:
                 _, text, where = self._doing()
                 self.tracer.span("collective", text, int(began * 1e9), time.monotonic_ns(), site=where)
         finally:
-            self._current = None
+            self._last, self._current = (number, call), None
         return rest
 
     def _play(self, prepared: Prepared, contract: int, turn: int) -> None:

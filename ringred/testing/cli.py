@@ -1,4 +1,4 @@
-"""The `ringred` command: verify, explain, topology, serve, keys, doctor."""
+"""The `ringred` command: verify, explain, topology, serve, keys, status, doctor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ringred.runtime.config import mpirun_environment
 from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
 from ringred.schedule.draw import draw
+from ringred.testing.status_command import add_status
 from ringred.topology.detect import machine
 from ringred.topology.gpus import gpus
 from ringred.topology.model import flat
@@ -89,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="make the keys of a job of a parameter server")
     keys.add_argument("file", type=Path, help="a new file, which only its owner can read")
     keys.set_defaults(command=_keys)
+
+    add_status(commands)
 
     doctor = commands.add_parser("doctor", help="check what ringred needs here, and say how to mend it")
     doctor.set_defaults(command=_doctor)

@@ -116,6 +116,7 @@ def run_ranks(
     driver: Callable[[int], Driver] | None = None,
     return_exceptions: bool = False,
     sites: bool = False,
+    stall_seconds: float = 10.0,
 ) -> list[T]:
     """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
 
@@ -126,9 +127,9 @@ def run_ranks(
     Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
     `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that raised one is
     raised, after all have ended; with `return_exceptions` each rank's is returned as its result. `sites` is
-    RINGRED_CHECK=sites.
+    RINGRED_CHECK=sites, `stall_seconds` is RINGRED_STALL_SECONDS.
     """
-    config = Config(timeout=timeout, segment_bytes=segment_bytes, sites=sites)
+    config = Config(timeout=timeout, segment_bytes=segment_bytes, sites=sites, stall_seconds=stall_seconds)
     make = connect(transport, size, slots=slots, timeout=timeout, driver=driver)
     seats = _seats(transport, size, config) if size > 1 and not transport.endswith(":fake") else None
     results: list[Any] = [None] * size

@@ -42,6 +42,7 @@ class Member:
         self.identity = secrets.token_hex(8)
         self.describe: Callable[[], dict[str, Any]] = dict
         self.everyone: Callable[[], dict[str, Any]] = dict  # asks all members, which takes a while
+        self.facts: dict[str, Any] = {}  # what the program tells of itself, as JSON
         self.news = threading.Condition()
         """Notified when somebody comes or goes."""
         self._views: dict[str, View] = {}
