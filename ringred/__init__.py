@@ -31,6 +31,8 @@ from ringred.errors import (
 
 if TYPE_CHECKING:
     from ringred.communicator import Communicator, init
+    from ringred.data_parallel.elastic import Elastic
+    from ringred.data_parallel.sampling import ElasticSampler
     from ringred.data_parallel.sync_batchnorm import SyncBatchNorm
     from ringred.ddp import DistributedDataParallel
     from ringred.parameter_server.training import ParameterServer
@@ -42,6 +44,8 @@ __all__ = [
     "CollectiveTimeout",
     "Communicator",
     "DistributedDataParallel",
+    "Elastic",
+    "ElasticSampler",
     "GridError",
     "ModelMismatch",
     "NonFiniteGradient",
@@ -68,6 +72,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "Communicator": "ringred.communicator",
     "DistributedDataParallel": "ringred.ddp",
+    "Elastic": "ringred.data_parallel.elastic",
+    "ElasticSampler": "ringred.data_parallel.sampling",
     "ParameterServer": "ringred.parameter_server.training",
     "ReduceOp": "ringred.runtime.folds",
     "SyncBatchNorm": "ringred.data_parallel.sync_batchnorm",

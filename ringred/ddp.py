@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,11 +17,11 @@ from ringred.communicator import Communicator, default_communicator
 from ringred.data_parallel import arguments
 from ringred.data_parallel.arguments import BucketPlan
 from ringred.data_parallel.as_given import AsGiven
+from ringred.data_parallel.going_on import GoingOn, next_name
 from ringred.data_parallel.join import UnevenInputs, check_joinable
 from ringred.data_parallel.layout import Members, Settings
 from ringred.data_parallel.moving import moved
 from ringred.data_parallel.policy import Policy, comm_hook
-from ringred.data_parallel.recovery import Change
 from ringred.data_parallel.reducer import Reducer
 from ringred.data_parallel.reductions import CommHook
 from ringred.data_parallel.replicas import broadcast_tensors, check_same_model
@@ -33,10 +32,8 @@ from ringred.runtime.folds import ReduceOp
 
 __all__ = ["DistributedDataParallel"]
 
-_wrappers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
 
-
-class DistributedDataParallel(nn.Module, Reporting):
+class DistributedDataParallel(nn.Module, GoingOn, Reporting):
     """Trains `module` on every rank with the gradients averaged over all ranks: torch's DDP over ringred.
 
     Parameters and buffers of rank 0 are copied to all ranks at the start (`init_sync`), after a check that all
@@ -135,9 +132,8 @@ class DistributedDataParallel(nn.Module, Reporting):
         if init_sync:
             buffers = [buffer for name, buffer in module.named_buffers() if name not in ignored]
             broadcast_tensors(self.comm, [*(p for _, p in named), *(buffers if init_buffers else [])])
-        number = _wrappers[self.comm] = _wrappers.get(self.comm, 0) + 1
-        name = f" of model {number}" if number > 1 else ""
-        self._begin(module, ignored, desync_check_every, Reducer(self.comm, members, settings, plan, name))
+        reducer = Reducer(self.comm, members, settings, plan, next_name(self.comm))
+        self._begin(module, ignored, desync_check_every, reducer)
 
     def _begin(self, module: nn.Module, ignored: set[str], desync_check_every: int, reducer: Reducer) -> None:
         self.module, self.parameters_to_ignore, self.reducer = module, ignored, reducer
@@ -148,9 +144,9 @@ class DistributedDataParallel(nn.Module, Reporting):
         self._sync_buffers_next = True
         self._weights = Weights(self.comm)
         self._uneven: UnevenInputs | None = None
-        self._recovery = reducer.recovery
-        if self._recovery is not None:
-            self._recovery.enrol(self)
+        self.recovery = reducer.recovery
+        if self.recovery is not None:
+            self.recovery.enrol(self)
             reducer.weighed_again = self._weights.gathered
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistributedDataParallel:
@@ -198,6 +194,8 @@ class DistributedDataParallel(nn.Module, Reporting):
         copying = self.forward_sync_buffers and self._sync_buffers_next
         root, scale = 0, cast("Callable[[], float] | None", None)
         if syncing:
+            if self.recovery is not None:
+                self.recovery.between_steps()
             reducer.check_finished()
             self._as_given.check(self.module, self.reducer.settings.find_unused)
         began = time.monotonic_ns()
@@ -222,10 +220,10 @@ class DistributedDataParallel(nn.Module, Reporting):
                 self.check_desync()
             broadcast_tensors(self.comm, buffers, root)
 
-        if self._recovery is None:
+        if self.recovery is None:
             meet()
         elif weighed or checking or buffers or (syncing and reducer.rebuilds):
-            met = self._recovery.through(meet)
+            met = self.recovery.through(meet)
             if weighed and not met:  # others are further, and weigh again in their backward
                 scale = self._weights.gathered()
         reducer.clock.waited(time.monotonic_ns() - began)
@@ -268,17 +266,6 @@ class DistributedDataParallel(nn.Module, Reporting):
         """The buffers as they are now: a module may put new tensors in their places."""
         return [buffer for name, buffer in self.module.named_buffers() if name not in self.parameters_to_ignore]
 
-    # ------------------------------------------------------------------ other ranks
-
-    def tells(self) -> None:
-        """Nothing: see `Recovery`."""
-
-    def adopt(self, change: Change) -> None:
-        """Goes on over the ranks of `change`. Collective."""
-        self.comm = self._weights.comm = change.comm
-        _wrappers[change.comm] = max(_wrappers.values())
-        self.reducer.adopt(change.comm)
-
     # ------------------------------------------------------------------ uneven inputs
 
     @contextmanager
@@ -299,7 +286,7 @@ class DistributedDataParallel(nn.Module, Reporting):
         if not enable:
             yield
             return
-        if self._recovery is not None:
+        if self.recovery is not None:
             raise ValueError("join does not go with on_failure='shrink'")
         check_joinable(self.module, self.reducer.layout, throw_on_early_termination)
         self._uneven = UnevenInputs(self.comm, divide_by_initial_world_size, throw_on_early_termination)
@@ -343,7 +330,7 @@ class DistributedDataParallel(nn.Module, Reporting):
         already has a hook or a backward was already reduced.
         """
         arguments.check_hook(hook)
-        if self._recovery is not None:
+        if self.recovery is not None:
             raise ValueError("a communication hook does not go with on_failure='shrink': it has a state of the ranks")
         if self.reducer.layout.hooked:
             raise RuntimeError("register_comm_hook can only be called once")

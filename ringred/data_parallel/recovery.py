@@ -8,6 +8,8 @@ gradient is counted twice or lost but those of the ranks that are gone, and no o
 
 A forward's collectives may have been passed by some and not by others (the root of a broadcast runs ahead); those
 behind leave them out.
+
+Processes that join do so before a forward, where all ranks are equally far: `commit` tells all that somebody waits.
 """
 
 from __future__ import annotations
@@ -21,23 +23,25 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ringred.communicator import Communicator
-from ringred.errors import CollectiveTimeout, PeerFailed
+from ringred.data_parallel.trees import broadcast_tree
+from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.runtime.folds import ReduceOp
+from ringred.transports.membership.view import View
 
 __all__ = ["RECOVERABLE", "Change", "Party", "Recovery"]
 
 RECOVERABLE = (PeerFailed, CollectiveTimeout)
 """What the ranks that are left can go on after."""
+_JOINS = -1  # the phases of a rank that has none yet
 
 
 class Change(NamedTuple):
-    """The ranks go on over `comm`. By rank there: the rank that each had before, None for those that join, and what its
-    party told (`Party.tells`). Before, there were `size` ranks."""
+    """From `size` ranks to others. By rank from then on: the rank that each had before, None for those that join, and
+    what its party told (`Party.tells`), None as well."""
 
-    comm: Communicator
+    size: int
     was: Sequence[int | None]
     told: Sequence[Any]
-    size: int
 
 
 class Party(Protocol):
@@ -46,18 +50,32 @@ class Party(Protocol):
     def tells(self) -> Any:
         """What those on all ranks have to know of this one (JSON)."""
 
-    def adopt(self, change: Change) -> None:
-        """Goes on over the ranks of `change`. Collective; may be called again if that fails."""
+    def follow(self, change: Change) -> None:
+        """Does what follows from `change` by itself: on all ranks that were there, but not on those that join."""
+
+    def adopt(self, comm: Communicator) -> None:
+        """Goes on over `comm`. Collective; may fail, and be called again with another."""
+
+    def handed_over(self) -> Any:
+        """What one that joins needs: tensors and plain data (`trees`)."""
+
+    def take_over(self, state: Any) -> None:
+        """Goes on as one that has joined."""
 
 
 class Recovery:
-    """What the parties of a communicator have in common. `recoveries` are the seconds that each change has taken."""
+    """What the parties of a communicator have in common. `recoveries` are the seconds that each change has taken.
+    `hands_over` is whether there is all that a process needs to join."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self.recoveries: list[float] = []
+        self.hands_over = False
+        self._joins = comm.seat is not None and comm.seat.view.generation < 0
         self._phases = 0  # passed by this rank
         self._known = 0  # passed by some rank, when they changed last
+        self._followed = comm.seat.view.generation if comm.seat is not None else 0
+        self._awaited = False  # whether somebody waits to join
         self._parties: list[weakref.ref[Party]] = []
 
     @classmethod
@@ -84,9 +102,27 @@ class Recovery:
 
     def commit(self) -> None:
         """Returns once all ranks have their gradients. Collective."""
+        waits = self.hands_over and self.comm.awaited_by_guests()
+        awaited = torch.tensor([int(waits)], dtype=torch.int64)
         with self.comm.for_purpose("the end of a backward"):
-            self.comm.all_reduce(torch.zeros(1, dtype=torch.int64), ReduceOp.MAX)
+            self.comm.all_reduce(awaited, ReduceOp.MAX)
+        self._awaited = bool(awaited.item())
         self.passed()
+
+    def between_steps(self) -> None:
+        """Called before each forward whose backward is reduced. Lets in who waits. Collective."""
+        if self._joins and not self.hands_over:
+            raise RingredError(
+                "a process that joins a training needs all that the others have: make a ringred.Elastic of the model, "
+                "the optimizer and the sampler, and loop over its epochs() or steps()"
+            )
+        if self._joins or self._awaited or self.comm.size < self.comm.config.least_ranks:
+            self.renew(None)
+
+    def join(self) -> None:
+        """Waits until this process is let in, if it is one that joins."""
+        if self._joins:
+            self.renew(None)
 
     def through(self, phase: Callable[[], None]) -> bool:
         """Calls `phase`, the collectives before a forward, until they succeed; False if other ranks had passed them."""
@@ -102,29 +138,37 @@ class Recovery:
 
     # ------------------------------------------------------------------ changes
 
-    def renew(self, failure: BaseException) -> None:
-        """All parties go on without the ranks that are gone. Collective. Raises where they cannot: see
-        `Communicator.shrink`."""
-        began = time.monotonic()
+    def renew(self, failure: BaseException | None) -> None:
+        """All parties go on without the ranks that are gone; if there is no `failure`, with those that wait to join.
+        Collective. Raises where they cannot: see `Communicator.shrink`."""
+        began, size = time.monotonic(), self.comm.size
         while True:
             before = self.comm
             made = before.newest()
-            if made is before:
-                told = [None if party is None else party.tells() for party in self._alive()]
-                made = before.renew({"phases": self._phases, "told": told})
             try:
+                if made is before:
+                    made = before.renew(self._tells(failure is None))
                 self._adopt(before, made)
             except RECOVERABLE as another:
+                if self.comm is before:
+                    raise
                 failure = another
                 continue
             break
+        self._awaited = False
         self.recoveries.append(time.monotonic() - began)
         if made.rank == 0:
-            print(
-                f"ringred: {made.size} of {before.size} ranks go on after {self.recoveries[-1]:.2f} s; {failure}",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = f"ringred: {made.size} ranks go on ({size} before) after {self.recoveries[-1]:.2f} s"
+            print(what if failure is None else f"{what}; {failure}", file=sys.stderr, flush=True)
+
+    def _tells(self, between_steps: bool) -> dict[str, Any]:
+        if self._joins:
+            return {"phases": _JOINS}
+        told = [None if party is None else party.tells() for party in self._alive()]
+        said: dict[str, Any] = {"phases": self._phases, "told": told}
+        if between_steps:
+            said["invites"] = self.comm.config.least_ranks
+        return said
 
     def _alive(self) -> list[Party | None]:
         return [party() for party in self._parties]
@@ -132,15 +176,45 @@ class Recovery:
     def _adopt(self, before: Communicator, made: Communicator) -> None:
         assert made.seat is not None, "it has members"
         assert before.seat is not None, "it had members"
-        self.comm, view = made, made.seat.view
+        self.comm, seat = made, made.seat
         _known[made] = self
-        said = [view.said.get(card.identity, {}) for card in view.members]
-        was = [before.seat.view.rank_of(card.identity) for card in view.members]
+        if not self._joins:
+            for generation in range(self._followed + 1, seat.view.generation + 1):
+                lineage = seat.view.lineage
+                self._follow(seat.member.known(lineage, generation - 1), seat.member.known(lineage, generation))
+        self._followed = seat.view.generation
+        for party in self._alive():
+            if party is not None:
+                party.adopt(made)
+        self._hand_over(seat.view)
+
+    def _follow(self, before: View, after: View) -> None:
+        """All parties follow one change: some ranks may have connected in a view that others only know of."""
+        said = [after.said.get(card.identity, {}) for card in after.members]
         self._known = max(int(one.get("phases", 0)) for one in said)
+        joins = [one.get("phases") == _JOINS for one in said]
+        was = [None if new else before.rank_of(card.identity) for new, card in zip(joins, after.members, strict=True)]
         for place, party in enumerate(self._alive()):
             if party is not None:
-                told = [one.get("told", {place: None})[place] for one in said]
-                party.adopt(Change(made, was, told, before.size))
+                told = [one["told"][place] if "told" in one else None for one in said]
+                party.follow(Change(len(before.members), was, told))
+
+    def _hand_over(self, view: View) -> None:
+        if not any(one.get("phases") == _JOINS for one in view.said.values()):
+            return
+        mine = [self._phases, [None if party is None else party.handed_over() for party in self._alive()]]
+        phases, states = broadcast_tree(self.comm, mine)
+        if not self._joins:
+            return
+        if len(states) != len(self._parties):
+            raise RingredError(
+                f"the ranks that are there have {len(states)} models, samplers and Elastic objects that go on after "
+                f"failures, this process has {len(self._parties)}: it runs another program"
+            )
+        for party, state in zip(self._alive(), states, strict=True):
+            if party is not None:
+                party.take_over(state)
+        self._joins, self._phases, self._known = False, phases, phases
 
 
 _known: weakref.WeakKeyDictionary[Communicator, Recovery] = weakref.WeakKeyDictionary()

@@ -51,6 +51,7 @@ class Reducer:
         self.clock = Clock(comm.runner_on(members.parameters[0].device).device.here)
         self._reduced = False  # whether a backward was reduced yet, by `shadow` or not
         self._began = 0  # number of backwards so far, those of `shadow` included
+        self.steps = 0  # number of those that all ranks have finished
         delayed = set(members.delayed)
         # How often each parameter's hook fires in one backward; with a static graph the first backward counts it.
         self._firings = [0 if at in delayed else 1 for at in range(len(members.parameters))]
@@ -307,8 +308,17 @@ class Reducer:
         if self._pass is not None and not self._pass.touched:
             self._pass = self.new_backward(self._pass.forward)
 
+    def progress(self) -> dict[str, Any]:
+        """How far it has come."""
+        return {"began": self._began, "steps": self.steps, "reduced": self._reduced, "used": self._used_always}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self._began, self.steps, self._reduced = state["began"], state["steps"], state["reduced"]
+        self._used_always = state["used"]
+
     def _note_reduced(self, now: Backward) -> None:
-        self._reduced = True
+        self._reduced, self.steps = True, self.steps + 1
         if self.settings.static_graph and self._used_always is None:
             self._used_always = now.used_somewhere
 

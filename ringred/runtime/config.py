@@ -10,6 +10,7 @@
 | RINGRED_COMPILED | off: plans on shared memory are run by Python, not by the compiled player | on |
 | RINGRED_CHECK | sites: ranks must also call at the same file and line, or get a CollectiveMismatch | arguments |
 | RINGRED_STALL_SECONDS | a rank that waits longer says once who is missing; 0: it does not | 10 |
+| RINGRED_MIN_RANKS | a training that goes on after failures waits for others where fewer are left | 1 |
 | RINGRED_BLOCKING | on: the host waits for the device in every call, which so raises its own failure | off |
 | RINGRED_TRACE | file of the Chrome trace; the rank is put before the suffix | none is written |
 """
@@ -47,6 +48,7 @@ class Config:
     blocking: bool = False
     sites: bool = False
     stall_seconds: float = 10.0
+    least_ranks: int = 1
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -64,6 +66,7 @@ class Config:
             blocking=_choice("RINGRED_BLOCKING", env.get("RINGRED_BLOCKING"), ("on", "off")) == "on",
             sites=_choice("RINGRED_CHECK", env.get("RINGRED_CHECK"), ("sites", "arguments")) == "sites",
             stall_seconds=_seconds("RINGRED_STALL_SECONDS", env.get("RINGRED_STALL_SECONDS", "10")),
+            least_ranks=int(_positive("RINGRED_MIN_RANKS", env.get("RINGRED_MIN_RANKS", "1"))),
         )
 
 
@@ -102,12 +105,18 @@ def _choice(name: str, text: str | None, choices: tuple[str, ...]) -> str | None
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What started this process: "mpi", "store" (RANK, WORLD_SIZE, MASTER_ADDR) or "single"."""
+    """What started this process: "mpi", "store" (RANK, WORLD_SIZE, MASTER_ADDR), "run" (`ringred run`) or "single".
+
+    For "run", `rendezvous` is the card of who keeps it and `secret` the job's; a process that `joins` takes the place
+    of one that failed."""
 
     kind: str
     rank: int
     size: int
     restart: str = "0"
+    rendezvous: str = ""
+    secret: str = ""
+    joins: bool = False
 
 
 # The variables in which Open MPI, MPICH and Intel MPI (PMI, PMIx) and MVAPICH pass the rank and the number of ranks.
@@ -125,6 +134,10 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """Detects from the environment which launcher started this process. Raises `ValueError` if the environment
     describes several ranks but no way to connect them."""
     env = os.environ if environment is None else environment
+    if "RINGRED_RENDEZVOUS" in env:
+        joins = env.get("RINGRED_JOINS") == "1"
+        place, secret = env["RINGRED_RENDEZVOUS"], env["RINGRED_SECRET"]
+        return Launch("run", int(env["RANK"]), int(env["WORLD_SIZE"]), "0", place, secret, joins)
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         return Launch("store", int(env["RANK"]), int(env["WORLD_SIZE"]), restart_count(env))
     rank = next((env[name] for name in _MPI_RANK if name in env), None)

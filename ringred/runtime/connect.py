@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.runtime.config import Config, detect_launch, mpi_environment
-from ringred.runtime.seat import Renewed, Seat, check_alive, take
+from ringred.runtime.config import Config, Launch, detect_launch, mpi_environment
+from ringred.runtime.seat import LINEAGE, Renewed, Seat, check_alive, own_address, take
 from ringred.topology.detect import host_indices, host_name
 from ringred.transports import routed
 from ringred.transports.base import Gather, Transport
 from ringred.transports.local import Hub
+from ringred.transports.membership.card import Card
 from ringred.transports.membership.member import Member
+from ringred.transports.membership.rendezvous import Rendezvous
 from ringred.transports.membership.view import View
 
 __all__ = [
@@ -102,6 +104,22 @@ def by_store(store: Any, rank: int, size: int, config: Config, seated: bool = Tr
     return Connected(transport, host_indices(names), gather, leave, seat)
 
 
+def _by_rendezvous(launch: Launch, config: Config) -> Connected:
+    """The ranks that `ringred run` started; a process that joins them is alone until they let it in."""
+    from ringred.transports.board_store import BoardStore
+
+    rendezvous = Rendezvous(Card.from_text(launch.rendezvous), bytes.fromhex(launch.secret))
+    reconnect = partial(again, config)
+    if launch.joins:
+        member = Member(rendezvous.secret, own_address(config.interface) if rendezvous.keeper.port else None)
+        seat = Seat(member, member.adopt(View(LINEAGE, -1, (member.card,), {})), reconnect, rendezvous)
+        return Connected(Hub(1).transport(0), (0,), lambda text: [text], _nothing, seat)
+    store = BoardStore(rendezvous.keeper, rendezvous.secret, "start", config.timeout)
+    connected = by_store(store, launch.rank, launch.size, config, seated=False)
+    seat = take(connected.gather, launch.rank, connected.hosts, config.interface, reconnect, rendezvous)
+    return connected._replace(seat=seat)
+
+
 def _seat(gather: Gather, rank: int, names: Sequence[str], config: Config) -> Seat | None:
     """The seat of `rank`, whose job goes on over shared memory and Gloo when its ranks change, MPI's too: MPI's own
     messages are not to be relied on after a rank has died."""
@@ -145,7 +163,9 @@ def by_launcher(config: Config) -> Connected:
         return by_process_group(None, config)  # whatever a launcher left in the environment: the ranks are connected
     launch = detect_launch()
     kind = {"mpi": "mpi", "torch_p2p": "store"}.get(config.transport or "", launch.kind)
-    if kind == "mpi":
+    if kind == "run":
+        connected = _by_rendezvous(launch, config)
+    elif kind == "mpi":
         connected = by_mpi(None, config)
     elif kind == "store":
         from ringred.transports.stores import rendezvous
@@ -154,7 +174,7 @@ def by_launcher(config: Config) -> Connected:
     else:
         connected = Connected(Hub(1).transport(0), (0,), lambda text: [text], _nothing)
     transport = connected.transport
-    if transport.size != launch.size and torch_group() is None:
+    if transport.size != launch.size and torch_group() is None and not launch.joins:
         transport.close()
         raise TransportUnavailable(
             f"the launcher started {launch.size} ranks, but {transport.name} connects {transport.size}: is this "

@@ -10,7 +10,9 @@ from typing import Any, TypeVar, cast
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable
 from ringred.runtime.seat import Renewed, Seat, agreed_text
 from ringred.runtime.stall import watch
-from ringred.transports.membership.agree import agree
+from ringred.transports.membership.agree import agree, join
+from ringred.transports.membership.caller import Gone, Silent
+from ringred.transports.membership.view import View
 
 __all__ = ["Renewing", "seated"]
 
@@ -67,16 +69,22 @@ class Renewing:
         """
         return self.renew({}, timeout=timeout)
 
-    def renew(self: C, said: Mapping[str, Any], *, invite: bool = False, timeout: float | None = None) -> C:
-        """As `shrink`, with what each rank says to all the others, which is then in `seat.view.said`. With `invite`,
-        processes that wait to join the job become the last ranks."""
+    def awaited_by_guests(self) -> bool:
+        """Whether some process waits at this rank to join."""
+        return self.seat is not None and bool(self.seat.member.joining(self.seat.view.lineage))
+
+    def renew(self: C, said: Mapping[str, Any], timeout: float | None = None) -> C:
+        """As `shrink`, with what each rank says to all the others, which is then in `seat.view.said`. If all say that
+        they invite others (see `agree`), processes that wait to join become the last ranks; on such a process it waits
+        for that."""
         comm: Any = self
         if self.seat is None:
             raise RingredError(f"rank {self.rank}: {self.name}: expected a communicator of ranks that reach each other")
         seat, seconds = self.seat, comm.config.timeout if timeout is None else timeout
         view, deadline = seat.view, time.monotonic() + seconds
         while True:
-            view = agree(seat.member, view, said, seconds, invite)
+            joins = view.generation < 0
+            view = _joined(seat, said, seconds) if joins else agree(seat.member, view, said, seconds)
             made = None
             try:
                 made = seated(comm, seat._replace(view=view), seat.connect(seat.member, view))
@@ -88,9 +96,23 @@ class Renewing:
                     raise
                 continue
             break
+        if seat.rendezvous is not None and made.rank == 0:
+            seat.rendezvous.tell(view)
         self.successor = made
         comm.close()
         return cast("C", made)
+
+
+def _joined(seat: Seat, said: Mapping[str, Any], seconds: float) -> View:
+    """The view into which this process is let."""
+    assert seat.rendezvous is not None, "who joins was told where"
+    try:
+        members = seat.rendezvous.await_members(seconds)
+        return join(seat.member, seat.view.lineage, members, said, seconds)
+    except (Gone, Silent) as failure:
+        raise TransportUnavailable(
+            f"this process was to join a job that is over, or does not go on: {failure}"
+        ) from None
 
 
 def seated(comm: Any, seat: Seat, connected: Renewed) -> Any:

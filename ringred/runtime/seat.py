@@ -14,10 +14,11 @@ from ringred.transports.base import Gather, Transport
 from ringred.transports.membership.caller import Cut, Gone, Silent
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.member import Member
+from ringred.transports.membership.rendezvous import Rendezvous
 from ringred.transports.membership.view import View
 from ringred.transports.membership.wire import Malformed
 
-__all__ = ["LINEAGE", "Renewed", "Seat", "take"]
+__all__ = ["LINEAGE", "Renewed", "Seat", "agreed_text", "check_alive", "own_address", "take"]
 
 LINEAGE = "world"
 """The name of the communicator of all ranks of a job, whatever its generation."""
@@ -34,11 +35,13 @@ class Renewed(NamedTuple):
 
 class Seat(NamedTuple):
     """The rank's `member`, which others reach, the `view` that its communicator has, and `connect`, which connects the
-    members of another view. The latter is collective among them."""
+    members of another view. The latter is collective among them. `rendezvous` is where those who join
+    ask, if any can."""
 
     member: Member
     view: View
     connect: Callable[[Member, View], Renewed]
+    rendezvous: Rendezvous | None = None
 
     def part(self, name: str, ranks: Sequence[int], connect: Callable[[Member, View], Renewed] | None = None) -> Seat:
         """That of a communicator `name` of some of the ranks."""
@@ -52,18 +55,24 @@ def take(
     hosts: Sequence[object],
     interface: str | None,
     connect: Callable[[Member, View], Renewed],
+    rendezvous: Rendezvous | None = None,
 ) -> Seat:
     """The seat of `rank` among all ranks of a job, which are on `hosts`. Collective.
 
-    The job's secret comes from rank 0, the way that the ranks have of connecting.
+    The job's secret is that of the rendezvous, or comes from rank 0, by the way that the ranks have of connecting.
     """
-    secret = bytes.fromhex(gather(secrets.token_hex(32) if rank == 0 else "")[0])
-    member = Member(secret, _address(interface) if len(set(hosts)) > 1 else None)
+    text = "" if rank or rendezvous is not None else secrets.token_hex(32)
+    secret = bytes.fromhex(gather(text)[0]) if rendezvous is None else rendezvous.secret
+    far = len(set(hosts)) > 1 or (rendezvous is not None and rendezvous.keeper.port > 0)
+    member = Member(secret, own_address(interface) if far else None)
     cards = tuple(Card.from_text(text) for text in gather(member.card.as_text()))
-    return Seat(member, member.adopt(View(LINEAGE, 0, cards, {})), connect)
+    view = member.adopt(View(LINEAGE, 0, cards, {}))
+    if rendezvous is not None and rank == 0:
+        rendezvous.tell(view)
+    return Seat(member, view, connect, rendezvous)
 
 
-def _address(interface: str | None) -> str | None:
+def own_address(interface: str | None) -> str | None:
     """The address at which other hosts reach this one."""
     try:
         return socket.gethostbyname(interface or socket.gethostname())

@@ -73,7 +73,11 @@ def _look_once(pause: float) -> float:
     _waits.look(watched)
     for comm, seconds in watched.items():
         call, _, under_way = comm.runner.seen()
-        if under_way and _waits.of(comm, call) >= seconds - min(2 * pause, seconds / _LOOKS) and _told.get(comm) != call:
+        if (
+            under_way
+            and _waits.of(comm, call) >= seconds - min(2 * pause, seconds / _LOOKS)
+            and _told.get(comm) != call
+        ):
             _told[comm] = call
             _tell(comm)
     return min([_LONGEST_PAUSE, *(seconds / _LOOKS for seconds in watched.values())])

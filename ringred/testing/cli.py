@@ -1,4 +1,4 @@
-"""The `ringred` command: verify, explain, topology, serve, keys, status, doctor."""
+"""The `ringred` command: verify, explain, topology, serve, keys, run, meet, status, doctor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ringred.runtime.config import mpirun_environment
 from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
 from ringred.schedule.draw import draw
+from ringred.testing.run_command import add_run
 from ringred.testing.status_command import add_status
 from ringred.topology.detect import machine
 from ringred.topology.gpus import gpus
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("file", type=Path, help="a new file, which only its owner can read")
     keys.set_defaults(command=_keys)
 
+    add_run(commands)
     add_status(commands)
 
     doctor = commands.add_parser("doctor", help="check what ringred needs here, and say how to mend it")

@@ -201,7 +201,7 @@ def _seats(transport: str, size: int, config: Config) -> Callable[[int, Transpor
 
     def take_seat(rank: int, end: Transport) -> Seat:
         def within(member: Member, view: View) -> Renewed:
-            first = member.first(view.lineage)
+            first = member.known(view.lineage, 0)
             ranks = [first.rank_of(card.identity) for card in view.members]
             part = end.subset([rank for rank in ranks if rank is not None], view.key)
             gather = gatherer(meeting_board(config, member, view), part.rank, part.size, config.timeout)

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "ringred"
 
 PUBLIC = {
     "ringred": (
-        "CollectiveMismatch CollectiveTimeout Communicator DistributedDataParallel GridError ModelMismatch "
-        "NonFiniteGradient ParameterServer PeerFailed PolicyError ReduceOp ReplicasDiverged RingredError "
+        "CollectiveMismatch CollectiveTimeout Communicator DistributedDataParallel Elastic ElasticSampler GridError "
+        "ModelMismatch NonFiniteGradient ParameterServer PeerFailed PolicyError ReduceOp ReplicasDiverged RingredError "
         "SyncBatchNorm TooFewWorkers TransportUnavailable UnknownAlgorithm UnsupportedTensor Work algorithms hooks "
         "init optim reports torch_backend"
     ),

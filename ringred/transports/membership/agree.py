@@ -23,7 +23,7 @@ from typing import Any
 from ringred.errors import PeerFailed
 from ringred.transports.membership.caller import Cut, Gone, Silent
 from ringred.transports.membership.card import Card
-from ringred.transports.membership.member import Member
+from ringred.transports.membership.member import Coming, Member
 from ringred.transports.membership.view import View
 from ringred.transports.membership.wire import Malformed
 
@@ -35,9 +35,10 @@ _SILENT_SECONDS = 5.0  # after which one that does not answer is left out
 _CALLS = 16  # at once
 
 
-def agree(member: Member, view: View, said: Mapping[str, Any], timeout: float, invite: bool = False) -> View:
+def agree(member: Member, view: View, said: Mapping[str, Any], timeout: float) -> View:
     """The view after `view`, the same on all who get one. Collective among the living members of `view`. `said` is what
-    this one tells all. With `invite`, those who wait to join are taken in.
+    this one tells all. If all of them say that they invite others (`said["invites"]`, how many there must be at least),
+    those who wait to join are taken in, and waited for.
 
     A member that is alive, and does not call this within `timeout` seconds, is left out. Raises `PeerFailed` if this
     one was left out by the others, or if those who came are too few to go on.
@@ -48,7 +49,7 @@ def agree(member: Member, view: View, said: Mapping[str, Any], timeout: float, i
         while after is None:
             first = known.first()
             decides = first.identity == member.identity
-            after = _decide(known, said, invite) if decides else _follow(known, first, said)
+            after = _decide(known, said) if decides else _follow(known, first, said)
     after = member.adopt(after)
     if after.rank_of(member.identity) is None:
         others = view.named(after.members)
@@ -130,7 +131,7 @@ class _Known:
         return None if answer.get("view") is None else View.from_fields(answer["view"])
 
 
-def _decide(known: _Known, said: Mapping[str, Any], invite: bool) -> View | None:
+def _decide(known: _Known, said: Mapping[str, Any]) -> View | None:
     """The view that this member, the lowest, decides; or the one that others have."""
     member, view = known.member, known.view
     with ThreadPoolExecutor(_CALLS, thread_name_prefix="ringred-look") as calls:
@@ -152,10 +153,30 @@ def _decide(known: _Known, said: Mapping[str, Any], invite: bool) -> View | None
     here = [card for card in view.members if card.identity in came or card.identity == member.identity]
     _check_majority(known, here)
     told = {identity: coming.said for identity, coming in came.items()} | {member.identity: dict(said)}
-    guests = list(member.joining(view.lineage).values()) if invite else []
+    guests = _guests(known, told)
     told |= {guest.card.identity: guest.said for guest in guests}
     members = (*here, *(guest.card for guest in guests))
     return View(view.lineage, view.generation + 1, members, told)
+
+
+def _guests(known: _Known, told: Mapping[str, Mapping[str, Any]]) -> list[Coming]:
+    """Those who join with this view."""
+    member, view = known.member, known.view
+    if not all("invites" in what for what in told.values()):
+        return []
+    lacking = max(int(what["invites"]) for what in told.values()) - len(told)
+    while True:
+        with member.news:
+            guests = list(member.joining(view.lineage).values())
+            if len(guests) >= lacking:
+                return guests
+            left = known.until - time.monotonic()
+            if left <= 0:
+                break
+            member.news.wait(left)
+    why = f"{len(told)} ranks of {view.lineage} are left, {lacking} fewer than there must be, and no more have come"
+    member.turn_away(view, why)
+    raise PeerFailed(f"{view.named([member.card])}: {why}")
 
 
 def _check_majority(known: _Known, here: list[Card]) -> None:

@@ -35,11 +35,11 @@ _READ_BYTES = 1 << 16
 
 
 class Listener:
-    """Answers messages at the Unix socket `name`, and at a port of the address `interface` if there is one.
+    """Answers messages at the Unix socket `name`, and at a `port` of the address `interface` if there is one; 0 is any.
 
     Raises `TransportUnavailable`."""
 
-    def __init__(self, secret: bytes, answer: Answer, name: str, interface: str | None = None) -> None:
+    def __init__(self, secret: bytes, answer: Answer, name: str, interface: str | None, port: int) -> None:
         self.secret, self.answer = secret, answer
         self.doors: list[socket.socket] = []
         self.guests: set[_Guest] = set()
@@ -47,7 +47,7 @@ class Listener:
         try:
             self._open(socket.AF_UNIX, f"\0{name}")
             if interface is not None:
-                self._open(socket.AF_INET, (interface, 0))
+                self._open(socket.AF_INET, (interface, port))
                 self.port = int(self.doors[-1].getsockname()[1])
         except OSError as failure:
             for door in self.doors:

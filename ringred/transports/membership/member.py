@@ -32,12 +32,13 @@ class Coming(NamedTuple):
 
 
 class Member:
-    """This rank, as the others of its job reach it, from any thread. `host` is the address at which other hosts do;
-    None where there are none. `describe` tells what the rank is doing; anybody of this user may ask for that.
+    """This rank, as the others of its job reach it, from any thread. `host` is the address at which other hosts do,
+    by `port` or any; None where there are none. `describe` tells what the rank is doing; anybody of this user may ask
+    for that.
 
     Raises `TransportUnavailable`."""
 
-    def __init__(self, secret: bytes, host: str | None = None) -> None:
+    def __init__(self, secret: bytes, host: str | None = None, port: int = 0) -> None:
         self.secret = secret
         self.identity = secrets.token_hex(8)
         self.describe: Callable[[], dict[str, Any]] = dict
@@ -54,7 +55,7 @@ class Member:
         self._left: dict[str, int] = {}
         self._users = 0
         name = f"ringred-{os.getpid()}-{next(_numbers)}-{secrets.token_hex(4)}"
-        self._listener = Listener(secret, self._answer, name, host)
+        self._listener = Listener(secret, self._answer, name, host, port)
         self.card = Card(self.identity, os.getpid(), place(), name, host or "", self._listener.port)
 
     # ------------------------------------------------------------------ what it knows
@@ -63,9 +64,9 @@ class Member:
         """The newest view of a communicator."""
         return self._views.get(lineage)
 
-    def first(self, lineage: str) -> View:
-        """A communicator's view as it was made."""
-        return self._earlier[lineage, 0]
+    def known(self, lineage: str, generation: int) -> View:
+        """A view that this member has adopted."""
+        return self._earlier[lineage, generation]
 
     def adopt(self, view: View) -> View:
         """From here on `view` is what others hear, unless one of its generation is known: that one counts, and is
@@ -204,6 +205,12 @@ class Member:
         """A connection to another member. Raises as `Connection`."""
         return Connection(card, self.secret, timeout)
 
+    def wait(self) -> None:
+        """Does nothing else, for ever."""
+        with self.news:
+            while True:
+                self.news.wait()
+
     def hold(self) -> None:
         """Has one user more."""
         with self.news:
@@ -215,7 +222,11 @@ class Member:
             self._users -= 1
             last = not self._users
         if last:
-            self._listener.close()
+            self.close()
+
+    def close(self) -> None:
+        """Is reached no more."""
+        self._listener.close()
 
 
 def _give(answer: _Held, what: dict[str, Any]) -> None:

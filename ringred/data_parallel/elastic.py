@@ -1,0 +1,127 @@
+"""What a process that joins a training needs: where the others are, and all that they have by now."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ringred.communicator import Communicator
+from ringred.data_parallel.recovery import Change, Recovery
+from ringred.errors import RingredError
+
+__all__ = ["Elastic"]
+
+
+class Elastic:
+    """The state of a training that others can join: `model`, a DistributedDataParallel with `on_failure="shrink"`, and
+    anything with `state_dict` and `load_state_dict` (an optimizer, a schedule, an `ElasticSampler`, a GradScaler), by
+    position; and plain values by name, which are attributes from then on.
+
+        state = ringred.Elastic(model, optimizer, sampler, best=0.0)
+        for epoch in state.epochs(10):            # whoever joins begins here, in the epoch of the others
+            for batch in loader: ...
+
+    A process that joins gets all of it from a rank that is there, between two steps, by broadcast: the weights,
+    the objects' states, the values, and the states of the random number generators of torch, numpy and Python.
+    """
+
+    def __init__(self, model: Any, *objects: Any, **values: Any) -> None:
+        recovery: Recovery | None = model.recovery
+        if recovery is None:
+            raise ValueError("Elastic: expected a DistributedDataParallel with on_failure='shrink'")
+        for one in objects:
+            if not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
+                raise ValueError(
+                    f"Elastic: expected objects with state_dict and load_state_dict, got {type(one).__name__}"
+                )
+        self._model, self._objects, self._recovery = model, objects, recovery
+        self._names = sorted(values)
+        self.epoch = self.step = 0
+        self.__dict__.update(values)
+        recovery.enrol(self)
+        recovery.hands_over = True
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The numbers of the epochs that are left of `count`. Waits until the ranks are complete, first for a process
+        that joins. Samplers begin each epoch by themselves."""
+        self._recovery.join()
+        while self.epoch < count:
+            for one in self._objects:
+                if hasattr(one, "set_epoch"):
+                    one.set_epoch(self.epoch)
+            yield self.epoch
+            self.epoch += 1
+
+    def steps(self, count: int) -> Iterator[int]:
+        """The numbers of the steps that are left of `count`, for a program that has no epochs."""
+        self._recovery.join()
+        while self.step < count:
+            yield self.step
+            self.step += 1
+
+    # ------------------------------------------------------------------ other ranks
+
+    def tells(self) -> None:
+        """Nothing."""
+
+    def follow(self, change: Change) -> None:
+        """Nothing changes for those that are there."""
+
+    def adopt(self, comm: Communicator) -> None:
+        """The same."""
+
+    def handed_over(self) -> dict[str, Any]:
+        """What a rank that joins needs."""
+        return {
+            "weights": self._model.module.state_dict(),
+            "objects": [_state_of(one) for one in self._objects],
+            "values": {name: getattr(self, name) for name in self._names},
+            "epoch": self.epoch,
+            "step": self.step,
+            "random": _random_state(),
+        }
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Goes on as a rank that has joined. Raises `RingredError` if the program is another one."""
+        if len(state["objects"]) != len(self._objects) or sorted(state["values"]) != self._names:
+            raise RingredError(
+                f"Elastic: expected {len(state['objects'])} objects and the values {sorted(state['values'])}, as the "
+                f"ranks that are there have them, got {len(self._objects)} and {self._names}"
+            )
+        self._model.module.load_state_dict(state["weights"])
+        for one, given in zip(self._objects, state["objects"], strict=True):
+            if not hasattr(one, "take_over"):
+                one.load_state_dict(given)
+        self.__dict__.update(state["values"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        _set_random_state(state["random"])
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        return {**self.handed_over(), "objects": [one.state_dict() for one in self._objects]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint, with another number of ranks perhaps."""
+        self.take_over({**state, "objects": state["objects"]})
+        for one, given in zip(self._objects, state["objects"], strict=True):
+            one.load_state_dict(given)
+
+
+def _state_of(one: Any) -> Any:
+    return None if hasattr(one, "take_over") else one.state_dict()  # a party of its own
+
+
+def _random_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

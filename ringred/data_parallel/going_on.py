@@ -1,0 +1,57 @@
+"""What a DistributedDataParallel does when its ranks change, as a party of `Recovery`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from ringred.communicator import Communicator
+from ringred.data_parallel.recovery import Change, Recovery
+from ringred.data_parallel.reducer import Reducer
+from ringred.data_parallel.weights import Weights
+
+__all__ = ["GoingOn", "next_name"]
+
+_wrappers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
+
+
+def next_name(comm: Communicator) -> str:
+    """What distinguishes the next model on `comm` from those before it."""
+    number = _wrappers[comm] = _wrappers.get(comm, 0) + 1
+    return f" of model {number}" if number > 1 else ""
+
+
+class GoingOn:
+    """The part of a DistributedDataParallel that goes on over other ranks. `recovery` is None if it does not."""
+
+    comm: Communicator
+    reducer: Reducer
+    recovery: Recovery | None
+    _weights: Weights
+    _forwards: int
+
+    @property
+    def steps(self) -> int:
+        """The backwards that all ranks have finished."""
+        return self.reducer.steps
+
+    def tells(self) -> None:
+        """Nothing: what the ranks tell each other of their models."""
+
+    def follow(self, change: Change) -> None:
+        """Nothing."""
+
+    def adopt(self, comm: Communicator) -> None:
+        """Goes on over `comm`. Collective."""
+        self.comm = self._weights.comm = comm
+        _wrappers[comm] = max(_wrappers.values())
+        self.reducer.adopt(comm)
+
+    def handed_over(self) -> dict[str, Any]:
+        """How far it has come, for a rank that joins."""
+        return {"forwards": self._forwards, "reducer": self.reducer.progress()}
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Goes on as a rank that has joined."""
+        self._forwards = state["forwards"]
+        self.reducer.resume(state["reducer"])

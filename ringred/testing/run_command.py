@@ -1,0 +1,116 @@
+"""`ringred run`: starts the ranks of a job, and others in the place of those that fail."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from ringred.errors import TransportUnavailable
+from ringred.testing.supervisor import Supervisor, free_port
+from ringred.transports.membership.card import Card, place
+from ringred.transports.membership.member import Member
+from ringred.transports.membership.rendezvous import Rendezvous
+
+__all__ = ["add_run"]
+
+
+def add_run(commands: Any) -> None:
+    """Adds the commands to the others."""
+    run = commands.add_parser("run", help="start a training on several ranks, and go on after failures")
+    run.add_argument("--ranks", type=int, required=True, metavar="N", help="processes on this host")
+    run.add_argument("--min", type=int, default=1, metavar="M", help="wait for others where fewer ranks are left")
+    run.add_argument("--restarts", type=int, default=3, metavar="R", help="give up after R that were not let in (3)")
+    run.add_argument("--hosts", type=int, default=1, metavar="H", help="hosts that run this same command")
+    run.add_argument("--meet", metavar="HOST:PORT", help="where `ringred meet` listens, for several hosts")
+    run.add_argument("--secret", type=Path, metavar="FILE", help="the job's secret, for several hosts")
+    run.add_argument("script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER)
+    run.set_defaults(command=_run)
+
+    meet = commands.add_parser("meet", help="where the hosts of a job of `ringred run` find each other")
+    meet.add_argument("--listen", required=True, metavar="ADDRESS:PORT")
+    meet.add_argument("--secret", type=Path, required=True, metavar="FILE", help="made if it is not there")
+    meet.set_defaults(command=_meet)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.ranks < 1 or options.hosts < 1 or not 1 <= options.min <= options.ranks * options.hosts:
+        raise ValueError("run: expected --ranks and --hosts ≥ 1, and --min from 1 to all ranks")
+    if (options.meet is None) != (options.secret is None) or (options.meet is None and options.hosts > 1):
+        raise ValueError("run: several hosts need --meet HOST:PORT and --secret FILE (see `ringred meet`)")
+    if not Path(options.script).exists():
+        raise ValueError(f"run: no file {options.script}")
+    keeper = None
+    first = 0
+    if options.meet is None:
+        keeper = Member(secrets.token_bytes(32))
+        rendezvous = Rendezvous.kept_by(keeper)
+    else:
+        host, port = _address(options.meet)
+        rendezvous = Rendezvous(Card("", 0, "", "", host, port), _load(options.secret))
+        first = rendezvous.number("hosts") * options.ranks
+    size = options.ranks * options.hosts
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // options.ranks)),
+        **os.environ,
+        "RINGRED_RENDEZVOUS": rendezvous.keeper.as_text(),
+        "RINGRED_SECRET": rendezvous.secret.hex(),
+        "RINGRED_MIN_RANKS": str(options.min),
+    }
+
+    def members() -> list[int]:
+        return [card.process for card in rendezvous.members() if card.place == place()]
+
+    command = [sys.executable, options.script, *options.arguments]
+    # Who starts when the job is at work already joins it, as the processes of a host do that came back.
+    late = first >= size
+    supervisor = Supervisor(
+        command, environment, first % size, options.ranks, size, options.restarts, members, joins=late
+    )
+    try:
+        return supervisor.run()
+    finally:
+        if keeper is not None:
+            keeper.close()
+
+
+def _meet(options: argparse.Namespace) -> int:
+    host, port = _address(options.listen)
+    if not options.secret.exists():
+        with open(os.open(options.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    keeper = Member(_load(options.secret), host, port)
+    print(f"ringred meet: at {host}:{keeper.card.port}", flush=True)
+    try:
+        keeper.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        keeper.close()
+    return 0
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"expected HOST:PORT, got {text!r}")
+    return host, int(port)
+
+
+def _load(path: Path) -> bytes:
+    """The secret in a file. Raises `TransportUnavailable` if others may read it, or if it holds none."""
+    if os.stat(path).st_mode & 0o077:
+        raise TransportUnavailable(f"{path}: other users may read this secret; chmod 600 {path}")
+    try:
+        secret = bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        secret = b""
+    if len(secret) < 16:
+        raise TransportUnavailable(f"{path}: expected a secret of at least 32 hexadecimal digits")
+    return secret

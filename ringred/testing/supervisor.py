@@ -1,0 +1,193 @@
+"""Starts the ranks of a job on this host, and others in the place of those that fail."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+__all__ = ["Supervisor", "free_port"]
+
+_LOOK_SECONDS = 0.02  # between two looks at the ranks
+_GRACE_SECONDS = 1.0  # after a failure, to see whether the other ranks fail too
+_PATIENCE_SECONDS = 10.0  # for ranks to end by themselves once they were asked
+_LAST_LINES = 60  # of a rank's errors that are repeated at the end
+_PR_SET_PDEATHSIG = 1
+
+
+class _Rank:
+    """One process. What it writes to stderr is passed on, and the end of it kept."""
+
+    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], joins: bool) -> None:
+        self.number, self.joins = number, joins
+        self.said: deque[bytes] = deque(maxlen=_LAST_LINES)
+        self.process = subprocess.Popen(
+            command, env=dict(environment), stderr=subprocess.PIPE, preexec_fn=_end_with_parent
+        )
+        self._reader = threading.Thread(target=self._pass_on, name=f"ringred-rank-{number}", daemon=True)
+        self._reader.start()
+
+    def _pass_on(self) -> None:
+        assert self.process.stderr is not None, "it is a pipe"
+        rest = b""
+        while part := os.read(self.process.stderr.fileno(), 1 << 16):
+            sys.stderr.buffer.write(part)
+            sys.stderr.flush()
+            *lines, rest = (rest + part).split(b"\n")
+            self.said.extend(lines)
+        if rest:
+            self.said.append(rest)
+
+    def ended(self) -> int | None:
+        """Its exit status, negative for a signal, once it has ended and all that it said was passed on."""
+        status = self.process.poll()
+        if status is not None:
+            self._reader.join(1.0)
+        return status
+
+    def traceback(self) -> str:
+        """The last traceback that it wrote, or its last lines."""
+        lines = [line.decode(errors="replace") for line in self.said]
+        starts = [at for at, line in enumerate(lines) if line.startswith("Traceback ")]
+        return "\n".join(lines[starts[-1] :] if starts else lines[-10:])
+
+
+class Supervisor:
+    """Runs `command` as `ranks` processes, numbered from `first` on, of a job of `size`. A process in the place of one
+    that failed joins the others; after `restarts` of them that were not let in, the job is given up. `members` gives
+    the processes of this host that are in it. `joins`: the job is at work, and these join it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        first: int,
+        ranks: int,
+        size: int,
+        restarts: int,
+        members: Callable[[], Collection[int]],
+        joins: bool = False,
+    ) -> None:
+        self._command, self._environment = list(command), dict(environment)
+        self._first, self._ranks, self._size, self._restarts = first, ranks, size, restarts
+        self._members, self._let_in = members, set[int]()
+        self._join_from_the_start = joins
+        self._running: list[_Rank] = []
+        self._failed: list[tuple[_Rank, int]] = []
+        self._stopping: int | None = None
+
+    def run(self) -> int:
+        """Returns once all ranks have ended: 0 if the job was done, else the status of the first that failed."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for number in range(self._first, self._first + self._ranks):
+                self._start(number, self._join_from_the_start)
+            return self._watch()
+        finally:
+            self._end_all()
+            for signal_number, handler in before.items():
+                signal.signal(signal_number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = number
+
+    def _start(self, number: int, joins: bool) -> None:
+        local = number - self._first
+        environment = {
+            **self._environment,
+            "RANK": str(number),
+            "WORLD_SIZE": str(self._size),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(self._ranks),
+            "RINGRED_JOINS": "1" if joins else "0",
+        }
+        self._running.append(_Rank(number, self._command, environment, joins))
+
+    def _watch(self) -> int:
+        in_vain, done = 0, False
+        while self._running and self._stopping is None:
+            time.sleep(_LOOK_SECONDS)
+            self._look()
+            for rank, status in self._reap():
+                was_in = rank.process.pid in self._let_in
+                if status == 0:
+                    done = True
+                elif not done or was_in:
+                    self._failed.append((rank, status))
+                    in_vain = 0 if was_in else in_vain + 1
+                    if done or in_vain > self._restarts or self._nobody_is_left():
+                        return self._give_up()
+                    _say(f"rank {rank.number} {_how(status)}; another process takes its place")
+                    self._start(rank.number, joins=True)
+            if done and not any(rank.process.pid in self._let_in for rank in self._running):
+                break  # those that wait to join have nothing to do
+        return 0 if self._stopping is None else 128 + self._stopping
+
+    def _look(self) -> None:
+        self._let_in.update(self._members())
+
+    def _reap(self) -> list[tuple[_Rank, int]]:
+        ended = [(rank, status) for rank in self._running if (status := rank.ended()) is not None]
+        for rank, _ in ended:
+            self._running.remove(rank)
+        return ended
+
+    def _nobody_is_left(self) -> bool:
+        """Whether nobody is there whom another process could join: all ranks make the same error, for example, or one
+        failed before all had come together."""
+        if not self._let_in:
+            return True
+        until = time.monotonic() + _GRACE_SECONDS
+        while self._size == self._ranks and time.monotonic() < until:
+            self._look()
+            self._failed += [(rank, status) for rank, status in self._reap() if status]
+            if not any(rank.process.pid in self._let_in for rank in self._running):
+                return True
+            time.sleep(_LOOK_SECONDS)
+        return False
+
+    def _give_up(self) -> int:
+        self._end_all()
+        rank, status = self._failed[0]
+        among = f", the first of {len(self._failed)} that failed" if len(self._failed) > 1 else ""
+        _say(f"rank {rank.number} {_how(status)}{among}:\n{rank.traceback()}")
+        return status if status > 0 else 128 - status
+
+    def _end_all(self) -> None:
+        for how, patience in ((signal.SIGTERM, _PATIENCE_SECONDS), (signal.SIGKILL, _PATIENCE_SECONDS)):
+            for rank in self._running:
+                if rank.process.poll() is None:
+                    rank.process.send_signal(how)
+            until = time.monotonic() + patience
+            while self._running and time.monotonic() < until:
+                self._reap()
+                time.sleep(_LOOK_SECONDS)
+
+
+def _say(what: str) -> None:
+    print(f"ringred run: {what}", file=sys.stderr, flush=True)
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"failed with status {status}"
+    return f"was ended by {signal.Signals(-status).name}"
+
+
+def _end_with_parent() -> None:
+    """Of a rank: it ends when its supervisor does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,68 @@
+"""Where the processes of a job find each other, kept by none of its ranks, so that it survives the death of any."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import NamedTuple
+
+from ringred.transports.membership.caller import Connection, Cut, Gone, Silent
+from ringred.transports.membership.card import Card
+from ringred.transports.membership.member import Member
+from ringred.transports.membership.view import View
+from ringred.transports.membership.wire import Malformed
+
+__all__ = ["BOARD", "Rendezvous"]
+
+BOARD = "rendezvous"
+_SECONDS = 5.0
+_VIEW = "view"
+
+
+class Rendezvous(NamedTuple):
+    """The process that keeps it, and the job's secret."""
+
+    keeper: Card
+    secret: bytes
+
+    def tell(self, view: View) -> None:
+        """Leaves word of who the members are, for those who come. Nothing is left where the keeper is gone."""
+        cards = json.dumps([card.as_text() for card in view.members])
+        self._ask({"put": {_VIEW: cards}})
+
+    @classmethod
+    def kept_by(cls, member: Member) -> Rendezvous:
+        """One that a process of no rank keeps itself."""
+        return cls(member.card, member.secret)
+
+    def members(self) -> list[Card]:
+        """Those that were told of last; empty if none were, or if the keeper is gone."""
+        answer = self._ask({"look": [_VIEW]})
+        text = None if answer is None else answer.get(_VIEW)
+        return [] if text is None else [Card.from_text(one) for one in json.loads(text)]
+
+    def await_members(self, timeout: float) -> list[Card]:
+        """As `members`, once there are some."""
+        until = time.monotonic() + timeout
+        while True:
+            found = self.members()
+            if found or time.monotonic() > until:
+                return found
+            time.sleep(0.05)
+
+    def number(self, what: str) -> int:
+        """How many have asked for this before. Raises `Gone` where the keeper is not there."""
+        answer = self._ask({"add": what, "number": 1})
+        if answer is None:
+            raise Gone(f"nobody who knows the job's secret keeps a rendezvous at {self.keeper}")
+        return int(answer["total"]) - 1
+
+    def _ask(self, message: dict[str, object]) -> dict[str, str] | None:
+        try:
+            connection = Connection(self.keeper, self.secret, _SECONDS)
+            try:
+                return connection.ask({"do": "board", "board": BOARD, **message}, _SECONDS)
+            finally:
+                connection.close()
+        except (Gone, Silent, Cut, Malformed):
+            return None
