@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable
@@ -28,13 +28,15 @@ class Renewing:
     seat: Seat | None
     successor: Any
     """The communicator that took its place, if one did."""
+    noted: list[Callable[[str, Any], None]]
+    """Called with what is noted."""
     thread: int
     stalls: int
     """How often a call took so long that it said who was missing (RINGRED_STALL_SECONDS)."""
 
     def _take_seat(self, seat: Seat | None, stall_seconds: float) -> None:
         self.seat, self.successor = seat, None
-        self.thread, self.stalls = threading.get_ident(), 0
+        self.thread, self.stalls, self.noted = threading.get_ident(), 0, []
         if seat is not None:
             seat.member.hold()
             watch(self, stall_seconds)
@@ -48,6 +50,8 @@ class Renewing:
         """Tells who asks what the ranks do (`ringred status`) a fact of this one, as JSON."""
         if self.seat is not None:
             self.seat.member.facts[name] = value
+        for hear in self.noted:
+            hear(name, value)
 
     def newest(self: C) -> C:
         """This communicator, or the one that took its place in the end."""

@@ -68,6 +68,10 @@ class Runner:
         self.followers: list[Callable[[BaseException], None]] = []
         """Called with what this communicator failed with."""
 
+    def play_by_python(self) -> None:
+        """From here on no plan is played in one call: the transport sees every message."""
+        self._attempt = None
+
     def set_timeout(self, seconds: float) -> None:
         """From now on, each call may take so long."""
         self.timeout_ns = int(min(seconds * 1e9, _LONGEST_NS))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ringred.communicator import Communicator
@@ -18,7 +17,8 @@ from ringred.errors import TransportUnavailable
 from ringred.runtime.config import Config
 from ringred.runtime.connect import again, meeting_board
 from ringred.runtime.seat import Renewed, Seat, take
-from ringred.transports.base import Counters, Gather, Request, Transport, Windowed
+from ringred.testing.wrapped import Wrapped
+from ringred.transports.base import Gather, Request, Transport
 from ringred.transports.cuda.driver import Driver
 from ringred.transports.local import Hub
 from ringred.transports.membership.member import Member
@@ -30,51 +30,24 @@ __all__ = ["Faulty", "connect", "run_ranks"]
 T = TypeVar("T")
 
 
-class Faulty:
+class Faulty(Wrapped):
     """A transport with random delays before sends and waits, which change the order of events like a busy network.
 
     Delays are at most `seconds` long and follow from `seed` and the rank.
     """
 
     def __init__(self, inner: Transport, seconds: float, seed: int) -> None:
-        self.inner, self.seconds = inner, seconds
-        self.name, self.model, self.rank, self.size = inner.name, inner.model, inner.rank, inner.size
-        self.windows, self.buffers, self.segment_bytes = inner.windows, inner.buffers, inner.segment_bytes
-        self.depth = inner.depth
-        self.player = None  # every send and wait comes by here
-        self.queue = inner.queue
+        super().__init__(inner)
+        self.seconds = seconds
         self._random = random.Random(f"{seed}/{inner.rank}")
-
-    @property
-    def counters(self) -> Counters:
-        return self.inner.counters
-
-    @counters.setter
-    def counters(self, value: Counters) -> None:
-        self.inner.counters = value
 
     def _delay(self) -> None:
         if self._random.random() < 0.3:
             time.sleep(self._random.random() * self.seconds)
 
-    def begin(self, contract: int, turn: int) -> None:
-        self.inner.begin(contract, turn)
-
-    def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
-        return cast(Windowed, self.inner).empty(elements, dtype)
-
-    def holds(self, memory: Tensor) -> bool:
-        return cast(Windowed, self.inner).holds(memory)
-
-    def expose(self, memory: Tensor | None) -> None:
-        cast(Windowed, self.inner).expose(memory)
-
     def isend(self, peer: int, src: Tensor, put: bool = False, buffered: bool = False) -> Request:
         self._delay()
         return self.inner.isend(peer, src, put, buffered)
-
-    def irecv(self, peer: int, dst: Tensor, lend: bool) -> Request:
-        return self.inner.irecv(peer, dst, lend)
 
     def wait(self, request: Request, deadline: float) -> Tensor | None:
         self._delay()
@@ -87,21 +60,6 @@ class Faulty:
     def release(self, request: Request) -> None:
         self._delay()
         self.inner.release(request)
-
-    def settle(self, deadline: float) -> None:
-        self.inner.settle(deadline)
-
-    def abort(self, report: str) -> None:
-        self.inner.abort(report)
-
-    def reports(self, timeout: float) -> dict[int, str]:
-        return self.inner.reports(timeout)
-
-    def subset(self, members: Sequence[int], key: str) -> Transport:
-        return self.inner.subset(members, key)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def run_ranks(
