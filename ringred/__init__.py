@@ -81,6 +81,7 @@ _LAZY = {
     "init": "ringred.communicator",
 }
 _SUBMODULES = {
+    "checkpoint": "ringred.data_parallel.checkpoint",
     "hooks": "ringred.hooks",
     "optim": "ringred.optim",
     "parameter_server": "ringred.parameter_server",

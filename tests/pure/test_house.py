@@ -16,8 +16,8 @@ PUBLIC = {
     "ringred": (
         "CollectiveMismatch CollectiveTimeout Communicator DistributedDataParallel Elastic ElasticSampler GridError "
         "ModelMismatch NonFiniteGradient ParameterServer PeerFailed PolicyError ReduceOp ReplicasDiverged RingredError "
-        "SyncBatchNorm TooFewWorkers TransportUnavailable UnknownAlgorithm UnsupportedTensor Work algorithms hooks "
-        "init optim reports torch_backend"
+        "SyncBatchNorm TooFewWorkers TransportUnavailable UnknownAlgorithm UnsupportedTensor Work algorithms "
+        "checkpoint hooks init optim reports torch_backend"
     ),
     "ringred.buckets": "Bucket Entry SparseBucket assign",
     "ringred.collectives.registry": "algorithm algorithms lookup prove",
