@@ -162,7 +162,8 @@ def by_launcher(config: Config) -> Connected:
     if config.transport != "mpi" and torch_group() is not None:
         return by_process_group(None, config)  # whatever a launcher left in the environment: the ranks are connected
     launch = detect_launch()
-    kind = {"mpi": "mpi", "torch_p2p": "store"}.get(config.transport or "", launch.kind)
+    asked = launch.kind if launch.kind == "run" else config.transport
+    kind = {"mpi": "mpi", "torch_p2p": "store"}.get(asked or "", launch.kind)
     if kind == "run":
         connected = _by_rendezvous(launch, config)
     elif kind == "mpi":

@@ -122,11 +122,8 @@ def _asked(member: Member, card: Card) -> dict[str, Any]:
     if card.identity == member.identity:
         return member.describe()
     try:
-        connection = member.call(card, _ANSWER_SECONDS)
-        try:
+        with member.call(card, _ANSWER_SECONDS) as connection:
             return connection.ask({"do": "describe"}, _ANSWER_SECONDS)
-        finally:
-            connection.close()
     except (Gone, Malformed):
         return {"process": card.process, "silent": "it has ended"}
     except (Silent, Cut):

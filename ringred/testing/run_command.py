@@ -64,8 +64,9 @@ def _run(options: argparse.Namespace) -> int:
         "RINGRED_MIN_RANKS": str(options.min),
     }
 
-    def members() -> list[int]:
-        return [card.process for card in rendezvous.members() if card.place == place()]
+    def members() -> list[int] | None:
+        cards = rendezvous.members()
+        return [card.process for card in cards if card.place == place()] if cards else None
 
     command = [sys.executable, options.script, *options.arguments]
     # Who starts when the job is at work already joins it, as the processes of a host do that came back.

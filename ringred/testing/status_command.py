@@ -36,11 +36,8 @@ def _status(options: argparse.Namespace) -> int:
         if process in seen:
             continue
         try:
-            connection = Connection(name, None, _SECONDS)
-            try:
+            with Connection(name, None, _SECONDS) as connection:
                 job = connection.ask({"do": "everyone"}, _SECONDS)
-            finally:
-                connection.close()
         except (Gone, Malformed):  # it has just ended, or is another user's
             continue
         except (Silent, Cut):

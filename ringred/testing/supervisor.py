@@ -62,7 +62,8 @@ class _Rank:
 class Supervisor:
     """Runs `command` as `ranks` processes, numbered from `first` on, of a job of `size`. A process in the place of one
     that failed joins the others; after `restarts` of them that were not let in, the job is given up. `members` gives
-    the processes of this host that are in it. `joins`: the job is at work, and these join it."""
+    the processes of this host that are in it by now, or None before all have come together. If the job is at work, its
+    first processes join it as well if it `joins`."""
 
     def __init__(
         self,
@@ -72,12 +73,13 @@ class Supervisor:
         ranks: int,
         size: int,
         restarts: int,
-        members: Callable[[], Collection[int]],
+        members: Callable[[], Collection[int] | None],
         joins: bool = False,
     ) -> None:
         self._command, self._environment = list(command), dict(environment)
         self._first, self._ranks, self._size, self._restarts = first, ranks, size, restarts
         self._members, self._let_in = members, set[int]()
+        self._since: dict[int, float] = {}  # when a process was first seen to be left out
         self._join_from_the_start = joins
         self._running: list[_Rank] = []
         self._failed: list[tuple[_Rank, int]] = []
@@ -131,7 +133,16 @@ class Supervisor:
         return 0 if self._stopping is None else 128 + self._stopping
 
     def _look(self) -> None:
-        self._let_in.update(self._members())
+        """Who has been let in; and ends those whom the others went on without: they are stopped, or hang."""
+        now = self._members()
+        self._let_in.update(now or ())
+        for rank in self._running:
+            left_out = now is not None and rank.process.pid in self._let_in and rank.process.pid not in now
+            if (
+                left_out
+                and time.monotonic() > self._since.setdefault(rank.process.pid, time.monotonic()) + _GRACE_SECONDS
+            ):
+                rank.process.kill()
 
     def _reap(self) -> list[tuple[_Rank, int]]:
         ended = [(rank, status) for rank in self._running if (status := rank.ended()) is not None]

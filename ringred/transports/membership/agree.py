@@ -111,12 +111,9 @@ class _Known:
     def look(self, card: Card) -> View | None:
         """Asks whether `card` is alive, and which view it knows to follow."""
         try:
-            connection = self.member.call(card, _ANSWER_SECONDS)
-            try:
+            with self.member.call(card, _ANSWER_SECONDS) as connection:
                 ask = {"do": "ping", "lineage": self.view.lineage, "generation": self.view.generation}
                 answer = connection.ask(ask, _ANSWER_SECONDS)
-            finally:
-                connection.close()
         except (Silent, Cut):
             self.silent_since.setdefault(card.identity, time.monotonic())
             return None

@@ -107,6 +107,12 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
 
 def _connected(card: Card | str, timeout: float) -> socket.socket:
     near = isinstance(card, str) or card.is_here()

@@ -59,10 +59,7 @@ class Rendezvous(NamedTuple):
 
     def _ask(self, message: dict[str, object]) -> dict[str, str] | None:
         try:
-            connection = Connection(self.keeper, self.secret, _SECONDS)
-            try:
+            with Connection(self.keeper, self.secret, _SECONDS) as connection:
                 return connection.ask({"do": "board", "board": BOARD, **message}, _SECONDS)
-            finally:
-                connection.close()
         except (Gone, Silent, Cut, Malformed):
             return None

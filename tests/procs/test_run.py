@@ -1,0 +1,184 @@
+"""`ringred run`: ranks that fail are replaced, the others go on, and everything ends with the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.procs.launching import PROGRAMS, ROOT, end, processes_with, run_to_its_end
+
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
+
+PROGRAM = str(PROGRAMS / "goes_on.py")
+COMMAND = [sys.executable, "-m", "ringred.testing.cli", "run"]
+
+
+def ended(output: str) -> list[dict[str, Any]]:
+    """What the ranks printed that came to their end."""
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return [line for line in lines if "end" in line]
+
+
+@pytest.mark.parametrize("transport", ["shm", "torch_p2p"])
+def test_a_rank_that_is_killed_is_replaced(transport: str) -> None:
+    """Two die, the lowest rank first; in the end there are four again, and their weights are the same bits."""
+    faults = ["kill rank 0 at step 20", "kill rank 2 at step 60"]
+    job = run_to_its_end(
+        [*COMMAND, "--ranks", "4", PROGRAM, "30", *faults],
+        120,
+        {"RINGRED_TRANSPORT": transport, "RINGRED_TIMEOUT": "20"},
+    )
+    assert job.status == 0, job.output[-3000:]
+    assert job.left_behind == []
+    last = ended(job.output)
+    assert sorted(one["end"] for one in last) == [0, 1, 2, 3]
+    assert {one["size"] for one in last} == {4}
+    assert len({(one["weights"], one["steps"], one["seen"]) for one in last}) == 1, last
+    assert all(one["loss"] < 0.1 for one in last), last
+    assert "ringred run: rank 0 was ended by SIGKILL; another process takes its place" in job.output
+    assert "3 ranks go on (4 before)" in job.output
+    assert "4 ranks go on (3 before)" in job.output
+    assert max(max(one["recoveries"]) for one in last) < 10
+
+
+def test_a_rank_that_is_stopped_is_left_out_and_replaced() -> None:
+    variables = {"RINGRED_TIMEOUT": "3", "RINGRED_STALL_SECONDS": "1"}
+    job = run_to_its_end([*COMMAND, "--ranks", "3", PROGRAM, "40", "stop rank 1 at step 30"], 120, variables)
+    assert job.status == 0, job.output[-3000:]
+    assert job.left_behind == []
+    assert {one["size"] for one in ended(job.output)} == {3}
+    assert "rank 1 is missing: it is stopped (SIGSTOP)" in job.output
+    assert "rank 1 did not take part within the timeout of 3 s" in job.output
+
+
+def test_where_too_few_are_left_they_wait_for_others() -> None:
+    job = run_to_its_end([*COMMAND, "--ranks", "2", "--min", "2", PROGRAM, "6", "kill rank 1 at step 20"], 120, {})
+    assert job.status == 0, job.output[-3000:]
+    last = ended(job.output)
+    assert [one["size"] for one in last] == [2, 2]
+    assert last[0]["steps"] == 6 * 50 + 1, "no step of one rank alone but the one that was under way"
+
+
+@pytest.mark.parametrize(("what", "text"), [("raise", "a bug in the loop"), ("early", "no data here")])
+def test_an_error_of_the_program_ends_the_job(what: str, text: str) -> None:
+    job = run_to_its_end([*COMMAND, "--ranks", "3", PROGRAM, "5", what], 60, {"RINGRED_TIMEOUT": "20"})
+    assert job.status == 1
+    assert job.left_behind == []
+    assert job.output.rstrip().splitlines()[-1] == f"ValueError: {text}", "its traceback is last"
+    assert job.seconds < 20
+
+
+def test_a_job_whose_replacements_all_fail_is_given_up(tmp_path: Path) -> None:
+    program = tmp_path / "fails.py"
+    gone = "if os.environ['RINGRED_JOINS'] == '1': raise ImportError('gone by now')"
+    program.write_text(f"import os\n{gone}\nexec(open({PROGRAM!r}).read())\n")
+    job = run_to_its_end(
+        [*COMMAND, "--ranks", "3", "--restarts", "2", str(program), "400", "kill rank 1 at step 10"], 60, {}
+    )
+    assert job.status != 0
+    assert job.left_behind == []
+    assert "rank 1 was ended by SIGKILL, the first of 4 that failed" in job.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_ranks_end_with_their_supervisor(number: signal.Signals) -> None:
+    token = uuid.uuid4().hex
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RINGRED_TUNING": "off",
+        "RINGRED_TEST_TOKEN": token,
+    }
+    job = subprocess.Popen(
+        [*COMMAND, "--ranks", "2", PROGRAM, "1000"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert job.stdout is not None
+        while b'"size"' not in job.stdout.readline():
+            assert job.poll() is None
+        job.send_signal(number)
+        job.communicate(timeout=20)
+        assert job.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+        assert processes_with(token, patience=10) == []
+    finally:
+        if job.poll() is None:
+            end(job)
+
+
+def test_two_hosts_meet_at_a_third(tmp_path: Path) -> None:
+    """Of a job of two commands, as on two hosts: a rank of one is killed; and nobody without the secret is let in."""
+    secret = tmp_path / "secret"
+    meet = subprocess.Popen(
+        [sys.executable, "-m", "ringred.testing.cli", "meet", "--listen", "127.0.0.1:0", "--secret", str(secret)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert meet.stdout is not None
+        address = meet.stdout.readline().split()[-1]
+        command = [*COMMAND, "--ranks", "2", "--hosts", "2", "--meet", address, "--secret"]
+        wrong = tmp_path / "wrong"
+        wrong.touch(0o600)
+        wrong.write_text("ab" * 32)
+        refused = run_to_its_end([*command, str(wrong), PROGRAM, "1"], 30, {})
+        assert refused.status == 2
+        assert "nobody who knows the job's secret keeps a rendezvous at" in refused.output
+        wrong.chmod(0o644)
+        refused = run_to_its_end([*command, str(wrong), PROGRAM, "1"], 30, {})
+        assert "other users may read this secret" in refused.output
+        variables = {"RINGRED_INTERFACE": "127.0.0.1", "OMP_NUM_THREADS": "1", "RINGRED_TUNING": "off"}
+        arguments = [*command, str(secret), PROGRAM, "12", "kill rank 3 at step 30"]
+        jobs = [
+            subprocess.Popen(
+                arguments,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            for _ in range(2)
+        ]
+        outputs = [job.communicate(timeout=100)[0] for job in jobs]
+        assert [job.returncode for job in jobs] == [0, 0], outputs
+        last = ended("\n".join(outputs))
+        assert sorted(one["end"] for one in last) == [0, 1, 2, 3]
+        assert len({one["weights"] for one in last}) == 1
+    finally:
+        meet.send_signal(signal.SIGINT)
+        meet.communicate(timeout=20)
+    assert meet.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0", PROGRAM], "expected --ranks and --hosts ≥ 1"),
+        (["--ranks", "2", "--min", "3", PROGRAM], "--min from 1 to all ranks"),
+        (["--ranks", "2", "--hosts", "2", PROGRAM], "several hosts need --meet HOST:PORT and --secret FILE"),
+        (["--ranks", "2", "nowhere.py"], "run: no file nowhere.py"),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(arguments: list[str], message: str) -> None:
+    began = time.monotonic()
+    job = run_to_its_end([*COMMAND, *arguments], 30, {})
+    assert job.status == 2
+    assert message in job.output
+    assert "Traceback" not in job.output
+    assert time.monotonic() - began < 20
