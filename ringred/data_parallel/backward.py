@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ringred.buckets import Bucket, SparseBucket
 from ringred.data_parallel.layout import Layout
-from ringred.data_parallel.recovery import RECOVERABLE
+from ringred.data_parallel.recovery import RECOVERABLE, Commit
 from ringred.data_parallel.reductions import Failed, InFlight, Nothing
 from ringred.errors import NonFiniteGradient, UnsupportedTensor
 from ringred.runtime.folds import ReduceOp
@@ -39,7 +40,7 @@ class Backward:
 
     `left` counts the gradients that are still to come for each parameter. `used` are the places of the parameters that
     had a gradient since the last reduction; with `asks_for_use` the ranks combine theirs. `on_launched` is called once
-    the reductions of all buckets have been started.
+    the reductions of all buckets have been started, and `commits` behind them.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Backward:
         *,
         asks_for_use: bool,
         on_launched: Callable[[], None],
+        commits: Callable[[], Commit] | None = None,
     ) -> None:
         self.layout, self.forward, self.left = layout, forward, list(firings)
         self.touched = False  # a gradient has come
@@ -61,6 +63,9 @@ class Backward:
         self.works: list[InFlight] = []
         self.used_somewhere: Tensor | None = None
         self._used, self._asks_for_use, self._on_launched = used, asks_for_use, on_launched
+        self._commits = commits
+        self.commit: Commit | None = None
+        """What ends once all ranks have all results."""
         self._behind: list[InFlight] = []
         self._scale_failed: BaseException | None = None
         self._found: Tensor | None = None
@@ -176,6 +181,9 @@ class Backward:
             found = self._found = torch.empty(3 * self.layout.comm.size, dtype=torch.int64)
             mine = torch.tensor(self._non_finite)
             self._behind.append(self._started(lambda: self.layout.comm.all_gather(found, mine, async_op=True)))
+        if self._commits is not None:
+            with contextlib.suppress(*RECOVERABLE):  # heard of when what was launched before is waited for
+                self.commit = self._commits()
 
     def _start(self, number: int, op: ReduceOp) -> InFlight:
         return self.layout.reduction(number, op).start(f"bucket {number} of {self.purpose}")
@@ -231,6 +239,15 @@ class Backward:
                 failures.append(failure)
         if failures:
             raise failures[0]
+
+    def described(self) -> tuple[list[int], list[int], list[str]]:
+        """The bytes of each bucket, its number of parameters, and how it was reduced."""
+        buckets, layout = self.layout.buckets, self.layout
+        algorithms = [
+            "skipped" if isinstance(work, Nothing) else layout.reduction(at, layout.settings.op).algorithm
+            for at, work in enumerate(self.works)
+        ]
+        return [bucket.nbytes for bucket in buckets], [len(bucket.indices) for bucket in buckets], algorithms
 
     def raise_non_finite(self) -> None:
         """If a gradient of any rank was not finite, drops all of them and raises `NonFiniteGradient` on every rank."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ringred.communicator import Communicator
 from ringred.data_parallel.recovery import Change, Recovery
@@ -63,6 +64,17 @@ class Elastic:
             yield self.step
             self.step += 1
 
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """The sum (or "avg", "min", "max", ...) of all ranks' `tensor`, the same on all; between two steps. Ranks that
+        fail meanwhile do not count. `Communicator.all_reduce` would raise, on some of those that are left perhaps."""
+
+        recovery = self._recovery
+
+        def begin() -> _Sum:
+            return _Sum(recovery, tensor, op)
+
+        return recovery.carried(begin(), recovery.comm, begin, _Sum.wait).value
+
     # ------------------------------------------------------------------ other ranks
 
     def tells(self) -> None:
@@ -111,6 +123,20 @@ class Elastic:
         self.take_over({**state, "objects": state["objects"]})
         for one, given in zip(self._objects, state["objects"], strict=True):
             one.load_state_dict(given)
+
+
+class _Sum:
+    """An all-reduce that is made once, when it is waited for."""
+
+    def __init__(self, recovery: Recovery, tensor: Tensor, op: str) -> None:
+        self.value = tensor.clone()
+        self._recovery, self._op, self._done = recovery, op, False
+
+    def wait(self) -> None:
+        """Returns once it is made."""
+        if not self._done:
+            self._recovery.comm.all_reduce(self.value, self._op)
+            self._done = True
 
 
 def _state_of(one: Any) -> Any:

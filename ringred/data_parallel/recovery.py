@@ -18,7 +18,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -28,10 +28,11 @@ from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.runtime.folds import ReduceOp
 from ringred.transports.membership.view import View
 
-__all__ = ["RECOVERABLE", "Change", "Party", "Recovery"]
+__all__ = ["RECOVERABLE", "Change", "Commit", "Party", "Recovery"]
 
 RECOVERABLE = (PeerFailed, CollectiveTimeout)
 """What the ranks that are left can go on after."""
+A = TypeVar("A")
 _JOINS = -1  # the phases of a rank that has none yet
 
 
@@ -42,6 +43,20 @@ class Change(NamedTuple):
     size: int
     was: Sequence[int | None]
     told: Sequence[Any]
+
+
+class Commit(NamedTuple):
+    """A collective that ends once all ranks have come to it; `awaited` is then whether somebody waits to join."""
+
+    work: Waited
+    awaited: torch.Tensor
+
+
+class Waited(Protocol):
+    """What can be waited for."""
+
+    def wait(self) -> Any:
+        """Returns once it is done; raises what it failed with."""
 
 
 class Party(Protocol):
@@ -100,13 +115,18 @@ class Recovery:
         """This rank is through a phase."""
         self._phases += 1
 
-    def commit(self) -> None:
-        """Returns once all ranks have their gradients. Collective."""
-        waits = self.hands_over and self.comm.awaited_by_guests()
-        awaited = torch.tensor([int(waits)], dtype=torch.int64)
+    def start_commit(self) -> Commit:
+        """Starts what is done once all ranks have what they reduced before it. Collective."""
+        awaited = torch.tensor([int(self.hands_over and self.comm.awaited_by_guests())], dtype=torch.int64)
         with self.comm.for_purpose("the end of a backward"):
-            self.comm.all_reduce(awaited, ReduceOp.MAX)
-        self._awaited = bool(awaited.item())
+            work = self.comm.all_reduce(awaited, ReduceOp.MAX, async_op=True)
+        assert work is not None, "asynchronous calls return their work"
+        return Commit(work, awaited)
+
+    def _commit(self, commit: Commit | None) -> None:
+        started = commit or self.start_commit()
+        started.work.wait()
+        self._awaited = bool(started.awaited.item())
         self.passed()
 
     def between_steps(self) -> None:
@@ -135,6 +155,22 @@ class Recovery:
                 self.renew(failure)
         self.passed()
         return False
+
+    def carried(self, attempt: A, comm: Communicator, again: Callable[[], A], wait: Callable[[A], Commit | None]) -> A:
+        """`attempt`, collectives that have begun over `comm`, or what `again` began in its place over other ranks, once
+        `wait` has returned on all of them, with the commit that was started behind them, if any was."""
+        while True:
+            try:
+                if comm is not self.comm and not self.behind():
+                    comm, attempt = self.comm, again()
+                commit = wait(attempt)
+                if self.behind():  # others know that all have it
+                    self.passed()
+                else:
+                    self._commit(commit)
+                return attempt
+            except RECOVERABLE as failure:
+                self.renew(failure)
 
     # ------------------------------------------------------------------ changes
 

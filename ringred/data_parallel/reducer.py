@@ -18,7 +18,7 @@ from ringred.data_parallel.graph import leaves_behind, tensors_in
 from ringred.data_parallel.layout import Layout, Members, Settings
 from ringred.data_parallel.policy import Policy
 from ringred.data_parallel.recovery import Recovery
-from ringred.data_parallel.reductions import CommHook, Nothing, Share
+from ringred.data_parallel.reductions import CommHook, Share
 from ringred.data_parallel.repeating import carried_through
 from ringred.data_parallel.replicas import agreed_plan
 from ringred.runtime.folds import ReduceOp
@@ -134,6 +134,8 @@ class Reducer:
             self._used,
             asks_for_use=self._used_always is None if settings.static_graph else settings.find_unused,
             on_launched=launched or weakly(self, Reducer._finish_at_the_end),
+            # Sparse gradients have a communicator of their own, which this one is not behind.
+            commits=None if self.recovery is None or self.members.sparse else self.recovery.start_commit,
         )
 
     # ------------------------------------------------------------------ backward
@@ -323,13 +325,7 @@ class Reducer:
             self._used_always = now.used_somewhere
 
     def _note_times(self, now: Backward, ended: tuple[int, Any]) -> None:
-        buckets = self.layout.buckets
-        algorithms = [
-            "skipped" if isinstance(work, Nothing) else self.layout.reduction(at, self.settings.op).algorithm
-            for at, work in enumerate(now.works)
-        ]
-        sizes = [bucket.nbytes for bucket in buckets], [len(bucket.indices) for bucket in buckets]
-        self.clock.note(ended, now.ready_ns, now.full_ns, now.works, (*sizes, algorithms))
+        self.clock.note(ended, now.ready_ns, now.full_ns, now.works, now.described())
         self.clock.trace(self.comm.tracer)
 
     # ------------------------------------------------------------------ between two backwards

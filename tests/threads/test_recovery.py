@@ -191,3 +191,21 @@ def test_without_it_a_failure_is_raised_as_ever() -> None:
     results = run_ranks(body, 3, "shm", return_exceptions=True)
     assert isinstance(results[0], PeerFailed)
     assert isinstance(results[2], PeerFailed)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_an_all_reduce_between_two_steps_counts_those_that_are_left(victim: int) -> None:
+    def body(comm: Communicator) -> tuple[list[float], int]:
+        model = ringred.DistributedDataParallel(nn.Linear(3, 3), process_group=comm, on_failure="shrink")
+        state = ringred.Elastic(model)
+        seen = []
+        for step in state.steps(5):
+            model(torch.ones(2, 3)).sum().backward()
+            if (step, comm.rank) == (2, victim):
+                raise ZeroDivisionError("no batch left")
+            seen.append(state.all_reduce(torch.ones(2)).sum().item())
+        return seen, model.comm.size
+
+    results = run_ranks(body, 3, "shm", return_exceptions=True)
+    assert isinstance(results.pop(victim), ZeroDivisionError)
+    assert results == [([6.0, 6.0, 4.0, 4.0, 4.0], 2)] * 2

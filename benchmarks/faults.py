@@ -1,0 +1,219 @@
+"""What failures cost: how long until the next step, what a training with many of them loses, what the checks cost when
+nothing fails.
+
+python benchmarks/faults.py recovery    # from the death of a rank to the next step, and to the one with a new rank
+python benchmarks/faults.py chaos       # ten minutes with a failure every 5 s on average, and ten undisturbed ones
+python benchmarks/faults.py cost        # a step with on_failure="shrink" and without, in the same run
+python benchmarks/faults.py kills       # 200 ranks killed at random moments: when the others raise
+
+Each prints a table and writes out/faults-NAME.json. `--short` is a few seconds of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import Spread, context, write_json
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+RANKS_PROGRAM = str(Path(__file__).with_name("faults_ranks.py"))
+RUN = [sys.executable, "-m", "ringred.testing.cli", "run"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RINGRED_TUNING": "off", **variables}
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What all processes of a job wrote, in order of time."""
+    lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last line of a process that was killed
+            continue
+    return sorted(found, key=lambda record: record["at"])
+
+
+def start(folder: Path, ranks: int, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+    """A training as a job; its processes write into `folder`."""
+    command = [*RUN, "--ranks", str(ranks), "--restarts", "1000000", RANKS_PROGRAM, str(folder), *arguments]
+    log = (folder / "log").open("wb")
+    return subprocess.Popen(command, env=environment(**variables), stdout=log, stderr=log, start_new_session=True)
+
+
+def end(job: subprocess.Popen[bytes]) -> None:
+    if job.poll() is None:
+        job.terminate()
+        job.wait(60)
+
+
+def recovery(short: bool) -> dict[str, Any]:
+    """Kills one of four ranks, again and again, each time once all are there."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for transport in ("shm", "torch_p2p"):
+        shrunk, joined = [], []
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            job = start(folder, 4, "--seconds", "3600", RINGRED_TRANSPORT=transport)
+            try:
+                for turn in tqdm(range(3 if short else 20), desc=transport):
+                    before = time.time()
+                    await_record(folder, lambda r, since=before: r["at"] > since and r["size"] == 4)
+                    processes = sorted({r["process"] for r in records(folder) if r["at"] > time.time() - 0.5})
+                    victim = processes[turn % len(processes)]
+                    died = time.time()
+                    os.kill(victim, signal.SIGKILL)
+                    step = await_record(folder, lambda r, died=died: r["at"] > died and r["size"] == 3)
+                    whole = await_record(folder, lambda r, step=step: r["at"] > step["at"] and r["size"] == 4)
+                    shrunk.append(step["at"] - died)
+                    joined.append(whole["at"] - died)
+            finally:
+                end(job)
+        times[transport] = {"shrunk": shrunk, "joined": joined}
+    rows = [
+        (transport, what, *(f"{value:.2f}" for value in Spread.of(values)), f"{max(values):.2f}", len(values))
+        for transport, by in times.items()
+        for what, values in by.items()
+    ]
+    print(tabulate(rows, headers=["transport", "seconds until", "median", "quartile", "quartile", "most", "kills"]))
+    return times
+
+
+def await_record(folder: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = next((record for record in records(folder) if fits(record)), None)
+        if found is not None:
+            return found
+        time.sleep(0.02)
+    raise TimeoutError((folder / "log").read_text()[-3000:])
+
+
+def chaos(short: bool) -> dict[str, Any]:
+    """A training of a given number of epochs with failures, and the same without."""
+    seconds, every = (40.0, 5.0) if short else (600.0, 5.0)
+    results: dict[str, Any] = {}
+    chosen = random.Random(1)
+    for name in ("undisturbed", "disturbed"):
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            began, killed = time.time(), 0
+            job = start(folder, 4, "--seconds", str(seconds))
+            try:
+                with tqdm(total=int(seconds), desc=name) as bar:
+                    following = began + chosen.expovariate(1 / every)
+                    while job.poll() is None:
+                        time.sleep(0.2)
+                        bar.update(min(int(time.time() - began), int(seconds)) - bar.n)
+                        if name == "disturbed" and time.time() > following and time.time() < began + seconds:
+                            following = time.time() + chosen.expovariate(1 / every)
+                            last = [r for r in records(folder) if r["at"] > time.time() - 1.0]
+                            if len({r["process"] for r in last}) > 1:
+                                with_rank = sorted({r["process"] for r in last})
+                                try:
+                                    os.kill(chosen.choice(with_rank), signal.SIGKILL)
+                                    killed += 1
+                                except ProcessLookupError:
+                                    continue
+            finally:
+                end(job)
+            found = records(folder)
+            steps = sorted({r["step"] for r in found})
+            final = [r for r in found if "accuracy" in r]
+            assert job.returncode == 0, (folder / "log").read_text()[-3000:]
+            sizes = [r["size"] for r in found if "loss" in r]
+            results[name] = {
+                "killed": killed,
+                "seconds": time.time() - began,
+                "steps": len(steps),
+                "missing steps": steps[-1] - len(steps) if steps else None,
+                "mean ranks": statistics.mean(sizes),
+                "accuracy": sorted({r["accuracy"] for r in final}),
+                "weights": len({r["weights"] for r in final}),
+                "ranks at the end": len(final),
+                "loss": curve(found),
+                "recoveries": [seconds for r in final for seconds in r["recoveries"]],
+            }
+    rows = [
+        (name, r["killed"], r["steps"], f"{r['mean ranks']:.2f}", r["accuracy"], r["ranks at the end"], r["loss"][-1])
+        for name, r in results.items()
+    ]
+    print(tabulate(rows, headers=["", "killed", "steps", "mean ranks", "accuracy", "ranks at the end", "loss"]))
+    lost = 1 - results["disturbed"]["steps"] / results["undisturbed"]["steps"]
+    print(f"{100 * lost:.1f} % fewer steps in the same time")
+    return results
+
+
+def curve(found: list[dict[str, Any]], points: int = 20) -> list[float]:
+    """The mean loss in equal parts of the steps."""
+    losses = [(r["step"], r["loss"]) for r in found if "loss" in r]
+    most = max(step for step, _ in losses)
+    parts: list[list[float]] = [[] for _ in range(points)]
+    for step, loss in losses:
+        parts[min(points - 1, step * points // (most + 1))].append(loss)
+    return [round(statistics.mean(part), 4) for part in parts if part]
+
+
+def cost(short: bool) -> dict[str, Any]:
+    """Steps of one model, wrapped in both ways, in turn."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "cost.json"
+        command = [
+            str(ROOT / "launch" / "torchrun.sh"),
+            "2",
+            RANKS_PROGRAM,
+            str(out),
+            "--cost",
+            "30" if short else "300",
+        ]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        subprocess.run(command, env=environment(PATH=path), check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, Any] = json.loads(out.read_text())
+    rows = [
+        (name, f"{Spread.of(by['raise']).median:.3f}", f"{Spread.of(by['shrink']).median:.3f}", f"{by['more']:+.2f} %")
+        for name, by in found.items()
+    ]
+    print(tabulate(rows, headers=["model", "ms a step", "with shrink", "more (median of pairs)"]))
+    return found
+
+
+def kills(short: bool) -> dict[str, Any]:
+    """By the tests' program."""
+    program = ROOT / "tests" / "procs" / "programs" / "killed.py"
+    command = [sys.executable, str(program), "5" if short else "200", "1"]
+    said = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True).stdout
+    print(said.strip())
+    return {"said": said.strip()}
+
+
+EXPERIMENTS = {"recovery": recovery, "chaos": chaos, "cost": cost, "kills": kills}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("names", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("--short", action="store_true")
+    options = parser.parse_args()
+    for name in options.names:
+        found = EXPERIMENTS[name](options.short)
+        write_json(ROOT / "out" / f"faults-{name}.json", {"context": context(), **found})
+
+
+if __name__ == "__main__":
+    main()
