@@ -93,7 +93,7 @@ def check_alive(member: Member, view: View) -> None:
         try:
             member.call(card, _LOOK_SECONDS).close()
         except (Gone, Malformed):
-            raise PeerFailed(f"{card}, to be rank {rank} of {view.lineage}, ended while the ranks connected") from None
+            raise PeerFailed(f"rank {rank} of {view.lineage} has ended ({card})") from None
         except (Cut, Silent):
             continue
 

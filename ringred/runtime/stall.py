@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from ringred.errors import PeerFailed
 from ringred.runtime import lifetime
+from ringred.runtime.seat import check_alive
 from ringred.runtime.status import Observed, Waits, ask_all, call_of, describe, in_short
 
 __all__ = ["verdict", "watch"]
@@ -25,6 +28,10 @@ _watched: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 _told: weakref.WeakKeyDictionary[Any, object] = weakref.WeakKeyDictionary()
 
 
+_blind: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()  # when each was probed last
+_PROBE_SECONDS = 1.0
+
+
 def watch(comm: Any, seconds: float) -> None:
     """From here on others can ask what `comm` does, and its waits longer than `seconds` are told of; 0: none are."""
     global _thread
@@ -32,10 +39,13 @@ def watch(comm: Any, seconds: float) -> None:
     reference = weakref.ref(member)
     member.describe = lambda: describe(_there(reference), _comms(), _waits)
     member.everyone = lambda: _everyone(_there(reference))
-    if not seconds:
+    blind = getattr(comm.transport, "far", comm.transport).name == "mpi"
+    if not (seconds or blind):
         return
     with _starting:
         _watched[comm] = seconds
+        if blind:
+            _blind[comm] = 0.0
         if _thread is None:
             _thread = threading.Thread(target=_look, name="ringred-watch", daemon=True)
             _thread.start()
@@ -71,6 +81,10 @@ def _look_once(pause: float) -> float:
     with _starting:
         watched = {comm: seconds for comm, seconds in list(_watched.items()) if not comm.closed}
     _waits.look(watched)
+    for comm in watched:
+        if comm in _blind:
+            _probe(comm)
+    watched = {comm: seconds for comm, seconds in watched.items() if seconds}
     for comm, seconds in watched.items():
         call, _, under_way = comm.runner.seen()
         if (
@@ -81,6 +95,19 @@ def _look_once(pause: float) -> float:
             _told[comm] = call
             _tell(comm)
     return min([_LONGEST_PAUSE, *(seconds / _LOOKS for seconds in watched.values())])
+
+
+def _probe(comm: Any) -> None:
+    """Where the transport does not notice that a peer has ended, as MPI does not: looks whether all that a call waits
+    for are there, once a second, and ends it if not."""
+    call, _, under_way = comm.runner.seen()
+    now = time.monotonic()
+    if under_way and _waits.of(comm, call) >= _PROBE_SECONDS and now - _blind[comm] >= _PROBE_SECONDS:
+        _blind[comm] = now
+        try:
+            check_alive(comm.seat.member, comm.seat.view)
+        except PeerFailed as failure:
+            comm.abort(failure)
 
 
 def _tell(comm: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.procs.launching import PROGRAMS, ROOT, end, processes_with, run_to_its_end
+from tests.procs.launching import PROGRAMS, ROOT, end, launch, processes_with, run_to_its_end
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
@@ -182,3 +182,16 @@ def test_wrong_arguments_get_a_sentence(arguments: list[str], message: str) -> N
     assert message in job.output
     assert "Traceback" not in job.output
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("transport", ["shm", "mpi"])
+def test_ranks_shrink_under_an_mpirun_that_lets_them(transport: str) -> None:
+    """By default mpirun ends the job when a rank dies. Over MPI itself it is the ranks' own messages that tell of it."""
+    variables = {"RINGRED_TRANSPORT": transport, "MPIRUN_ARGS": "--enable-recovery", "RINGRED_TIMEOUT": "60"}
+    job = launch("mpirun", 4, "shrinks.py", limit=60, **variables)
+    said = [json.loads(line) for line in job.output.splitlines() if line.startswith("{")]
+    assert sorted((one["rank"], one["size"], one["sum"]) for one in said) == [(0, 3, 3.0), (1, 3, 3.0), (2, 3, 3.0)]
+    assert {one["from"] for one in said} == {transport}
+    assert {one["to"] for one in said} == {"shm"}
+    assert all("rank 1" in one["why"] for one in said)
+    assert job.left_behind == []
