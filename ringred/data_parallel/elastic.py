@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ringred.communicator import Communicator
 from ringred.data_parallel.recovery import Change, Recovery
+from ringred.data_parallel.trees import uprooted
 from ringred.errors import RingredError
 
 __all__ = ["Elastic"]
@@ -27,10 +28,13 @@ class Elastic:
             for batch in loader: ...
 
     A process that joins gets all of it from a rank that is there, between two steps, by broadcast: the weights,
-    the objects' states, the values, and the states of the random number generators of torch, numpy and Python.
+    the objects' states, the values, and the states of the random number generators of torch's CPU, numpy and Python.
+    `backwards_per_step` is the number of backwards that are reduced between two steps, of all models: 1, unless the
+    program has two models that go on after failures, or accumulates gradients without `no_sync`. Raises `TypeError`
+    where a state holds anything but tensors, arrays, numbers, texts, and lists and dictionaries of these.
     """
 
-    def __init__(self, model: Any, *objects: Any, **values: Any) -> None:
+    def __init__(self, model: Any, *objects: Any, backwards_per_step: int = 1, **values: Any) -> None:
         recovery: Recovery | None = model.recovery
         if recovery is None:
             raise ValueError("Elastic: expected a DistributedDataParallel with on_failure='shrink'")
@@ -43,8 +47,9 @@ class Elastic:
         self._names = sorted(values)
         self.epoch = self.step = 0
         self.__dict__.update(values)
+        uprooted(self.handed_over())  # what cannot be sent is said now, not when somebody joins
         recovery.enrol(self)
-        recovery.hands_over = True
+        recovery.hands_over, recovery.backwards_per_step = True, backwards_per_step
 
     def epochs(self, count: int) -> Iterator[int]:
         """The numbers of the epochs that are left of `count`. Waits until the ranks are complete, first for a process
@@ -90,6 +95,7 @@ class Elastic:
         """What a rank that joins needs."""
         return {
             "weights": self._model.module.state_dict(),
+            "buffers": dict(self._model.module.named_buffers()),
             "objects": [_state_of(one) for one in self._objects],
             "values": {name: getattr(self, name) for name in self._names},
             "epoch": self.epoch,
@@ -105,6 +111,9 @@ class Elastic:
                 f"ranks that are there have them, got {len(self._objects)} and {self._names}"
             )
         self._model.module.load_state_dict(state["weights"])
+        with torch.no_grad():  # those that are not in the state as well
+            for name, buffer in self._model.module.named_buffers():
+                buffer.copy_(state["buffers"][name])
         for one, given in zip(self._objects, state["objects"], strict=True):
             if not hasattr(one, "take_over"):
                 one.load_state_dict(given)

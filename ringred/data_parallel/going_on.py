@@ -29,6 +29,7 @@ class GoingOn:
     recovery: Recovery | None
     _weights: Weights
     _forwards: int
+    _sync_buffers_next: bool
 
     @property
     def steps(self) -> int:
@@ -49,9 +50,10 @@ class GoingOn:
 
     def handed_over(self) -> dict[str, Any]:
         """How far it has come, for a rank that joins."""
-        return {"forwards": self._forwards, "reducer": self.reducer.progress()}
+        copies = self._sync_buffers_next
+        return {"forwards": self._forwards, "copies": copies, "reducer": self.reducer.progress()}
 
     def take_over(self, state: dict[str, Any]) -> None:
         """Goes on as a rank that has joined."""
-        self._forwards = state["forwards"]
+        self._forwards, self._sync_buffers_next = state["forwards"], state["copies"]
         self.reducer.resume(state["reducer"])

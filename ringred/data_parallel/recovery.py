@@ -18,12 +18,13 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from ringred.communicator import Communicator
-from ringred.data_parallel.trees import broadcast_tree
+from ringred.data_parallel.trees import broadcast_tree, uprooted
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.runtime.folds import ReduceOp
 from ringred.transports.membership.view import View
@@ -80,13 +81,16 @@ class Party(Protocol):
 
 class Recovery:
     """What the parties of a communicator have in common. `recoveries` are the seconds that each change has taken.
-    `hands_over` is whether there is all that a process needs to join."""
+    `hands_over` is whether there is all that a process needs to join, which it does between two steps, each of
+    `backwards_per_step` backwards."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self.recoveries: list[float] = []
         self.hands_over = False
         self._joins = comm.seat is not None and comm.seat.view.generation < 0
+        self.backwards = 0  # of all models, that are done
+        self.backwards_per_step = 1
         self._phases = 0  # passed by this rank
         self._known = 0  # passed by some rank, when they changed last
         self._followed = comm.seat.view.generation if comm.seat is not None else 0
@@ -96,9 +100,9 @@ class Recovery:
     @classmethod
     def of(cls, comm: Communicator) -> Recovery:
         """That of `comm`, one for all of its parties."""
-        found = _known.get(comm)
-        if found is None:
-            found = _known[comm] = cls(comm)
+        if comm.recovery is None:
+            comm.recovery = cls(comm)
+        found: Recovery = comm.recovery
         return found
 
     def enrol(self, party: Party) -> None:
@@ -117,7 +121,8 @@ class Recovery:
 
     def start_commit(self) -> Commit:
         """Starts what is done once all ranks have what they reduced before it. Collective."""
-        awaited = torch.tensor([int(self.hands_over and self.comm.awaited_by_guests())], dtype=torch.int64)
+        waits = self.comm.awaited_by_guests() or self.comm.size < self.comm.config.least_ranks
+        awaited = torch.tensor([int(self.hands_over and waits)], dtype=torch.int64)
         with self.comm.for_purpose("the end of a backward"):
             work = self.comm.all_reduce(awaited, ReduceOp.MAX, async_op=True)
         assert work is not None, "asynchronous calls return their work"
@@ -129,6 +134,10 @@ class Recovery:
         self._awaited = bool(started.awaited.item())
         self.passed()
 
+    def _between_steps(self) -> bool:
+        """Whether all backwards of a step are done."""
+        return self.backwards % self.backwards_per_step == 0
+
     def between_steps(self) -> None:
         """Called before each forward whose backward is reduced. Lets in who waits. Collective."""
         if self._joins and not self.hands_over:
@@ -136,7 +145,7 @@ class Recovery:
                 "a process that joins a training needs all that the others have: make a ringred.Elastic of the model, "
                 "the optimizer and the sampler, and loop over its epochs() or steps()"
             )
-        if self._joins or self._awaited or self.comm.size < self.comm.config.least_ranks:
+        if self._joins or (self._awaited and self._between_steps()):
             self.renew(None)
 
     def join(self) -> None:
@@ -183,7 +192,7 @@ class Recovery:
             made = before.newest()
             try:
                 if made is before:
-                    made = before.renew(self._tells(failure is None))
+                    made = before.renew(partial(self._tells, failure is None))
                 self._adopt(before, made)
             except RECOVERABLE as another:
                 if self.comm is before:
@@ -197,11 +206,15 @@ class Recovery:
             what = f"ringred: {made.size} ranks go on ({size} before) after {self.recoveries[-1]:.2f} s"
             print(what if failure is None else f"{what}; {failure}", file=sys.stderr, flush=True)
 
-    def _tells(self, between_steps: bool) -> dict[str, Any]:
+    def _tells(self, between_steps: bool, view: View) -> dict[str, Any]:
+        """What this rank tells in `view`, which it leaves: all changes up to there are followed before."""
         if self._joins:
             return {"phases": _JOINS}
-        told = [None if party is None else party.tells() for party in self._alive()]
-        said: dict[str, Any] = {"phases": self._phases, "told": told}
+        self._follow_up_to(view)
+        alive = self._alive()
+        told = [None if party is None else party.tells() for party in alive]
+        there = [party is not None for party in alive]
+        said: dict[str, Any] = {"phases": self._phases, "told": told, "there": there}
         if between_steps:
             said["invites"] = self.comm.config.least_ranks
         return said
@@ -211,18 +224,33 @@ class Recovery:
 
     def _adopt(self, before: Communicator, made: Communicator) -> None:
         assert made.seat is not None, "it has members"
-        assert before.seat is not None, "it had members"
-        self.comm, seat = made, made.seat
-        _known[made] = self
+        self.comm, view = made, made.seat.view
+        made.recovery, before.recovery = self, None
         if not self._joins:
-            for generation in range(self._followed + 1, seat.view.generation + 1):
-                lineage = seat.view.lineage
-                self._follow(seat.member.known(lineage, generation - 1), seat.member.known(lineage, generation))
-        self._followed = seat.view.generation
-        for party in self._alive():
-            if party is not None:
+            self._follow_up_to(view)
+        self._followed = view.generation
+        # A party that some rank has let go of, and another not yet, is none.
+        theres = [one["there"] for one in view.said.values() if "there" in one]
+        for place, party in enumerate(self._alive()):
+            if party is not None and all(there[place] for there in theres):
                 party.adopt(made)
-        self._hand_over(seat.view)
+        self._hand_over(view)
+
+    def _follow_up_to(self, view: View) -> None:
+        assert self.comm.seat is not None, "it has members"
+        member = self.comm.seat.member
+        for generation in range(self._followed + 1, view.generation + 1):
+            self._follow(member.known(view.lineage, generation - 1), member.known(view.lineage, generation))
+            self._followed = generation
+
+    def _all_state(self) -> tuple[str, Any]:
+        """What is wrong with the state of all parties, if anything is, and the state."""
+        states = [None if party is None else party.handed_over() for party in self._alive()]
+        try:
+            uprooted(states)
+        except TypeError as failure:  # no reason for those that are there to end
+            return str(failure), None
+        return "", [self._phases, self.backwards, states]
 
     def _follow(self, before: View, after: View) -> None:
         """All parties follow one change: some ranks may have connected in a view that others only know of."""
@@ -238,10 +266,15 @@ class Recovery:
     def _hand_over(self, view: View) -> None:
         if not any(one.get("phases") == _JOINS for one in view.said.values()):
             return
-        mine = [self._phases, [None if party is None else party.handed_over() for party in self._alive()]]
-        phases, states = broadcast_tree(self.comm, mine)
+        if view.said[view.members[0].identity].get("phases") == _JOINS:
+            raise RingredError("those who had the state of the training are gone: only processes that joined are left")
+        trouble, state = self._all_state() if self.comm.rank == 0 else ("", None)
+        trouble, state = broadcast_tree(self.comm, [trouble, state])
         if not self._joins:
             return
+        if trouble:
+            raise RingredError(f"this process cannot join: {trouble}")
+        phases, self.backwards, states = state
         if len(states) != len(self._parties):
             raise RingredError(
                 f"the ranks that are there have {len(states)} models, samplers and Elastic objects that go on after "
@@ -251,6 +284,3 @@ class Recovery:
             if party is not None:
                 party.take_over(state)
         self._joins, self._phases, self._known = False, phases, phases
-
-
-_known: weakref.WeakKeyDictionary[Communicator, Recovery] = weakref.WeakKeyDictionary()

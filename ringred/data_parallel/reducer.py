@@ -46,6 +46,7 @@ class Reducer:
         self.comm, self.members, self.settings, self.name = comm, members, settings, name
         self.layout = Layout(comm, members, settings, plan)
         self.recovery = Recovery.of(comm) if settings.recovers else None
+        self._elsewhere = bool(members.sparse) or members.parameters[0].device.type != "cpu"
         self.weighed_again: Callable[[], Callable[[], float]] | None = None  # weighs once more, over the ranks of now
         self.rebuilt = plan is not None or (settings.find_unused and not settings.static_graph)
         self.clock = Clock(comm.runner_on(members.parameters[0].device).device.here)
@@ -134,8 +135,8 @@ class Reducer:
             self._used,
             asks_for_use=self._used_always is None if settings.static_graph else settings.find_unused,
             on_launched=launched or weakly(self, Reducer._finish_at_the_end),
-            # Sparse gradients have a communicator of their own, which this one is not behind.
-            commits=None if self.recovery is None or self.members.sparse else self.recovery.start_commit,
+            # What is reduced on another communicator or on a device may be done later than what is behind it here.
+            commits=None if self.recovery is None or self._elsewhere else self.recovery.start_commit,
         )
 
     # ------------------------------------------------------------------ backward
@@ -307,8 +308,6 @@ class Reducer:
         backward that is under way keeps its own."""
         plan, self.rebuilt = agreed_plan(comm, self.layout.plan, self.rebuilt)
         self.comm, self.layout = comm, Layout(comm, self.members, self.settings, plan)
-        if self._pass is not None and not self._pass.touched:
-            self._pass = self.new_backward(self._pass.forward)
 
     def progress(self) -> dict[str, Any]:
         """How far it has come."""
@@ -321,6 +320,8 @@ class Reducer:
 
     def _note_reduced(self, now: Backward) -> None:
         self._reduced, self.steps = True, self.steps + 1
+        if self.recovery is not None:
+            self.recovery.backwards += 1
         if self.settings.static_graph and self._used_always is None:
             self._used_always = now.used_somewhere
 

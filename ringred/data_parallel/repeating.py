@@ -38,6 +38,8 @@ def carried_through(reducer: Reduces, now: Backward, recovery: Recovery) -> Back
 
 def _waited(attempt: Backward) -> Commit | None:
     attempt.wait()
+    if attempt.layout.members.parameters[0].device.type != "cpu":
+        attempt.layout.comm.synchronize()  # else it was only enqueued
     return attempt.commit
 
 

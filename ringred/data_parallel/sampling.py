@@ -51,12 +51,11 @@ class Deal:
         """A batch of a rank; what fills it up is −1 − sample."""
         if number < len(self.ahead[rank]):
             return self.ahead[rank][number]
-        count = self.samples.numel()
-        places = range(first := self._place(rank, number), first + self.batch)
-        return tuple(
-            int(self.samples[place]) if place < count else -1 - int(self.filler[(place - count) % self.filler.numel()])
-            for place in places
-        )
+        first = self._place(rank, number)
+        batch = self.samples[first : first + self.batch].tolist()
+        past = max(0, first - self.samples.numel())
+        fill = [(past + at) % self.filler.numel() for at in range(self.batch - len(batch))]
+        return (*batch, *(-1 - sample for sample in self.filler[fill].tolist()))
 
     def _place(self, rank: int, number: int) -> int:
         """Where in `samples` a batch begins that is not ahead."""
@@ -164,7 +163,8 @@ class ElasticSampler(Sampler[list[int]]):
 
     def tells(self) -> dict[str, int]:
         """How far this rank has come."""
-        return {"epoch": self.epoch, "drawn": self._drawn, "done": self._done(), "over": self._over}
+        steps = self.model.steps
+        return {"epoch": self.epoch, "drawn": self._drawn, "done": self._done(), "over": self._over, "steps": steps}
 
     def _done(self) -> int:
         return (self.model.steps - self._since) * self.batches_per_step
@@ -189,7 +189,8 @@ class ElasticSampler(Sampler[list[int]]):
         closed, over = any(one.get("over", False) for one in there), self._over
         self._rank = change.was.index(self._rank)
         self._deal = self._new_deal(before.left(used), ahead, len(ahead[self._rank]), closed)
-        self._over = over
+        # Who has not finished the last step of the others does so now, and it is none of the new deal's.
+        self._over, self._since = over, max(one["steps"] for one in told)
 
     def adopt(self, comm: Communicator) -> None:
         """The ranks of its model are its own."""

@@ -37,6 +37,7 @@ class Renewing:
     def _take_seat(self, seat: Seat | None, stall_seconds: float) -> None:
         self.seat, self.successor = seat, None
         self.thread, self.stalls, self.noted = threading.get_ident(), 0, []
+        self.recovery: Any = None  # what its models have in common, if they go on after failures
         if seat is not None:
             seat.member.hold()
             watch(self, stall_seconds)
@@ -71,16 +72,16 @@ class Renewing:
         Raises `PeerFailed` on a rank that was left out, and on all where those who came cannot know that they are the
         only ones: more than half of the ranks that have not ended must come, or one half with the lowest of them.
         """
-        return self.renew({}, timeout=timeout)
+        return self.renew(lambda view: {}, timeout=timeout)
 
     def awaited_by_guests(self) -> bool:
         """Whether some process waits at this rank to join."""
         return self.seat is not None and bool(self.seat.member.joining(self.seat.view.lineage))
 
-    def renew(self: C, said: Mapping[str, Any], timeout: float | None = None) -> C:
-        """As `shrink`, with what each rank says to all the others, which is then in `seat.view.said`. If all say that
-        they invite others (see `agree`), processes that wait to join become the last ranks; on such a process it waits
-        for that."""
+    def renew(self: C, tells: Callable[[View], Mapping[str, Any]], timeout: float | None = None) -> C:
+        """As `shrink`, with what each rank tells all the others of itself in a view that it leaves; it is then in
+        `seat.view.said`. If all say that they invite others (see `agree`), processes that wait to join become the last
+        ranks; on such a process it waits for that."""
         comm: Any = self
         if self.seat is None:
             raise RingredError(f"rank {self.rank}: {self.name}: expected a communicator of ranks that reach each other")
@@ -88,6 +89,7 @@ class Renewing:
         view, deadline = seat.view, time.monotonic() + seconds
         while True:
             joins = view.generation < 0
+            said = tells(view)
             view = _joined(seat, said, seconds) if joins else agree(seat.member, view, said, seconds)
             made = None
             try:
@@ -100,8 +102,6 @@ class Renewing:
                     raise
                 continue
             break
-        if seat.rendezvous is not None and made.rank == 0:
-            seat.rendezvous.tell(view)
         self.successor = made
         comm.close()
         return cast("C", made)
@@ -111,8 +111,7 @@ def _joined(seat: Seat, said: Mapping[str, Any], seconds: float) -> View:
     """The view into which this process is let."""
     assert seat.rendezvous is not None, "who joins was told where"
     try:
-        members = seat.rendezvous.await_members(seconds)
-        return join(seat.member, seat.view.lineage, members, said, seconds)
+        return join(seat.member, seat.view.lineage, seat.rendezvous.members, said, seconds)
     except (Gone, Silent) as failure:
         raise TransportUnavailable(
             f"this process was to join a job that is over, or does not go on: {failure}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import socket
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ringred.errors import PeerFailed
@@ -22,6 +24,8 @@ __all__ = ["LINEAGE", "Renewed", "Seat", "agreed_text", "check_alive", "own_addr
 
 LINEAGE = "world"
 """The name of the communicator of all ranks of a job, whatever its generation."""
+_REACHED = 256  # members of other hosts, at most, that are reached at the start
+_CALLS = 32  # at once
 _LOOK_SECONDS = 1.0  # in which a living member answers
 
 
@@ -67,22 +71,45 @@ def take(
     member = Member(secret, own_address(interface) if far else None)
     cards = tuple(Card.from_text(text) for text in gather(member.card.as_text()))
     view = member.adopt(View(LINEAGE, 0, cards, {}))
-    if rendezvous is not None and rank == 0:
-        rendezvous.tell(view)
+    if rendezvous is not None:
+        member.approves = rendezvous.tell
+        if rank == 0:
+            rendezvous.tell(view)
+    _reach_others(member, view)
     return Seat(member, view, connect, rendezvous)
 
 
 def own_address(interface: str | None) -> str | None:
     """The address at which other hosts reach this one."""
+    name = interface or socket.gethostname()
     try:
-        return socket.gethostbyname(interface or socket.gethostname())
+        found = socket.gethostbyname(name)
+        if interface is not None or not found.startswith("127."):
+            return found
+        reason = f"it is {found}"
     except OSError as failure:
-        warnings.warn(
-            f"ringred: {interface or socket.gethostname()} has no address ({failure}): ranks of other hosts cannot ask "
-            "this one what it does, or go on with it after a failure; RINGRED_INTERFACE names one",
-            stacklevel=2,
-        )
-        return None
+        reason = str(failure)
+    warnings.warn(
+        f"ringred: {name} has no address that other hosts reach ({reason}): their ranks cannot ask this one what it "
+        "does, or go on with it after a failure; RINGRED_INTERFACE names one",
+        stacklevel=2,
+    )
+    return None
+
+
+def _reach_others(member: Member, view: View) -> None:
+    """Notes which members of other hosts are reached at their addresses."""
+    far = [card for card in view.members if card.port and not card.is_here()]
+    if not far or len(far) > _REACHED:
+        return
+
+    def reach(card: Card) -> None:
+        with contextlib.suppress(Gone, Silent, Cut, Malformed):
+            member.call(card, _LOOK_SECONDS).close()
+            member.reached.add(card.identity)
+
+    with ThreadPoolExecutor(_CALLS, thread_name_prefix="ringred-reach") as calls:
+        list(calls.map(reach, far))
 
 
 def check_alive(member: Member, view: View) -> None:

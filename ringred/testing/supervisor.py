@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -19,14 +20,18 @@ _LOOK_SECONDS = 0.02  # between two looks at the ranks
 _GRACE_SECONDS = 1.0  # after a failure, to see whether the other ranks fail too
 _PATIENCE_SECONDS = 10.0  # for ranks to end by themselves once they were asked
 _LAST_LINES = 60  # of a rank's errors that are repeated at the end
+_MEMBERS_SECONDS = 0.25  # between two looks at who is in the job
+_SETTLED_SECONDS = 30.0  # after which a process that fails is taken for one that was of use
+_LONGEST_LINE = 1 << 14
 _PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
 
 
 class _Rank:
     """One process. What it writes to stderr is passed on, and the end of it kept."""
 
     def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], joins: bool) -> None:
-        self.number, self.joins = number, joins
+        self.number, self.joins, self.began = number, joins, time.monotonic()
         self.said: deque[bytes] = deque(maxlen=_LAST_LINES)
         self.process = subprocess.Popen(
             command, env=dict(environment), stderr=subprocess.PIPE, preexec_fn=_end_with_parent
@@ -38,10 +43,12 @@ class _Rank:
         assert self.process.stderr is not None, "it is a pipe"
         rest = b""
         while part := os.read(self.process.stderr.fileno(), 1 << 16):
-            sys.stderr.buffer.write(part)
-            sys.stderr.flush()
-            *lines, rest = (rest + part).split(b"\n")
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it: the rank must not wait for that
+                sys.stderr.buffer.write(part)
+                sys.stderr.flush()
+            *lines, rest = (rest + part).replace(b"\r", b"\n").split(b"\n")
             self.said.extend(lines)
+            rest = rest[-_LONGEST_LINE:]
         if rest:
             self.said.append(rest)
 
@@ -61,7 +68,7 @@ class _Rank:
 
 class Supervisor:
     """Runs `command` as `ranks` processes, numbered from `first` on, of a job of `size`. A process in the place of one
-    that failed joins the others; after `restarts` of them that were not let in, the job is given up. `members` gives
+    that failed joins the others; after `restarts` of them that were not let in, no more are started. `members` gives
     the processes of this host that are in it by now, or None before all have come together. If the job is at work, its
     first processes join it as well if it `joins`."""
 
@@ -83,6 +90,9 @@ class Supervisor:
         self._join_from_the_start = joins
         self._running: list[_Rank] = []
         self._failed: list[tuple[_Rank, int]] = []
+        self._vacant: list[int] = []  # the numbers of ranks that are to be replaced
+        self._in_vain = 0  # processes that failed one after the other
+        self._spoiled = False  # whether one failed by itself when others were done
         self._stopping: int | None = None
 
     def run(self) -> int:
@@ -113,35 +123,64 @@ class Supervisor:
         self._running.append(_Rank(number, self._command, environment, joins))
 
     def _watch(self) -> int:
-        in_vain, done = 0, False
+        done = False
+        looked = 0.0
         while self._running and self._stopping is None:
             time.sleep(_LOOK_SECONDS)
-            self._look()
-            for rank, status in self._reap():
-                was_in = rank.process.pid in self._let_in
-                if status == 0:
-                    done = True
-                elif not done or was_in:
-                    self._failed.append((rank, status))
-                    in_vain = 0 if was_in else in_vain + 1
-                    if done or in_vain > self._restarts or self._nobody_is_left():
-                        return self._give_up()
-                    _say(f"rank {rank.number} {_how(status)}; another process takes its place")
-                    self._start(rank.number, joins=True)
-            if done and not any(rank.process.pid in self._let_in for rank in self._running):
-                break  # those that wait to join have nothing to do
-        return 0 if self._stopping is None else 128 + self._stopping
+            ended = self._reap()
+            if ended or time.monotonic() - looked > _MEMBERS_SECONDS:
+                looked = time.monotonic()
+                self._look()
+            done = done or any(status == 0 for _, status in ended)
+            for rank, status in ended:
+                self._note(rank, status, done)
+            if self._vacant and self._nobody_is_left():
+                return self._give_up()
+            if done:
+                if all(rank.joins and rank.process.pid not in self._let_in for rank in self._running):
+                    break  # those that wait to join have nothing to do
+            else:
+                self._replace()
+        if self._stopping is not None:
+            return 128 + self._stopping
+        return self._give_up() if self._failed and (self._spoiled or not done) else 0
+
+    def _note(self, rank: _Rank, status: int, done: bool) -> None:
+        """What follows from the end of a process."""
+        was_in = rank.process.pid in self._let_in
+        if status == 0 or (done and not was_in):
+            return
+        self._failed.append((rank, status))
+        self._spoiled = self._spoiled or (done and status > 0)
+        # A process that fails by itself soon after it was let in is no better than one that never was.
+        lived = time.monotonic() - rank.began > _SETTLED_SECONDS or status < 0
+        self._in_vain = 0 if was_in and lived else self._in_vain + 1
+        self._vacant.append(rank.number)
+
+    def _replace(self) -> None:
+        """Starts a process in each place that is vacant, unless too many of them failed."""
+        if self._in_vain > self._restarts:
+            if self._vacant:
+                _say(f"{self._in_vain} processes failed one after the other: rank {self._vacant[-1]} is not replaced")
+            self._vacant.clear()
+            return
+        for number in self._vacant:
+            status = next(status for rank, status in reversed(self._failed) if rank.number == number)
+            _say(f"rank {number} {_how(status)}; another process takes its place")
+            self._start(number, joins=True)
+        self._vacant.clear()
 
     def _look(self) -> None:
         """Who has been let in; and ends those whom the others went on without: they are stopped, or hang."""
         now = self._members()
-        self._let_in.update(now or ())
+        fresh = set(now or ()) - self._let_in
+        if fresh and self._let_in:
+            self._failed = self._failed[-1:]  # the failures before were got over
+        self._let_in |= fresh
         for rank in self._running:
             left_out = now is not None and rank.process.pid in self._let_in and rank.process.pid not in now
-            if (
-                left_out
-                and time.monotonic() > self._since.setdefault(rank.process.pid, time.monotonic()) + _GRACE_SECONDS
-            ):
+            since = self._since.setdefault(rank.process.pid, time.monotonic()) if left_out else time.monotonic()
+            if time.monotonic() > since + _GRACE_SECONDS:
                 rank.process.kill()
 
     def _reap(self) -> list[tuple[_Rank, int]]:
@@ -155,19 +194,23 @@ class Supervisor:
         failed before all had come together."""
         if not self._let_in:
             return True
+        if self._size > self._ranks:  # there may be others on other hosts
+            return False
         until = time.monotonic() + _GRACE_SECONDS
-        while self._size == self._ranks and time.monotonic() < until:
-            self._look()
-            self._failed += [(rank, status) for rank, status in self._reap() if status]
-            if not any(rank.process.pid in self._let_in for rank in self._running):
-                return True
+        while time.monotonic() < until:
+            if not any(rank.process.poll() is None and rank.process.pid in self._let_in for rank in self._running):
+                for rank, status in self._reap():
+                    if status:
+                        self._failed.append((rank, status))
+                return bool(self._failed)
             time.sleep(_LOOK_SECONDS)
         return False
 
     def _give_up(self) -> int:
         self._end_all()
-        rank, status = self._failed[0]
-        among = f", the first of {len(self._failed)} that failed" if len(self._failed) > 1 else ""
+        # What a rank says by itself is the cause, rather than that another one was ended.
+        rank, status = next((one for one in self._failed if one[1] > 0), self._failed[0])
+        among = f", one of {len(self._failed)} that failed" if len(self._failed) > 1 else ""
         _say(f"rank {rank.number} {_how(status)}{among}:\n{rank.traceback()}")
         return status if status > 0 else 128 - status
 
@@ -183,7 +226,8 @@ class Supervisor:
 
 
 def _say(what: str) -> None:
-    print(f"ringred run: {what}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        print(f"ringred run: {what}", file=sys.stderr, flush=True)
 
 
 def _how(status: int) -> str:
@@ -194,7 +238,7 @@ def _how(status: int) -> str:
 
 def _end_with_parent() -> None:
     """Of a rank: it ends when its supervisor does."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -52,7 +52,10 @@ class Part(dist.PrefixStore):  # type: ignore[misc]
 
 def corner(store: Any, rank: int) -> Any:
     """A fresh part of `store`: the n-th call on each rank gets part n, so that one store serves many communicators."""
-    turn = store.add(f"turn/{rank}", 1)
+    try:
+        turn = store.add(f"turn/{rank}", 1)
+    except RuntimeError as failure:
+        raise TransportUnavailable(f"rank {rank}: no store to meet at: {failure}") from failure
     return Part(f"turn-{turn}", store)
 
 

@@ -68,6 +68,8 @@ def test_waits_in_a_part_of_the_ranks_name_its_ranks(capfd: pytest.CaptureFixtur
 def test_a_rank_in_another_call_is_named_with_it() -> None:
     """Two parts wait for each other: each says what the other one is in."""
 
+    asked = threading.Barrier(2)
+
     def body(comm: Communicator) -> str | None:
         other = comm.duplicate()
         if comm.rank == 0:
@@ -77,6 +79,7 @@ def test_a_rank_in_another_call_is_named_with_it() -> None:
         time.sleep(0.4)
         assert comm.seat is not None
         line = stall.verdict(comm, status.ask_all(comm.seat.member, comm.seat.view))
+        asked.wait(10)
         (comm if comm.rank else other).all_reduce(torch.ones(3 if comm.rank else 4))
         waiting.wait()
         return line

@@ -16,12 +16,12 @@ Transactions on Computers 1982).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ringred.errors import PeerFailed
-from ringred.transports.membership.caller import Cut, Gone, Silent
+from ringred.transports.membership.caller import Cut, Gone, Refused, Silent
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.member import Coming, Member
 from ringred.transports.membership.view import View
@@ -32,6 +32,7 @@ __all__ = ["agree", "join"]
 _LOOK_SECONDS = 0.05  # between two looks at who has ended
 _ANSWER_SECONDS = 1.0  # in which a living process answers
 _SILENT_SECONDS = 5.0  # after which one that does not answer is left out
+_LOST_SECONDS = 30.0  # after which one that agrees, but does not come here, is left out
 _CALLS = 16  # at once
 
 
@@ -50,6 +51,10 @@ def agree(member: Member, view: View, said: Mapping[str, Any], timeout: float) -
             first = known.first()
             decides = first.identity == member.identity
             after = _decide(known, said) if decides else _follow(known, first, said)
+    if after.members[0].identity == member.identity and not member.approves(after):
+        why = f"others of {view.lineage} have gone on, and were not asked"
+        member.turn_away(view, why)
+        raise PeerFailed(f"{view.named([member.card])} was left out: {why}")
     after = member.adopt(after)
     if after.rank_of(member.identity) is None:
         others = view.named(after.members)
@@ -57,32 +62,37 @@ def agree(member: Member, view: View, said: Mapping[str, Any], timeout: float) -
     return after
 
 
-def join(member: Member, lineage: str, seeds: list[Card], said: Mapping[str, Any], timeout: float) -> View:
-    """The view of `lineage` that this member is let into, by those whose cards `seeds` are, or who came after them.
+def join(
+    member: Member, lineage: str, members: Callable[[], list[Card]], said: Mapping[str, Any], timeout: float
+) -> View:
+    """The view of `lineage` that this member is let into, by those whose cards `members` gives, or who came after them.
 
-    Raises `Silent` after `timeout` seconds, and `Gone` if none of them is there."""
+    Raises `Silent` after `timeout` seconds, and `Gone` if none of them is there any more."""
     until = time.monotonic() + timeout
-    cards = list(seeds)
-    while cards:
-        card = cards.pop(0)
-        try:
-            connection = member.call(card, _ANSWER_SECONDS)
-        except (Gone, Silent, Cut, Malformed):
-            continue
-        try:
-            ask = {"do": "join", "lineage": lineage, "card": member.card.as_text(), "said": dict(said)}
-            answer = connection.ask(ask, max(0.0, until - time.monotonic()))
-        except (Cut, Malformed):
-            cards = [other for other in seeds if other != card]  # the next of them knows who decides now
-            time.sleep(_LOOK_SECONDS)
-            continue
-        finally:
-            connection.close()
-        if "go" in answer:
+    ask = {"do": "join", "lineage": lineage, "card": member.card.as_text(), "said": dict(said)}
+    gone_since: float | None = None
+    while time.monotonic() < until:
+        cards, there = members(), False
+        tried: set[str] = set()
+        while cards:
+            card = cards.pop(0)
+            if card.identity in tried:
+                continue
+            tried.add(card.identity)
+            try:
+                with member.call(card, _ANSWER_SECONDS) as connection:
+                    there = True
+                    answer = connection.ask(ask, max(0.0, until - time.monotonic()))
+            except (Gone, Silent, Cut, Refused, Malformed):
+                continue
+            if "view" in answer:
+                return member.adopt(View.from_fields(answer["view"]))
             cards.insert(0, Card.from_text(answer["go"]))
-            continue
-        return member.adopt(View.from_fields(answer["view"]))
-    raise Gone(f"no member of {lineage} answers")
+        gone_since = None if there else (gone_since or time.monotonic())
+        if gone_since is not None and time.monotonic() - gone_since > _SILENT_SECONDS:
+            raise Gone(f"no member of {lineage} is there")
+        time.sleep(_ANSWER_SECONDS / 4)
+    raise Silent(f"no member of {lineage} let this process in within {timeout:g} s")
 
 
 class _Known:
@@ -97,8 +107,20 @@ class _Known:
     def left_out(self, identity: str) -> bool:
         """Whether nobody waits for this one: it has ended, has not answered for long, or does not come in time."""
         since = self.silent_since.get(identity)
-        silent = since is not None and time.monotonic() - since > _SILENT_SECONDS
-        return silent or identity in self.ended or identity in self.absent
+        now = time.monotonic()
+        silent = since is not None and now - since > _SILENT_SECONDS
+        lost = now > self.until + _LOST_SECONDS and identity not in self.member.come(
+            self.view
+        )  # it cannot reach this one
+        return silent or lost or identity in self.ended or identity in self.absent
+
+    def ends(self, card: Card) -> None:
+        """Nobody listens there. That proves the end of a process of this host, and of one that was reached before: else
+        it may be that its address is not one at which this host reaches it."""
+        if card.is_here() or card.identity in self.member.reached:
+            self.ended.add(card.identity)
+        else:
+            self.silent_since.setdefault(card.identity, time.monotonic())
 
     def first(self) -> Card:
         """The lowest member that counts as alive."""
@@ -114,11 +136,11 @@ class _Known:
             with self.member.call(card, _ANSWER_SECONDS) as connection:
                 ask = {"do": "ping", "lineage": self.view.lineage, "generation": self.view.generation}
                 answer = connection.ask(ask, _ANSWER_SECONDS)
-        except (Silent, Cut):
+        except (Silent, Cut, Refused):
             self.silent_since.setdefault(card.identity, time.monotonic())
             return None
         except (Gone, Malformed):  # nobody listens there, or another process
-            self.ended.add(card.identity)
+            self.ends(card)
             return None
         self.silent_since.pop(card.identity, None)
         if answer.get("identity") != card.identity or answer.get("left"):
@@ -202,7 +224,7 @@ def _follow(known: _Known, first: Card, said: Mapping[str, Any]) -> View | None:
         known.silent_since.setdefault(first.identity, time.monotonic())
         return None
     except (Gone, Malformed):
-        known.ended.add(first.identity)
+        known.ends(first)
         return None
     try:
         connection.send(
@@ -225,7 +247,7 @@ def _follow(known: _Known, first: Card, said: Mapping[str, Any]) -> View | None:
             return View.from_fields(answer["view"])
     except Cut:
         return known.look(first)
-    except Malformed as failure:
+    except (Refused, Malformed) as failure:
         raise PeerFailed(f"{view.named([member.card])}: {failure}") from None
     finally:
         connection.close()

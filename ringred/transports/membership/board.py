@@ -31,6 +31,14 @@ class Board:
             self._tell()
             return total
 
+    def advance(self, name: str, number: int) -> bool:
+        """Raises a number; False if it is as high already."""
+        with self._lock:
+            if int(self._values.get(name, "0")) >= number:
+                return False
+            self._values[name] = str(number)
+            return True
+
     def now(self, names: Sequence[str]) -> dict[str, str | None]:
         """The values; None for those that are not there."""
         with self._lock:

@@ -20,7 +20,7 @@ from ringred.transports.membership.wire import (
     answer_greeting,
 )
 
-__all__ = ["Connection", "Cut", "Gone", "Silent", "peer_user"]
+__all__ = ["Connection", "Cut", "Gone", "Refused", "Silent", "peer_user"]
 
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
@@ -31,6 +31,10 @@ class Gone(ConnectionError):
 
 class Cut(ConnectionError):
     """The connection ended before the answer: another one tells whether the other end is still there."""
+
+
+class Refused(ConnectionError):
+    """The other end does not do what it was asked for."""
 
 
 class Silent(TimeoutError):
@@ -78,7 +82,7 @@ class Connection:
         payload = self._receive(Session.length(head), deadline)
         answer = self._session.opened(head, payload)
         if "refused" in answer:
-            raise Malformed(f"{self}: {answer['refused']}")
+            raise Refused(f"{self}: {answer['refused']}")
         return answer
 
     def _receive(self, nbytes: int, deadline: float) -> bytes:

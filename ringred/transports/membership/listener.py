@@ -43,6 +43,7 @@ class Listener:
         self.secret, self.answer = secret, answer
         self.doors: list[socket.socket] = []
         self.guests: set[_Guest] = set()
+        self.strangers: dict[_Guest, None] = {}  # those who have not proved anything yet, by age
         self.port = 0
         try:
             self._open(socket.AF_UNIX, f"\0{name}")
@@ -71,10 +72,11 @@ class Listener:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = door.accept()
-                if sum(guest.session is None for guest in self.guests) >= _STRANGERS:
-                    connection.close()
-                else:
-                    self.guests.add(_Guest(thread, self, connection))
+                if len(self.strangers) >= _STRANGERS:  # the oldest makes room
+                    next(iter(self.strangers)).end()
+                guest = _Guest(thread, self, connection)
+                self.guests.add(guest)
+                self.strangers[guest] = None
 
     def close(self) -> None:
         """Listens no more, and cuts off who waits."""
@@ -96,7 +98,7 @@ class _Guest:
     def __init__(self, thread: _Thread, listener: Listener, connection: socket.socket) -> None:
         self._thread, self._listener, self._socket = thread, listener, connection
         self.session: Session | None = None
-        self.until: float | None = time.monotonic() + _PATIENCE  # by when it must have proved something
+        self.until = time.monotonic() + _PATIENCE  # by when it must have proved something
         self._greeting = greet()
         self._incoming, self._outgoing = bytearray(), bytearray()
         self._held: Held | None = None
@@ -116,7 +118,7 @@ class _Guest:
                 self._hear()
         except BlockingIOError:
             pass
-        except OSError:  # it has gone, or is not of this job
+        except Exception:  # it has gone, or is not of this job: whatever it did, others are answered
             self.end()
 
     def _hear(self) -> None:
@@ -128,7 +130,7 @@ class _Guest:
             user = peer_user(self._socket) if self._socket.family == socket.AF_UNIX else -1
             hello, same_user = self._taken(HELLO_BYTES), user in (os.geteuid(), 0)
             proof, self.session = answer_hello(self._listener.secret, self._greeting, hello, same_user)
-            self.until = None
+            self._listener.strangers.pop(self, None)
             self._say(proof)
         while self._held is None and len(self._incoming) >= HEAD_BYTES:
             length = Session.length(bytes(self._incoming[:HEAD_BYTES]))
@@ -146,7 +148,11 @@ class _Guest:
     def _reply(self, answer: dict[str, Any] | Held) -> None:
         assert self.session is not None, "only who has a session asks"
         if isinstance(answer, dict):
-            self._say(self.session.seal(answer))
+            try:
+                sealed = self.session.seal(answer)
+            except (TypeError, ValueError) as failure:
+                sealed = self.session.seal({"refused": f"the answer cannot be sent: {failure}"[:500]})
+            self._say(sealed)
             return
         self._held = answer
         answer.add_done_callback(lambda done: self._thread.post(lambda thread: self._give(done)))
@@ -158,7 +164,7 @@ class _Guest:
         try:
             self._reply(answer.result())
             self._hear()
-        except OSError:
+        except Exception:  # as above
             self.end()
 
     def _say(self, data: bytes) -> None:
@@ -171,6 +177,7 @@ class _Guest:
     def end(self) -> None:
         """Cuts it off."""
         self._listener.guests.discard(self)
+        self._listener.strangers.pop(self, None)
         self._thread.forget(self._socket)
         self._socket.close()
         held, self._held = self._held, None
@@ -204,8 +211,10 @@ class _Thread:
         done = threading.Event()
 
         def then(thread: _Thread) -> None:
-            job(thread)
-            done.set()
+            try:
+                job(thread)
+            finally:
+                done.set()
 
         self.post(then)
         done.wait()
@@ -231,14 +240,15 @@ class _Thread:
 
     def _run(self) -> None:
         while True:
-            limits = [g.until for one in self.listeners for g in one.guests if g.until is not None]
+            limits = [next(iter(one.strangers)).until for one in self.listeners if one.strangers]
             left = max(0.0, min(limits) - time.monotonic()) if limits else None
             for key, events in self._selector.select(left):
                 key.data(events)
             while self._posted:
-                self._posted.popleft()(self)
+                with contextlib.suppress(OSError, ValueError, KeyError):  # of one connection: others are answered
+                    self._posted.popleft()(self)
             now = time.monotonic()
-            for guest in [g for one in self.listeners for g in one.guests if g.until is not None and g.until <= now]:
+            for guest in [g for one in self.listeners for g in one.strangers if g.until <= now]:
                 guest.end()
 
     def forget_all(self) -> None:

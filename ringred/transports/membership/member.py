@@ -54,6 +54,10 @@ class Member:
         self._agreeing: set[tuple[str, int]] = set()
         self._left: dict[str, int] = {}
         self._users = 0
+        self.reached: set[str] = set()
+        """The identities of members of other hosts that were reached at their address."""
+        self.approves: Callable[[View], bool] = lambda view: True
+        """Whether a view that this member decided may count: asked before others hear of it."""
         name = f"ringred-{os.getpid()}-{next(_numbers)}-{secrets.token_hex(4)}"
         self._listener = Listener(secret, self._answer, name, host, port)
         self.card = Card(self.identity, os.getpid(), place(), name, host or "", self._listener.port)
@@ -118,7 +122,7 @@ class Member:
         return dict(self._joining.get(lineage, {}))
 
     def _recent(self, key: str) -> bool:
-        lineage, _, generation = key.partition("~")
+        lineage, _, generation = key.rpartition("~")
         newest = self._views.get(lineage)
         return newest is None or int(generation.partition(".")[0]) >= newest.generation - 1
 
@@ -191,8 +195,12 @@ class Member:
 
     def _pinned(self, message: dict[str, Any]) -> dict[str, Any] | _Held:
         board = self._boards.setdefault(str(message["board"]), Board())
+        if "advance" in message and not board.advance(f"generation of {message['advance']}", int(message["number"])):
+            return {"advanced": False}
         for name, value in dict(message.get("put", {})).items():
             board.put(str(name), str(value))
+        if "advance" in message:
+            return {"advanced": True}
         if "add" in message:
             return {"total": board.add(str(message["add"]), int(message["number"]))}
         if "wait" in message:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ringred.transports.membership.caller import Connection, Cut, Gone, Silent
+from ringred.transports.membership.caller import Connection, Cut, Gone, Refused, Silent
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.view import View
@@ -25,10 +24,12 @@ class Rendezvous(NamedTuple):
     keeper: Card
     secret: bytes
 
-    def tell(self, view: View) -> None:
-        """Leaves word of who the members are, for those who come. Nothing is left where the keeper is gone."""
+    def tell(self, view: View) -> bool:
+        """Leaves word of who the members are, for those who come; False if those of this or a later generation were
+        told of before. True where the keeper is gone: nobody comes by it any more."""
         cards = json.dumps([card.as_text() for card in view.members])
-        self._ask({"put": {_VIEW: cards}})
+        answer = self._ask({"advance": _VIEW, "number": view.generation + 1, "put": {_VIEW: cards}})
+        return answer is None or bool(answer["advanced"])
 
     @classmethod
     def kept_by(cls, member: Member) -> Rendezvous:
@@ -41,15 +42,6 @@ class Rendezvous(NamedTuple):
         text = None if answer is None else answer.get(_VIEW)
         return [] if text is None else [Card.from_text(one) for one in json.loads(text)]
 
-    def await_members(self, timeout: float) -> list[Card]:
-        """As `members`, once there are some."""
-        until = time.monotonic() + timeout
-        while True:
-            found = self.members()
-            if found or time.monotonic() > until:
-                return found
-            time.sleep(0.05)
-
     def number(self, what: str) -> int:
         """How many have asked for this before. Raises `Gone` where the keeper is not there."""
         answer = self._ask({"add": what, "number": 1})
@@ -57,9 +49,9 @@ class Rendezvous(NamedTuple):
             raise Gone(f"nobody who knows the job's secret keeps a rendezvous at {self.keeper}")
         return int(answer["total"]) - 1
 
-    def _ask(self, message: dict[str, object]) -> dict[str, str] | None:
+    def _ask(self, message: dict[str, object]) -> dict[str, Any] | None:
         try:
             with Connection(self.keeper, self.secret, _SECONDS) as connection:
                 return connection.ask({"do": "board", "board": BOARD, **message}, _SECONDS)
-        except (Gone, Silent, Cut, Malformed):
+        except (Gone, Silent, Cut, Refused, Malformed):
             return None
