@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,21 +20,22 @@ __all__ = ["Elastic"]
 
 class Elastic:
     """The state of a training that others can join: `model`, a DistributedDataParallel with `on_failure="shrink"`, and
-    anything with `state_dict` and `load_state_dict` (an optimizer, a schedule, an `ElasticSampler`, a GradScaler), by
+    anything with `state_dict` and `load_state_dict` (optimizers, schedules, an `ElasticSampler`, other models), by
     position; and plain values by name, which are attributes from then on.
 
         state = ringred.Elastic(model, optimizer, sampler, best=0.0)
         for epoch in state.epochs(10):            # whoever joins begins here, in the epoch of the others
             for batch in loader: ...
 
-    A process that joins gets all of it from a rank that is there, between two steps, by broadcast: the weights,
-    the objects' states, the values, and the states of the random number generators of torch's CPU, numpy and Python.
-    `backwards_per_step` is the number of backwards that are reduced between two steps, of all models: 1, unless the
-    program has two models that go on after failures, or accumulates gradients without `no_sync`. Raises `TypeError`
-    where a state holds anything but tensors, arrays, numbers, texts, and lists and dictionaries of these.
+    A process that joins gets all of it from a rank that is there, by broadcast: the weights, the objects' states, the
+    values, and the states of the random number generators of torch's CPU, numpy and Python. It is let in where a round
+    of the program begins: once each of the optimizers has made a step since the last round, and no gradients are left.
+
+    Raises `TypeError` where a state holds anything but tensors, arrays, numbers, texts, and lists and dictionaries of
+    these.
     """
 
-    def __init__(self, model: Any, *objects: Any, backwards_per_step: int = 1, **values: Any) -> None:
+    def __init__(self, model: Any, *objects: Any, **values: Any) -> None:
         recovery: Recovery | None = model.recovery
         if recovery is None:
             raise ValueError("Elastic: expected a DistributedDataParallel with on_failure='shrink'")
@@ -49,7 +50,11 @@ class Elastic:
         self.__dict__.update(values)
         uprooted(self.handed_over())  # what cannot be sent is said now, not when somebody joins
         recovery.enrol(self)
-        recovery.hands_over, recovery.backwards_per_step = True, backwards_per_step
+        recovery.hands_over = True
+        for one in objects:
+            if hasattr(one, "register_step_post_hook"):  # an optimizer
+                recovery.optimizers.add(id(one))
+                one.register_step_post_hook(_notes(recovery))
 
     def epochs(self, count: int) -> Iterator[int]:
         """The numbers of the epochs that are left of `count`. Waits until the ranks are complete, first for a process
@@ -132,6 +137,13 @@ class Elastic:
         self.take_over({**state, "objects": state["objects"]})
         for one, given in zip(self._objects, state["objects"], strict=True):
             one.load_state_dict(given)
+
+
+def _notes(recovery: Recovery) -> Callable[[Any, Any, Any], None]:
+    def stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+        recovery.stepped(id(optimizer))
+
+    return stepped
 
 
 class _Sum:

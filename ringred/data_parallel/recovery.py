@@ -81,16 +81,17 @@ class Party(Protocol):
 
 class Recovery:
     """What the parties of a communicator have in common. `recoveries` are the seconds that each change has taken.
-    `hands_over` is whether there is all that a process needs to join, which it does between two steps, each of
-    `backwards_per_step` backwards."""
+    `hands_over` is whether there is all that a process needs to join, as it does between two rounds of the program."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self.recoveries: list[float] = []
         self.hands_over = False
         self._joins = comm.seat is not None and comm.seat.view.generation < 0
-        self.backwards = 0  # of all models, that are done
-        self.backwards_per_step = 1
+        self.optimizers: set[int] = set()
+        """Those whose steps make a round of the program."""
+        self._stepped: set[int] = set()
+        self._due = False
         self._phases = 0  # passed by this rank
         self._known = 0  # passed by some rank, when they changed last
         self._followed = comm.seat.view.generation if comm.seat is not None else 0
@@ -134,9 +135,22 @@ class Recovery:
         self._awaited = bool(started.awaited.item())
         self.passed()
 
-    def _between_steps(self) -> bool:
-        """Whether all backwards of a step are done."""
-        return self.backwards % self.backwards_per_step == 0
+    def backward_done(self) -> None:
+        """A backward of some model was reduced: optimizers have something to do."""
+        self._due = True
+
+    def stepped(self, optimizer: int) -> None:
+        """An optimizer has made its step."""
+        self._due = False
+        self._stepped.add(optimizer)
+
+    def _at_the_top(self) -> bool:
+        """Whether the program is where each of its rounds begins: every optimizer has made a step since the last time,
+        and no gradients are left for one. The same on all ranks."""
+        top = not self.optimizers or (not self._due and self._stepped >= self.optimizers)
+        if top:
+            self._stepped.clear()
+        return top
 
     def between_steps(self) -> None:
         """Called before each forward whose backward is reduced. Lets in who waits. Collective."""
@@ -145,7 +159,7 @@ class Recovery:
                 "a process that joins a training needs all that the others have: make a ringred.Elastic of the model, "
                 "the optimizer and the sampler, and loop over its epochs() or steps()"
             )
-        if self._joins or (self._awaited and self._between_steps()):
+        if self._at_the_top() and (self._joins or self._awaited):
             self.renew(None)
 
     def join(self) -> None:
@@ -250,7 +264,7 @@ class Recovery:
             uprooted(states)
         except TypeError as failure:  # no reason for those that are there to end
             return str(failure), None
-        return "", [self._phases, self.backwards, states]
+        return "", [self._phases, states]
 
     def _follow(self, before: View, after: View) -> None:
         """All parties follow one change: some ranks may have connected in a view that others only know of."""
@@ -274,7 +288,7 @@ class Recovery:
             return
         if trouble:
             raise RingredError(f"this process cannot join: {trouble}")
-        phases, self.backwards, states = state
+        phases, states = state
         if len(states) != len(self._parties):
             raise RingredError(
                 f"the ranks that are there have {len(states)} models, samplers and Elastic objects that go on after "

@@ -321,7 +321,7 @@ class Reducer:
     def _note_reduced(self, now: Backward) -> None:
         self._reduced, self.steps = True, self.steps + 1
         if self.recovery is not None:
-            self.recovery.backwards += 1
+            self.recovery.backward_done()
         if self.settings.static_graph and self._used_always is None:
             self._used_always = now.used_somewhere
 

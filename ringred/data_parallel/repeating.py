@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
 from ringred.data_parallel.backward import Backward, Forward
-from ringred.data_parallel.recovery import Commit, Recovery
+from ringred.data_parallel.recovery import RECOVERABLE, Commit, Recovery
 
 __all__ = ["carried_through"]
 
@@ -37,7 +38,13 @@ def carried_through(reducer: Reduces, now: Backward, recovery: Recovery) -> Back
 
 
 def _waited(attempt: Backward) -> Commit | None:
-    attempt.wait()
+    try:
+        attempt.wait()
+    except RECOVERABLE:
+        if attempt.commit is not None:
+            with contextlib.suppress(*RECOVERABLE):  # it says the same
+                attempt.commit.work.wait()
+        raise
     if attempt.layout.members.parameters[0].device.type != "cpu":
         attempt.layout.comm.synchronize()  # else it was only enqueued
     return attempt.commit
