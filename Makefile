@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check wheels lab gpu-check torch-suite install clean
+.PHONY: demo test check wheels lab faults gpu-check torch-suite install clean
 
 install: $(STAMP)
 
@@ -47,6 +47,14 @@ wheels: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/python benchmarks/lab.py run --short
 	$(BIN)/python benchmarks/lab.py report
+
+# What ranks do when something fails: all tests of it, and what it costs (docs/faults.md).
+faults: $(STAMP)
+	$(BIN)/python -m pytest tests/threads/test_errors.py tests/threads/test_ending.py tests/threads/test_sites.py \
+	    tests/threads/test_shrink.py tests/threads/test_recovery.py tests/threads/test_stall.py tests/threads/test_faults.py \
+	    tests/threads/test_membership.py tests/threads/test_sampling.py tests/threads/test_checkpoint.py \
+	    tests/threads/test_ddp_checks.py tests/procs/test_run.py tests/procs/test_launchers.py
+	$(BIN)/python benchmarks/faults.py --short recovery cost kills
 
 # For a machine with an NVIDIA GPU; GPU_PYTHON is a Python there with torch, CuPy, cuda-bindings, numpy and tabulate.
 GPU_PYTHON ?= $(PYTHON)

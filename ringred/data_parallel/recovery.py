@@ -27,6 +27,7 @@ from ringred.communicator import Communicator
 from ringred.data_parallel.trees import broadcast_tree, uprooted
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.runtime.folds import ReduceOp
+from ringred.runtime.persistent import PersistentAllReduce
 from ringred.transports.membership.view import View
 
 __all__ = ["RECOVERABLE", "Change", "Commit", "Party", "Recovery"]
@@ -96,6 +97,7 @@ class Recovery:
         self._known = 0  # passed by some rank, when they changed last
         self._followed = comm.seat.view.generation if comm.seat is not None else 0
         self._awaited = False  # whether somebody waits to join
+        self._prepared: tuple[Communicator, torch.Tensor, PersistentAllReduce] | None = None
         self._parties: list[weakref.ref[Party]] = []
 
     @classmethod
@@ -123,11 +125,12 @@ class Recovery:
     def start_commit(self) -> Commit:
         """Starts what is done once all ranks have what they reduced before it. Collective."""
         waits = self.comm.awaited_by_guests() or self.comm.size < self.comm.config.least_ranks
-        awaited = torch.tensor([int(self.hands_over and waits)], dtype=torch.int64)
-        with self.comm.for_purpose("the end of a backward"):
-            work = self.comm.all_reduce(awaited, ReduceOp.MAX, async_op=True)
-        assert work is not None, "asynchronous calls return their work"
-        return Commit(work, awaited)
+        if self._prepared is None or self._prepared[0] is not self.comm:
+            flag = self.comm.empty(1, torch.int64)
+            self._prepared = self.comm, flag, self.comm.all_reduce_init(flag, ReduceOp.MAX)
+        _, awaited, prepared = self._prepared
+        awaited.fill_(self.hands_over and waits)
+        return Commit(prepared.start("the end of a backward"), awaited)
 
     def _commit(self, commit: Commit | None) -> None:
         started = commit or self.start_commit()
