@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringred.buckets import Bucket, SparseBucket
+from ringred.communicator import Communicator
 from ringred.data_parallel.layout import Layout
 from ringred.data_parallel.recovery import RECOVERABLE, Commit
 from ringred.data_parallel.reductions import Failed, InFlight, Nothing
@@ -52,7 +53,7 @@ class Backward:
         *,
         asks_for_use: bool,
         on_launched: Callable[[], None],
-        commits: Callable[[], Commit] | None = None,
+        commits: Callable[[Communicator], Commit | None] | None = None,
     ) -> None:
         self.layout, self.forward, self.left = layout, forward, list(firings)
         self.touched = False  # a gradient has come
@@ -183,7 +184,7 @@ class Backward:
             self._behind.append(self._started(lambda: self.layout.comm.all_gather(found, mine, async_op=True)))
         if self._commits is not None:
             with contextlib.suppress(*RECOVERABLE):  # heard of when what was launched before is waited for
-                self.commit = self._commits()
+                self.commit = self._commits(self.layout.comm)
 
     def _start(self, number: int, op: ReduceOp) -> InFlight:
         return self.layout.reduction(number, op).start(f"bucket {number} of {self.purpose}")

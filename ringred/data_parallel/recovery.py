@@ -122,8 +122,11 @@ class Recovery:
         """This rank is through a phase."""
         self._phases += 1
 
-    def start_commit(self) -> Commit:
-        """Starts what is done once all ranks have what they reduced before it. Collective."""
+    def start_commit(self, comm: Communicator) -> Commit | None:
+        """Starts what is done once all ranks have what they reduced before it on `comm`. Collective; None if these are
+        not the ranks of now, so that it has to be reduced again."""
+        if comm is not self.comm:
+            return None
         waits = self.comm.awaited_by_guests() or self.comm.size < self.comm.config.least_ranks
         if self._prepared is None or self._prepared[0] is not self.comm:
             flag = self.comm.empty(1, torch.int64)
@@ -133,7 +136,8 @@ class Recovery:
         return Commit(prepared.start("the end of a backward"), awaited)
 
     def _commit(self, commit: Commit | None) -> None:
-        started = commit or self.start_commit()
+        started = commit or self.start_commit(self.comm)
+        assert started is not None, "these are the ranks of now"
         started.work.wait()
         self._awaited = bool(started.awaited.item())
         self.passed()

@@ -209,3 +209,41 @@ def test_an_all_reduce_between_two_steps_counts_those_that_are_left(victim: int)
     results = run_ranks(body, 3, "shm", return_exceptions=True)
     assert isinstance(results.pop(victim), ZeroDivisionError)
     assert results == [([6.0, 6.0, 4.0, 4.0, 4.0], 2)] * 2
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("place", ["first", "second", "both"])
+def test_two_models_one_after_the_other(place: str, victim: int) -> None:
+    """The ranks change in the backward of one model while the other's is under way, on some ranks."""
+
+    def body(comm: Communicator) -> tuple[list[Tensor], int]:
+        nets = [nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)]
+        for net in nets:
+            nn.init.eye_(net.weight)
+        first, second = (
+            ringred.DistributedDataParallel(net, process_group=comm, on_failure="shrink", deterministic=True)
+            for net in nets
+        )
+        for step in range(4):
+            x = torch.full((2, 5), float(comm.rank + 1))
+
+            def dies(here: str, step: int = step) -> None:
+                if comm.rank == victim and step == 2 and here == place:
+                    raise ZeroDivisionError("no batch left")
+
+            out, other = first(x), second(x)
+            if place == "both":
+                out.register_hook(lambda gradient: dies("both"))
+                (out * other).mean().backward()
+            else:
+                dies("first")
+                out.square().mean().backward()
+                dies("second")
+                other.mean().backward()
+        return [net.weight.grad for net in nets], first.comm.size  # type: ignore[misc]
+
+    results = run_ranks(body, 3, "shm", return_exceptions=True)
+    assert isinstance(results.pop(victim), ZeroDivisionError)
+    (one, size), (other, _) = results
+    assert size == 2
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
