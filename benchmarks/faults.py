@@ -180,7 +180,7 @@ def cost(short: bool) -> dict[str, Any]:
             RANKS_PROGRAM,
             str(out),
             "--cost",
-            "30" if short else "300",
+            "60" if short else "1000",
         ]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         subprocess.run(command, env=environment(PATH=path), check=True, stdout=subprocess.DEVNULL)
@@ -189,7 +189,7 @@ def cost(short: bool) -> dict[str, Any]:
         (name, f"{Spread.of(by['raise']).median:.3f}", f"{Spread.of(by['shrink']).median:.3f}", f"{by['more']:+.2f} %")
         for name, by in found.items()
     ]
-    print(tabulate(rows, headers=["model", "ms a step", "with shrink", "more (median of pairs)"]))
+    print(tabulate(rows, headers=["model", "ms a step", "with shrink", "more (median of pairs of blocks)"]))
     return found
 
 

@@ -23,6 +23,8 @@ import ringred
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_digits import digits, make_model
 
+BLOCK = 20  # steps
+
 
 def train(folder: Path, seconds: float) -> None:
     """Trains until `seconds` after the job began, and writes a line for each step."""
@@ -70,7 +72,8 @@ def train(folder: Path, seconds: float) -> None:
 
 
 def cost(out: Path, steps: int) -> None:
-    """Pairs of steps of two wrappers of the same model."""
+    """Blocks of steps of two wrappers of the same model, in turn: a rank that is done with a step before the others
+    has only to wait for them in the next one."""
     comm = ringred.init()
     torch.set_num_threads(1)
     models = {
@@ -85,14 +88,16 @@ def cost(out: Path, steps: int) -> None:
         }
         x = torch.randn(shape)
         times: dict[str, list[float]] = {how: [] for how in wrapped}
-        for turn in range(steps + 10):
+        for turn in range(steps // BLOCK + 1):
             for how in ("raise", "shrink") if turn % 2 else ("shrink", "raise"):
                 comm.barrier()
                 began = time.perf_counter()
-                wrapped[how].zero_grad()
-                wrapped[how](x).square().mean().backward()
-                if turn >= 10:
-                    times[how].append((time.perf_counter() - began) * 1e3)
+                for _ in range(BLOCK):
+                    wrapped[how].zero_grad()
+                    wrapped[how](x).square().mean().backward()
+                comm.barrier()
+                if turn:
+                    times[how].append((time.perf_counter() - began) / BLOCK * 1e3)
         more = statistics.median(b / a - 1 for a, b in zip(times["raise"], times["shrink"], strict=True))
         found[name] = {**times, "more": 100 * more}
     if comm.rank == 0:
