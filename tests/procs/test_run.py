@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -165,24 +164,6 @@ def test_two_hosts_meet_at_a_third(tmp_path: Path) -> None:
         meet.send_signal(signal.SIGINT)
         meet.communicate(timeout=20)
     assert meet.returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--ranks", "0", PROGRAM], "expected --ranks and --hosts ≥ 1"),
-        (["--ranks", "2", "--min", "3", PROGRAM], "--min from 1 to all ranks"),
-        (["--ranks", "2", "--hosts", "2", PROGRAM], "several hosts need --meet HOST:PORT and --secret FILE"),
-        (["--ranks", "2", "nowhere.py"], "run: no file nowhere.py"),
-    ],
-)
-def test_wrong_arguments_get_a_sentence(arguments: list[str], message: str) -> None:
-    began = time.monotonic()
-    job = run_to_its_end([*COMMAND, *arguments], 30, {})
-    assert job.status == 2
-    assert message in job.output
-    assert "Traceback" not in job.output
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("transport", ["shm", "mpi"])

@@ -79,3 +79,25 @@ def test_topology_tells_of_this_machine(capsys: pytest.CaptureFixture[str]) -> N
     status, out, _ = run(capsys, "topology")
     assert status == 0
     assert "cores this process may use" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0", __file__], "expected --ranks and --hosts ≥ 1"),
+        (["--ranks", "2", "--min", "3", __file__], "--min from 1 to all ranks"),
+        (["--ranks", "2", "--hosts", "2", __file__], "several hosts need --meet HOST:PORT and --secret FILE"),
+        (["--ranks", "2", "--meet", "there", "--secret", __file__, __file__], "expected HOST:PORT, got 'there'"),
+        (["--ranks", "2", "nowhere.py"], "run: no file nowhere.py"),
+    ],
+)
+def test_run_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    status, _, err = run(capsys, "run", *arguments)
+    assert status == 2
+    assert message in err
+
+
+def test_status_of_what_is_no_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "status", "1")
+    assert status == 2
+    assert "process 1 is no rank that is running here" in err
