@@ -123,14 +123,11 @@ def chaos(short: bool) -> dict[str, Any]:
                         bar.update(min(int(time.time() - began), int(seconds)) - bar.n)
                         if name == "disturbed" and time.time() > following and time.time() < began + seconds:
                             following = time.time() + chosen.expovariate(1 / every)
-                            last = [r for r in records(folder) if r["at"] > time.time() - 1.0]
-                            if len({r["process"] for r in last}) > 1:
-                                with_rank = sorted({r["process"] for r in last})
-                                try:
-                                    os.kill(chosen.choice(with_rank), signal.SIGKILL)
-                                    killed += 1
-                                except ProcessLookupError:
-                                    continue
+                            last = {r["process"] for r in records(folder) if r["at"] > time.time() - 1.0}
+                            there = sorted(process for process in last if Path(f"/proc/{process}").exists())
+                            if len(there) > 1:  # nobody goes on after the last one
+                                os.kill(chosen.choice(there), signal.SIGKILL)
+                                killed += 1
             finally:
                 end(job)
             found = records(folder)
