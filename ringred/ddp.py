@@ -195,7 +195,7 @@ class DistributedDataParallel(nn.Module, GoingOn, Reporting):
         root, scale = 0, cast("Callable[[], float] | None", None)
         if syncing:
             if self.recovery is not None:
-                self.recovery.between_steps()
+                self.recovery.between_steps(self)
             reducer.check_finished()
             self._as_given.check(self.module, self.reducer.settings.find_unused)
         began = time.monotonic_ns()

@@ -74,7 +74,6 @@ class Checkpoints:
         self.folder, self._model, self._keep = Path(folder), model, keep
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._saves = 0
 
     def save(self, step: int, state: Any, *, wait: bool = False) -> None:
         """Writes `state`, which is the same on all ranks: dictionaries, lists and numbers with dense tensors in them.
@@ -87,19 +86,15 @@ class Checkpoints:
         total = sum(tensor.nbytes for tensor in tensors)
         begin, end = total * comm.rank // comm.size, total * (comm.rank + 1) // comm.size
         share = b"".join(_range(tensors, begin, end))
-        self._saves += 1
-        unfinished = self.folder / f".step-{step}-{self._token(comm)}"
-        unfinished.mkdir(parents=True, exist_ok=True)
-        job = _Job(self.folder / f"step-{step}", unfinished, comm, share, step, text, self._keep)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = frozenset(os.listdir(self.folder))
+        unfinished = self.folder / f".step-{step}-{_token(comm, step)}"
+        unfinished.mkdir(exist_ok=True)
+        job = _Job(self.folder / f"step-{step}", unfinished, comm, share, step, text, self._keep, before)
         self._writer = threading.Thread(target=self._write, args=(job,), name="ringred-checkpoint")
         self._writer.start()
         if wait:
             self.wait()
-
-    def _token(self, comm: Communicator) -> str:
-        """What all ranks of one attempt know, and no other attempt has: a crash may have left some of another."""
-        known = secrets.token_hex(8) if comm.seat is None else f"{comm.seat.view.key} {self._saves}"
-        return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
 
     def _write(self, job: _Job) -> None:
         try:
@@ -131,18 +126,19 @@ class _Job(NamedTuple):
     step: int
     text: str
     keep: int
+    before: frozenset[str]
+    """What was in the folder when it was begun."""
 
     def run(self) -> None:
+        """Does it, or gives it up: rank 0 alone decides, tells, and removes what is not complete."""
         try:
-            try:
-                self._run()
-            except FileNotFoundError:
-                if self.unfinished.exists():
-                    raise
-                raise _GivenUp("another rank did") from None
-        except _GivenUp as reason:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self._run()
+        except FileNotFoundError:
             if self.comm.rank == 0:
+                raise
+        except _GivenUp as reason:
+            if self.comm.rank == 0:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
                 warnings.warn(f"ringred: checkpoint of step {self.step} given up: {reason}", stacklevel=2)
 
     def _run(self) -> None:
@@ -154,8 +150,6 @@ class _Job(NamedTuple):
             self._complete()
         else:
             self._until(lambda: not self.unfinished.exists(), "rank 0 did not complete it")
-            if not self.final.exists():
-                raise Damaged(f"rank {self.comm.rank}: checkpoint of step {self.step} was not completed by rank 0")
 
     def _complete(self) -> None:
         cards = [self.unfinished / f"{_part(rank, self.comm.size)}.json" for rank in range(self.comm.size)]
@@ -166,16 +160,18 @@ class _Job(NamedTuple):
             _write_file(self.unfinished / _INDEX, f"{index}\n{_digest(index.encode())}\n".encode())
             for card in cards:
                 card.unlink()
+            earlier = self.unfinished.with_name(f"{self.unfinished.name}-earlier")
             if self.final.exists():  # of this step, from before a restart
-                shutil.rmtree(self.final)
+                self.final.rename(earlier)
             self.unfinished.rename(self.final)
             _sync(self.final.parent)
+            shutil.rmtree(earlier, ignore_errors=True)
         except BaseException:
             shutil.rmtree(self.unfinished, ignore_errors=True)
             raise
         folder = self.final.parent
-        for path in [folder / f"step-{step}" for step in steps_in(folder)[self.keep :]]:
-            shutil.rmtree(path, ignore_errors=True)
+        for step in [step for step in steps_in(folder) if step <= self.step][self.keep :]:
+            shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
         for path in folder.glob(".step-*"):  # what a crash has left; a later one of this job is not begun
             if _step_of(path) <= self.step:
                 shutil.rmtree(path, ignore_errors=True)
@@ -185,11 +181,22 @@ class _Job(NamedTuple):
         while not done():
             if self.comm.successor is not None:
                 raise _GivenUp("the ranks have changed")
-            if any(_step_of(path) > self.step for path in self.final.parent.iterdir()):
+            if self.comm.runner.failed:
+                raise _GivenUp("ranks have failed")
+            new = set(os.listdir(self.final.parent)) - self.before
+            if any(_step_of(self.final.with_name(name)) > self.step for name in new):
                 raise _GivenUp("other ranks are at a later one")
+            if time.monotonic() > deadline and self.comm.rank:
+                raise _GivenUp(otherwise)
             if time.monotonic() > deadline:
-                raise Damaged(f"rank {self.comm.rank}: checkpoint of step {self.step}: {otherwise} in {_PATIENCE:g} s")
+                raise Damaged(f"checkpoint of step {self.step}: {otherwise} in {_PATIENCE:g} s")
             time.sleep(_LOOK_SECONDS)
+
+
+def _token(comm: Communicator, step: int) -> str:
+    """What all ranks know that take part, and no other attempt has: a crash may have left some of another."""
+    known = secrets.token_hex(8) if comm.seat is None else f"{comm.seat.view.key} {step}"
+    return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
 
 
 def _step_of(path: Path) -> int:
@@ -300,6 +307,7 @@ def _write_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)
+    _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -51,10 +51,10 @@ class Elastic:
         uprooted(self.handed_over())  # what cannot be sent is said now, not when somebody joins
         recovery.enrol(self)
         recovery.hands_over = True
-        for one in objects:
-            if hasattr(one, "register_step_post_hook"):  # an optimizer
-                recovery.optimizers.add(id(one))
-                one.register_step_post_hook(_notes(recovery))
+        optimizers = [one for one in objects if hasattr(one, "register_step_post_hook")]
+        recovery.optimizers = {id(one) for one in optimizers}
+        for one in optimizers:
+            one.register_step_post_hook(_notes(recovery))
 
     def epochs(self, count: int) -> Iterator[int]:
         """The numbers of the epochs that are left of `count`. Waits until the ranks are complete, first for a process

@@ -93,6 +93,7 @@ class Recovery:
         """Those whose steps make a round of the program."""
         self._stepped: set[int] = set()
         self._due = False
+        self._first: weakref.ref[Party] | None = None
         self._phases = 0  # passed by this rank
         self._known = 0  # passed by some rank, when they changed last
         self._followed = comm.seat.view.generation if comm.seat is not None else 0
@@ -151,22 +152,25 @@ class Recovery:
         self._due = False
         self._stepped.add(optimizer)
 
-    def _at_the_top(self) -> bool:
-        """Whether the program is where each of its rounds begins: every optimizer has made a step since the last time,
-        and no gradients are left for one. The same on all ranks."""
-        top = not self.optimizers or (not self._due and self._stepped >= self.optimizers)
+    def _at_the_top(self, party: Party) -> bool:
+        """Whether the program is where each of its rounds begins, with the model that the first one began with: every
+        optimizer has made a step since the last time, and no gradients are left for one. The same on all ranks."""
+        if self._first is None:
+            self._first = weakref.ref(party)
+        stepped = not self._due and self._stepped >= self.optimizers
+        top = not self.optimizers or (stepped and self._first() is party)
         if top:
             self._stepped.clear()
         return top
 
-    def between_steps(self) -> None:
-        """Called before each forward whose backward is reduced. Lets in who waits. Collective."""
+    def between_steps(self, party: Party) -> None:
+        """Called before each forward of a model whose backward is reduced. Lets in who waits. Collective."""
         if self._joins and not self.hands_over:
             raise RingredError(
                 "a process that joins a training needs all that the others have: make a ringred.Elastic of the model, "
                 "the optimizer and the sampler, and loop over its epochs() or steps()"
             )
-        if self._at_the_top() and (self._joins or self._awaited):
+        if self._at_the_top(party) and (self._joins or self._awaited):
             self.renew(None)
 
     def join(self) -> None:
@@ -253,7 +257,7 @@ class Recovery:
         # A party that some rank has let go of, and another not yet, is none.
         theres = [one["there"] for one in view.said.values() if "there" in one]
         for place, party in enumerate(self._alive()):
-            if party is not None and all(there[place] for there in theres):
+            if party is not None and all(_at(there, place) for there in theres):
                 party.adopt(made)
         self._hand_over(view)
 
@@ -281,7 +285,7 @@ class Recovery:
         was = [None if new else before.rank_of(card.identity) for new, card in zip(joins, after.members, strict=True)]
         for place, party in enumerate(self._alive()):
             if party is not None:
-                told = [one["told"][place] if "told" in one else None for one in said]
+                told = [_at(one.get("told", ()), place) for one in said]
                 party.follow(Change(len(before.members), was, told))
 
     def _hand_over(self, view: View) -> None:
@@ -291,6 +295,7 @@ class Recovery:
             raise RingredError("those who had the state of the training are gone: only processes that joined are left")
         trouble, state = self._all_state() if self.comm.rank == 0 else ("", None)
         trouble, state = broadcast_tree(self.comm, [trouble, state])
+        self.comm.barrier()  # until all have it, nobody goes on from what it says
         if not self._joins:
             return
         if trouble:
@@ -305,3 +310,8 @@ class Recovery:
             if party is not None:
                 party.take_over(state)
         self._joins, self._phases, self._known = False, phases, phases
+
+
+def _at(values: Sequence[Any], place: int) -> Any:
+    """A rank's value for a party; None for one that it has not made yet."""
+    return values[place] if place < len(values) else None

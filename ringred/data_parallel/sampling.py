@@ -121,7 +121,7 @@ class ElasticSampler(Sampler[list[int]]):
             )
         self.model, self.batch_size, self.batches_per_step = model, batch_size, batches_per_step
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.epoch, self._rank = 0, model.comm.rank
+        self.epoch, self._rank, self._finished = 0, model.comm.rank, False
         self._drawn = 0  # batches that this rank has fetched of the deal
         self._since = 0  # the step after which it was made
         self._deal = self._new_deal(self._order(0), [()] * model.comm.size)
@@ -142,7 +142,7 @@ class ElasticSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Begins `epoch`, unless it has begun."""
         if epoch != self.epoch:
-            self.epoch = epoch
+            self.epoch, self._finished = epoch, False
             self._deal = self._new_deal(self._order(epoch), [()] * self.model.comm.size)
 
     def __len__(self) -> int:
@@ -151,6 +151,9 @@ class ElasticSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.epoch
+        if self._finished:  # it was over when the state was saved that was loaded
+            self._finished = False
+            return
         if not len(self):  # the epoch is over, and the program makes another one of it
             self._deal = self._new_deal(self._order(epoch), [()] * self.model.comm.size)
         while self.epoch == epoch and len(self):
@@ -174,7 +177,8 @@ class ElasticSampler(Sampler[list[int]]):
         told = [one for one, was in zip(change.told, change.was, strict=True) if one is not None and was is not None]
         epoch = max(one["epoch"] for one in told)
         if epoch > self.epoch:  # this rank has yet to finish the last step of the epoch before
-            self.set_epoch(epoch)
+            self.epoch = epoch
+            self._deal = self._new_deal(self._order(epoch), [()] * change.size)
         there = [one if one["epoch"] == epoch else {"drawn": 0, "done": 0} for one in told]
         done = max(one["done"] for one in there)
         before, used = self._deal, [done] * change.size
@@ -206,6 +210,7 @@ class ElasticSampler(Sampler[list[int]]):
         """Goes on where `state_dict` was called."""
         self.epoch, self.seed = state["epoch"], state["seed"]
         self._deal = self._new_deal(state["left"], [()] * self.model.comm.size)
+        self._finished = not len(self)
 
     def handed_over(self) -> dict[str, Any]:
         """What a rank that joins needs."""

@@ -112,7 +112,7 @@ def _by_rendezvous(launch: Launch, config: Config) -> Connected:
     reconnect = partial(again, config)
     if launch.joins:
         member = Member(rendezvous.secret, own_address(config.interface) if rendezvous.keeper.port else None)
-        member.approves = rendezvous.tell
+        member.approved = rendezvous.tell
         seat = Seat(member, member.adopt(View(LINEAGE, -1, (member.card,), {})), reconnect, rendezvous)
         return Connected(Hub(1).transport(0), (0,), lambda text: [text], _nothing, seat)
     store = BoardStore(rendezvous.keeper, rendezvous.secret, "start", config.timeout)

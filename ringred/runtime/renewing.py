@@ -47,6 +47,12 @@ class Renewing:
             self.seat.member.leave(self.seat.view)
             self.seat.member.let_go()
 
+    def drop_seat(self) -> None:
+        """Is no part of its job any more, and tells nobody that this rank has left: it goes on in another view."""
+        if self.seat is not None:
+            self.seat.member.let_go()
+            self.seat = None
+
     def note(self, name: str, value: Any) -> None:
         """Tells who asks what the ranks do (`ringred status`) a fact of this one, as JSON."""
         if self.seat is not None:
@@ -97,6 +103,7 @@ class Renewing:
                 made.barrier()
             except (PeerFailed, CollectiveTimeout, TransportUnavailable):
                 if made is not None:
+                    made.drop_seat()
                     made.close()
                 if time.monotonic() >= deadline:
                     raise
@@ -127,6 +134,7 @@ def seated(comm: Any, seat: Seat, connected: Renewed) -> Any:
         tuning = cast("dict[str, list[float]]", agreed_text(gather, comm.tuning))
         made.tune({kind: cast("Any", tuple(costs)) for kind, costs in tuning.items()})
     except BaseException:
+        made.drop_seat()
         made.close()
         raise
     return made

@@ -68,6 +68,10 @@ class Runner:
         self.followers: list[Callable[[BaseException], None]] = []
         """Called with what this communicator failed with."""
 
+    failed = property(
+        lambda self: self._failure is not None, doc="Whether a call has failed: there are no others then."
+    )
+
     def play_by_python(self) -> None:
         """From here on no plan is played in one call: the transport sees every message."""
         self._attempt = None
@@ -261,14 +265,13 @@ class Runner:
         ) from self._failure
 
     def seen(self) -> tuple[object, Doing, bool]:
-        """The call that is under way, or else the last one, as any thread may ask: what no other call equals, what it
-        is, and whether it is under way. The place of the last one is not known any more."""
+        """The call that is under way, or the last one (without its place), as any thread may ask: what no other call
+        equals, what it is, and whether it is under way."""
         current, last = self._current, self._last
         if current is not None:
             return (current[0], id(current)), self._told_of(current), True
-        if last is None:
-            return None, self._told_of(None), False
-        return None, Doing(self._sequence, _numbered(last[1], last[0]), ""), False
+        done = self._told_of(None) if last is None else Doing(self._sequence, _numbered(last[1], last[0]), "")
+        return None, done, False
 
     def _doing(self) -> Doing:
         """The call that is under way."""

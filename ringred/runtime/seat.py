@@ -72,7 +72,7 @@ def take(
     cards = tuple(Card.from_text(text) for text in gather(member.card.as_text()))
     view = member.adopt(View(LINEAGE, 0, cards, {}))
     if rendezvous is not None:
-        member.approves = rendezvous.tell
+        member.approved = rendezvous.tell
         if rank == 0:
             rendezvous.tell(view)
     _reach_others(member, view)

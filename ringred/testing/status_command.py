@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ringred.transports.membership.caller import Connection, Cut, Gone, Silent
+from ringred.transports.membership.caller import Connection, Cut, Gone, Refused, Silent
 from ringred.transports.membership.wire import Malformed
 
 __all__ = ["add_status"]
@@ -38,10 +38,12 @@ def _status(options: argparse.Namespace) -> int:
         try:
             with Connection(name, None, _SECONDS) as connection:
                 job = connection.ask({"do": "everyone"}, _SECONDS)
-        except (Gone, Malformed):  # it has just ended, or is another user's
+        except (Gone, Refused, Malformed):  # it has just ended, or is another user's
             continue
         except (Silent, Cut):
             silent.append(process)
+            continue
+        if "ranks" not in job:  # it keeps a rendezvous
             continue
         seen |= {rank["process"] for rank in job["ranks"]}
         found.append(job)

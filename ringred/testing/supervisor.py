@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -31,7 +32,7 @@ class _Rank:
     """One process. What it writes to stderr is passed on, and the end of it kept."""
 
     def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], joins: bool) -> None:
-        self.number, self.joins, self.began = number, joins, time.monotonic()
+        self.number, self.joins = number, joins
         self.said: deque[bytes] = deque(maxlen=_LAST_LINES)
         self.process = subprocess.Popen(
             command, env=dict(environment), stderr=subprocess.PIPE, preexec_fn=_end_with_parent
@@ -58,6 +59,11 @@ class _Rank:
         if status is not None:
             self._reader.join(1.0)
         return status
+
+    def complains(self) -> bool:
+        """Whether it failed because of another rank."""
+        last = self.said[-1] if self.said else b""
+        return b"PeerFailed" in last or b"CollectiveTimeout" in last
 
     def traceback(self) -> str:
         """The last traceback that it wrote, or its last lines."""
@@ -86,7 +92,8 @@ class Supervisor:
         self._command, self._environment = list(command), dict(environment)
         self._first, self._ranks, self._size, self._restarts = first, ranks, size, restarts
         self._members, self._let_in = members, set[int]()
-        self._since: dict[int, float] = {}  # when a process was first seen to be left out
+        self._in_since: dict[int, float] = {}  # when a process was first seen to be let in
+        self._since: dict[int, float] = {}  # and to be left out
         self._join_from_the_start = joins
         self._running: list[_Rank] = []
         self._failed: list[tuple[_Rank, int]] = []
@@ -120,7 +127,10 @@ class Supervisor:
             "LOCAL_WORLD_SIZE": str(self._ranks),
             "RINGRED_JOINS": "1" if joins else "0",
         }
-        self._running.append(_Rank(number, self._command, environment, joins))
+        started = _Rank(number, self._command, environment, joins)
+        self._running.append(started)
+        self._let_in.discard(started.process.pid)  # numbers of processes come again
+        self._since.pop(started.process.pid, None)
 
     def _watch(self) -> int:
         done = False
@@ -134,7 +144,7 @@ class Supervisor:
             done = done or any(status == 0 for _, status in ended)
             for rank, status in ended:
                 self._note(rank, status, done)
-            if self._vacant and self._nobody_is_left():
+            if self._vacant and not done and self._nobody_is_left():
                 return self._give_up()
             if done:
                 if all(rank.joins and rank.process.pid not in self._let_in for rank in self._running):
@@ -153,7 +163,7 @@ class Supervisor:
         self._failed.append((rank, status))
         self._spoiled = self._spoiled or (done and status > 0)
         # A process that fails by itself soon after it was let in is no better than one that never was.
-        lived = time.monotonic() - rank.began > _SETTLED_SECONDS or status < 0
+        lived = time.monotonic() - self._in_since.get(rank.process.pid, math.inf) > _SETTLED_SECONDS or status < 0
         self._in_vain = 0 if was_in and lived else self._in_vain + 1
         self._vacant.append(rank.number)
 
@@ -174,6 +184,7 @@ class Supervisor:
         """Who has been let in; and ends those whom the others went on without: they are stopped, or hang."""
         now = self._members()
         fresh = set(now or ()) - self._let_in
+        self._in_since.update(dict.fromkeys(fresh, time.monotonic()))
         if fresh and self._let_in:
             self._failed = self._failed[-1:]  # the failures before were got over
         self._let_in |= fresh
@@ -199,17 +210,17 @@ class Supervisor:
         until = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < until:
             if not any(rank.process.poll() is None and rank.process.pid in self._let_in for rank in self._running):
-                for rank, status in self._reap():
-                    if status:
-                        self._failed.append((rank, status))
-                return bool(self._failed)
+                ended = self._reap()
+                self._failed += [(rank, status) for rank, status in ended if status]
+                return all(status for _, status in ended)  # else some have come to their end
             time.sleep(_LOOK_SECONDS)
         return False
 
     def _give_up(self) -> int:
         self._end_all()
         # What a rank says by itself is the cause, rather than that another one was ended.
-        rank, status = next((one for one in self._failed if one[1] > 0), self._failed[0])
+        causes = [one for one in self._failed if one[1] > 0 and not one[0].complains()]
+        rank, status = causes[0] if causes else next((one for one in self._failed if one[1] > 0), self._failed[0])
         among = f", one of {len(self._failed)} that failed" if len(self._failed) > 1 else ""
         _say(f"rank {rank.number} {_how(status)}{among}:\n{rank.traceback()}")
         return status if status > 0 else 128 - status

@@ -183,3 +183,33 @@ def test_one_that_not_all_complete_is_given_up_when_the_ranks_change(tmp_path: P
         results = run_ranks(body, 3, "shm", return_exceptions=True)
     assert results[:2] == [2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-5"]
+
+
+def test_saves_go_on_behind_a_damaged_one_that_is_newer(tmp_path: Path) -> None:
+    save(tmp_path, 2, 1, 9)
+    (tmp_path / "step-9" / "part-0-of-2").write_bytes(b"")
+    save(tmp_path, 2, 5, 6)
+    with pytest.warns(UserWarning, match="an older one is taken"):
+        found = ringred.checkpoint.load(tmp_path)
+    assert found is not None
+    assert found.step == 6
+    assert ringred.checkpoint.steps_in(tmp_path) == [9, 6, 5]
+
+
+def test_after_a_failure_that_nobody_goes_on_from_no_rank_waits_for_shares(tmp_path: Path) -> None:
+    def body(comm: Communicator) -> float:
+        checkpoints = ringred.checkpoint.Checkpoints(tmp_path, Holder(comm))
+        comm.barrier()
+        if comm.rank == 2:
+            time.sleep(0.3)
+            raise ZeroDivisionError("no batch left")
+        checkpoints.save(4, state(4))
+        with pytest.raises(ringred.RingredError):
+            comm.barrier()
+        began = time.monotonic()
+        checkpoints.wait()
+        return time.monotonic() - began
+
+    with pytest.warns(UserWarning, match="given up: ranks have failed"):
+        results = run_ranks(body, 3, "shm", return_exceptions=True)
+    assert all(isinstance(took, float) and took < 5 for took in results[:2]), results

@@ -219,3 +219,23 @@ def _is_listening(name: str) -> bool:
         return False
     with copy:
         return bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def test_of_two_deciders_one_after_the_other_the_first_view_counts() -> None:
+    """One left word of its view and ended before others had it: they get that view, and not another of its number."""
+    from ringred.transports.membership.rendezvous import Rendezvous
+    from ringred.transports.membership.view import View
+
+    keeper, first, second = (Member(SECRET) for _ in range(3))
+    try:
+        rendezvous = Rendezvous.kept_by(keeper)
+        start = View("world", 0, (first.card, second.card), {})
+        assert rendezvous.tell(start) == start
+        decided = View("world", 1, (first.card, second.card), {"x": {"phases": 3}})
+        assert rendezvous.tell(decided) == decided
+        assert rendezvous.tell(View("world", 1, (second.card,), {})) == decided
+        assert rendezvous.tell(View("world", 2, (second.card,), {})).generation == 2
+        assert [card.identity for card in rendezvous.members()] == [second.identity]
+    finally:
+        for member in (keeper, first, second):
+            member.close()

@@ -51,6 +51,7 @@ def run_epoch(seed: int, length: int, batch: int, drop_last: bool = False, ahead
     the samples of all steps that were finished, and of how many batches these were."""
     chosen = random.Random(seed)
     samplers = make(4, length, batch, seed=seed, drop_last=drop_last)
+    everyone = list(samplers)  # kept, so that no two have the same id
     iterators = {id(one): iter(one) for one in samplers}
     queues: dict[int, list[list[int]]] = {id(one): [] for one in samplers}
     used: list[int] = []
@@ -64,6 +65,7 @@ def run_epoch(seed: int, length: int, batch: int, drop_last: bool = False, ahead
         if chosen.random() < 0.3:  # in the middle of a step, or between two
             left = sorted(chosen.sample(range(len(samplers)), chosen.randint(1, len(samplers))))
             samplers = change(samplers, left, chosen.randint(0, 2))
+            everyone += samplers
             for one in samplers:
                 iterators.setdefault(id(one), iter(one))
                 queues.setdefault(id(one), [])
@@ -141,3 +143,15 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks() -> None:
 def test_bad_arguments(arguments: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="expected samples, a batch size and batches per step ≥ 1"):
         ringred.ElasticSampler(*arguments, Model(0, 1))
+
+
+def test_an_epoch_that_was_over_when_it_was_saved_is_not_made_again() -> None:
+    (one,) = make(1, 20, 5)
+    for _ in one:
+        one.model.steps += 1
+    state = one.state_dict()
+    (other,) = make(1, 20, 5)
+    other.load_state_dict(state)
+    assert list(other) == []
+    other.set_epoch(1)
+    assert len(list(other)) == 4

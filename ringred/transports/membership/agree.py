@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ringred.errors import PeerFailed
-from ringred.transports.membership.caller import Cut, Gone, Refused, Silent
+from ringred.transports.membership.caller import Connection, Cut, Gone, Refused, Silent
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.member import Coming, Member
 from ringred.transports.membership.view import View
@@ -50,11 +50,7 @@ def agree(member: Member, view: View, said: Mapping[str, Any], timeout: float) -
         while after is None:
             first = known.first()
             decides = first.identity == member.identity
-            after = _decide(known, said) if decides else _follow(known, first, said)
-    if after.members[0].identity == member.identity and not member.approves(after):
-        why = f"others of {view.lineage} have gone on, and were not asked"
-        member.turn_away(view, why)
-        raise PeerFailed(f"{view.named([member.card])} was left out: {why}")
+            after = _approved(known, _decide(known, said)) if decides else _follow(known, first, said)
     after = member.adopt(after)
     if after.rank_of(member.identity) is None:
         others = view.named(after.members)
@@ -82,7 +78,8 @@ def join(
             try:
                 with member.call(card, _ANSWER_SECONDS) as connection:
                     there = True
-                    answer = connection.ask(ask, max(0.0, until - time.monotonic()))
+                    connection.send(ask)
+                    answer = _heard(connection, card, members, until)
             except (Gone, Silent, Cut, Refused, Malformed):
                 continue
             if "view" in answer:
@@ -93,6 +90,17 @@ def join(
             raise Gone(f"no member of {lineage} is there")
         time.sleep(_ANSWER_SECONDS / 4)
     raise Silent(f"no member of {lineage} let this process in within {timeout:g} s")
+
+
+def _heard(connection: Connection, card: Card, members: Callable[[], list[Card]], until: float) -> dict[str, Any]:
+    """The answer of `card`, as long as it is the one that decides."""
+    while True:
+        try:
+            return connection.receive(min(_SILENT_SECONDS, max(0.0, until - time.monotonic())))
+        except Silent:
+            known = members()
+            if time.monotonic() >= until or (known and known[0].identity != card.identity):
+                raise
 
 
 class _Known:
@@ -176,6 +184,19 @@ def _decide(known: _Known, said: Mapping[str, Any]) -> View | None:
     told |= {guest.card.identity: guest.said for guest in guests}
     members = (*here, *(guest.card for guest in guests))
     return View(view.lineage, view.generation + 1, members, told)
+
+
+def _approved(known: _Known, after: View | None) -> View | None:
+    """`after`, or the view in its place that one who decided before, and has ended since, left word of. Raises
+    `PeerFailed` if others have gone on without this one."""
+    if after is None or known.member.successor(known.view) is not None:
+        return after
+    counts = known.member.approved(after)
+    if counts.generation == after.generation and counts.rank_of(known.member.identity) is not None:
+        return counts
+    why = f"others of {after.lineage} have gone on, and were not asked"
+    known.member.turn_away(known.view, why)
+    raise PeerFailed(f"{known.view.named([known.member.card])} was left out: {why}")
 
 
 def _guests(known: _Known, told: Mapping[str, Mapping[str, Any]]) -> list[Coming]:

@@ -56,8 +56,8 @@ class Member:
         self._users = 0
         self.reached: set[str] = set()
         """The identities of members of other hosts that were reached at their address."""
-        self.approves: Callable[[View], bool] = lambda view: True
-        """Whether a view that this member decided may count: asked before others hear of it."""
+        self.approved: Callable[[View], View] = lambda view: view
+        """The view that counts where this member decided one: asked before others hear of it."""
         name = f"ringred-{os.getpid()}-{next(_numbers)}-{secrets.token_hex(4)}"
         self._listener = Listener(secret, self._answer, name, host, port)
         self.card = Card(self.identity, os.getpid(), place(), name, host or "", self._listener.port)
@@ -196,7 +196,7 @@ class Member:
     def _pinned(self, message: dict[str, Any]) -> dict[str, Any] | _Held:
         board = self._boards.setdefault(str(message["board"]), Board())
         if "advance" in message and not board.advance(f"generation of {message['advance']}", int(message["number"])):
-            return {"advanced": False}
+            return {"advanced": False, "view": board.now([message["advance"]])[message["advance"]]}
         for name, value in dict(message.get("put", {})).items():
             board.put(str(name), str(value))
         if "advance" in message:

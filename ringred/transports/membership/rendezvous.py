@@ -24,12 +24,14 @@ class Rendezvous(NamedTuple):
     keeper: Card
     secret: bytes
 
-    def tell(self, view: View) -> bool:
-        """Leaves word of who the members are, for those who come; False if those of this or a later generation were
-        told of before. True where the keeper is gone: nobody comes by it any more."""
-        cards = json.dumps([card.as_text() for card in view.members])
-        answer = self._ask({"advance": _VIEW, "number": view.generation + 1, "put": {_VIEW: cards}})
-        return answer is None or bool(answer["advanced"])
+    def tell(self, view: View) -> View:
+        """Leaves word of a view, for those who come, and returns it; or the one of this or a later generation that was
+        told of before. Where the keeper is gone, nobody comes by it any more."""
+        text = json.dumps(view.as_fields())
+        answer = self._ask({"advance": _VIEW, "number": view.generation + 1, "put": {_VIEW: text}})
+        if answer is None or answer["advanced"]:
+            return view
+        return View.from_fields(json.loads(str(answer["view"])))
 
     @classmethod
     def kept_by(cls, member: Member) -> Rendezvous:
@@ -40,7 +42,7 @@ class Rendezvous(NamedTuple):
         """Those that were told of last; empty if none were, or if the keeper is gone."""
         answer = self._ask({"look": [_VIEW]})
         text = None if answer is None else answer.get(_VIEW)
-        return [] if text is None else [Card.from_text(one) for one in json.loads(text)]
+        return [] if text is None else list(View.from_fields(json.loads(text)).members)
 
     def number(self, what: str) -> int:
         """How many have asked for this before. Raises `Gone` where the keeper is not there."""
