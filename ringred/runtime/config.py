@@ -31,6 +31,7 @@ __all__ = [
     "mpi_environment",
     "mpirun_environment",
     "restart_count",
+    "run_environment",
 ]
 
 
@@ -166,6 +167,24 @@ def mpi_environment(environment: MutableMapping[str, str] | None = None) -> None
         env.setdefault(name, "1")
     for limit in ("eager_limit", "rndv_eager_limit", "max_send_size"):
         env.setdefault(f"OMPI_MCA_btl_tcp_{limit}", str(1 << 20))
+
+
+def run_environment(
+    ranks: int, least: int, rendezvous: str, secret: str, port: int, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What `ringred run` gives to each of `ranks` processes of a host (`Launch`); `port` is for torch's own store, in
+    programs that use it. Of the rest, set variables are kept."""
+    env = os.environ if environment is None else environment
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+        **env,
+        "RINGRED_RENDEZVOUS": rendezvous,
+        "RINGRED_SECRET": secret,
+        "RINGRED_MIN_RANKS": str(least),
+    }
 
 
 def mpirun_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:

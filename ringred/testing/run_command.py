@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ringred.errors import TransportUnavailable
+from ringred.runtime.config import run_environment
 from ringred.testing.supervisor import Supervisor, free_port
 from ringred.transports.membership.card import Card, place
 from ringred.transports.membership.member import Member
@@ -54,15 +55,8 @@ def _run(options: argparse.Namespace) -> int:
         rendezvous = Rendezvous(Card("", 0, "", "", host, port), _load(options.secret))
         first = rendezvous.number("hosts") * options.ranks
     size = options.ranks * options.hosts
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // options.ranks)),
-        **os.environ,
-        "RINGRED_RENDEZVOUS": rendezvous.keeper.as_text(),
-        "RINGRED_SECRET": rendezvous.secret.hex(),
-        "RINGRED_MIN_RANKS": str(options.min),
-    }
+    keeper_card, secret = rendezvous.keeper.as_text(), rendezvous.secret.hex()
+    environment = run_environment(options.ranks, options.min, keeper_card, secret, free_port())
 
     def members() -> list[int] | None:
         cards = rendezvous.members()
