@@ -137,6 +137,7 @@ class Elastic:
         self.take_over({**state, "objects": state["objects"]})
         for one, given in zip(self._objects, state["objects"], strict=True):
             one.load_state_dict(given)
+        self.epoch += any(getattr(one, "epoch_is_over", False) for one in self._objects)
 
 
 def _notes(recovery: Recovery) -> Callable[[Any, Any, Any], None]:

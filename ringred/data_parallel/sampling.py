@@ -162,6 +162,11 @@ class ElasticSampler(Sampler[list[int]]):
             yield [sample if sample >= 0 else -1 - sample for sample in batch]
         self._over = self._over or self.epoch == epoch
 
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether a state was loaded that has nothing left of its epoch."""
+        return self._finished
+
     # ------------------------------------------------------------------ other ranks
 
     def tells(self) -> dict[str, int]:

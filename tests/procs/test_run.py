@@ -177,3 +177,17 @@ def test_ranks_shrink_under_an_mpirun_that_lets_them(transport: str) -> None:
     assert {one["to"] for one in said} == {"shm"}
     assert all("rank 1" in one["why"] for one in said)
     assert job.left_behind == []
+
+
+def test_the_example_goes_on_from_its_checkpoint_with_other_ranks(tmp_path: Path) -> None:
+    program = str(ROOT / "examples" / "train_elastic.py")
+    folder = tmp_path / "checkpoints"
+    for ranks, epochs in ((3, "4"), (2, "10")):
+        command = [*COMMAND, "--ranks", str(ranks), program, "--epochs", epochs, "--checkpoints", str(folder)]
+        job = run_to_its_end(command, 100, {})
+        assert job.status == 0, job.output[-3000:]
+        assert job.left_behind == []
+    lines = [line for line in job.output.splitlines() if line.startswith("epoch")]
+    assert [int(line.split()[1].rstrip(":")) for line in lines] == list(range(4, 10))
+    assert float(lines[-1].split()[-1]) > 0.9
+    assert sorted(path.name for path in folder.iterdir()) == ["step-8", "step-9"]
