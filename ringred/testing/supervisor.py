@@ -99,6 +99,7 @@ class Supervisor:
         self._failed: list[tuple[_Rank, int]] = []
         self._vacant: list[int] = []  # the numbers of ranks that are to be replaced
         self._in_vain = 0  # processes that failed one after the other
+        self._done = False  # whether some rank has come to its end
         self._spoiled = False  # whether one failed by itself when others were done
         self._stopping: int | None = None
 
@@ -133,7 +134,6 @@ class Supervisor:
         self._since.pop(started.process.pid, None)
 
     def _watch(self) -> int:
-        done = False
         looked = 0.0
         while self._running and self._stopping is None:
             time.sleep(_LOOK_SECONDS)
@@ -141,27 +141,27 @@ class Supervisor:
             if ended or time.monotonic() - looked > _MEMBERS_SECONDS:
                 looked = time.monotonic()
                 self._look()
-            done = done or any(status == 0 for _, status in ended)
+            self._done = self._done or any(status == 0 for _, status in ended)
             for rank, status in ended:
-                self._note(rank, status, done)
-            if self._vacant and not done and self._nobody_is_left():
+                self._note(rank, status)
+            if self._vacant and not self._done and self._nobody_is_left():
                 return self._give_up()
-            if done:
+            if self._done:
                 if all(rank.joins and rank.process.pid not in self._let_in for rank in self._running):
                     break  # those that wait to join have nothing to do
             else:
                 self._replace()
         if self._stopping is not None:
             return 128 + self._stopping
-        return self._give_up() if self._failed and (self._spoiled or not done) else 0
+        return self._give_up() if self._failed and (self._spoiled or not self._done) else 0
 
-    def _note(self, rank: _Rank, status: int, done: bool) -> None:
+    def _note(self, rank: _Rank, status: int) -> None:
         """What follows from the end of a process."""
         was_in = rank.process.pid in self._let_in
-        if status == 0 or (done and not was_in):
+        if status == 0 or (self._done and not was_in):
             return
         self._failed.append((rank, status))
-        self._spoiled = self._spoiled or (done and status > 0)
+        self._spoiled = self._spoiled or (self._done and status > 0)
         # A process that fails by itself soon after it was let in is no better than one that never was.
         lived = time.monotonic() - self._in_since.get(rank.process.pid, math.inf) > _SETTLED_SECONDS or status < 0
         self._in_vain = 0 if was_in and lived else self._in_vain + 1
@@ -212,7 +212,8 @@ class Supervisor:
             if not any(rank.process.poll() is None and rank.process.pid in self._let_in for rank in self._running):
                 ended = self._reap()
                 self._failed += [(rank, status) for rank, status in ended if status]
-                return all(status for _, status in ended)  # else some have come to their end
+                self._done = any(status == 0 for _, status in ended)
+                return not self._done
             time.sleep(_LOOK_SECONDS)
         return False
 
