@@ -105,6 +105,12 @@ def await_record(folder: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[s
     raise TimeoutError((folder / "log").read_text()[-3000:])
 
 
+def stepping(folder: Path) -> list[int]:
+    """The processes that have made a step within a second, and are there."""
+    files = [path for path in folder.glob("*.jsonl") if path.stat().st_mtime > time.time() - 1.0]
+    return sorted(int(path.stem) for path in files if Path(f"/proc/{path.stem}").exists())
+
+
 def chaos(short: bool) -> dict[str, Any]:
     """A training with failures, and a quarter as long the same without."""
     whole, every = (40.0, 5.0) if short else (600.0, 5.0)
@@ -123,8 +129,7 @@ def chaos(short: bool) -> dict[str, Any]:
                         bar.update(min(int(time.time() - began), int(seconds)) - bar.n)
                         if name == "disturbed" and time.time() > following and time.time() < began + seconds:
                             following = time.time() + chosen.expovariate(1 / every)
-                            last = {r["process"] for r in records(folder) if r["at"] > time.time() - 1.0}
-                            there = sorted(process for process in last if Path(f"/proc/{process}").exists())
+                            there = stepping(folder)
                             if len(there) > 1:  # nobody goes on after the last one
                                 os.kill(chosen.choice(there), signal.SIGKILL)
                                 killed += 1
