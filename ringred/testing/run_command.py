@@ -24,7 +24,9 @@ def add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="start a training on several ranks, and go on after failures")
     run.add_argument("--ranks", type=int, required=True, metavar="N", help="processes on this host")
     run.add_argument("--min", type=int, default=1, metavar="M", help="wait for others where fewer ranks are left")
-    run.add_argument("--restarts", type=int, default=3, metavar="R", help="give up after R that were not let in (3)")
+    run.add_argument(
+        "--restarts", type=int, default=3, metavar="R", help="start no more after R that failed in a row (3)"
+    )
     run.add_argument("--hosts", type=int, default=1, metavar="H", help="hosts that run this same command")
     run.add_argument("--meet", metavar="HOST:PORT", help="where `ringred meet` listens, for several hosts")
     run.add_argument("--secret", type=Path, metavar="FILE", help="the job's secret, for several hosts")

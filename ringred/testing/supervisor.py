@@ -74,9 +74,9 @@ class _Rank:
 
 class Supervisor:
     """Runs `command` as `ranks` processes, numbered from `first` on, of a job of `size`. A process in the place of one
-    that failed joins the others; after `restarts` of them that were not let in, no more are started. `members` gives
-    the processes of this host that are in it by now, or None before all have come together. If the job is at work, its
-    first processes join it as well if it `joins`."""
+    that failed joins the others; after `restarts` of them that failed in a row, no more are started. `members` gives
+    the processes of this host that are in it by now, or None before all have come together. If the job is at work
+    already, this host `joins` it: its first processes too."""
 
     def __init__(
         self,
