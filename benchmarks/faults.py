@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 RANKS_PROGRAM = str(Path(__file__).with_name("faults_ranks.py"))
-RUN = [sys.executable, "-m", "ringred.testing.cli", "run"]
+RUN = [sys.executable, "-m", "ringred.testing.command", "run"]
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -6,6 +6,9 @@ that already catches `ValueError` or `TimeoutError` keeps working.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CollectiveMismatch",
     "CollectiveTimeout",
@@ -23,7 +26,14 @@ __all__ = [
     "TransportUnavailable",
     "UnknownAlgorithm",
     "UnsupportedTensor",
+    "nearest",
 ]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What a message about an unknown `name` says of the known one that it is like, as in " (did you mean 'ring'?)"."""
+    like = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {like[0]!r}?)" if like else ""
 
 
 class RingredError(RuntimeError):

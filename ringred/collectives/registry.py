@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
-from ringred.errors import GridError, UnknownAlgorithm
+from ringred.errors import GridError, UnknownAlgorithm, nearest
 from ringred.schedule.ir import Group, Spec, Step, Steps
 from ringred.schedule.verify import Proof, verify
 from ringred.topology.torus import check_grid, factorisations, near_square
@@ -157,7 +157,9 @@ def lookup(collective: str, name: str) -> Algorithm:
     """The algorithm `name` of `collective`. Raises `UnknownAlgorithm`, with the names there are."""
     table = algorithms(collective)
     if name not in table:
-        raise UnknownAlgorithm(f"{collective}: no algorithm {name!r}; there are {', '.join(sorted(table))}")
+        raise UnknownAlgorithm(
+            f"{collective}: no algorithm {name!r}{nearest(name, table)}; there are {', '.join(sorted(table))}"
+        )
     return table[name]
 
 

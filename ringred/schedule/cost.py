@@ -113,6 +113,8 @@ class Simulation:
         self.wanted_by: dict[tuple[int, int], int] = {}
         self.times = [(math.inf, 0.0)] * len(jobs)
         self.woken: Callable[[int], None] = lambda rank: None
+        self.journal: Callable[[int, int, float, float], None] | None = None
+        """Called for each message: sender, receiver, when its first byte left, when its last had come."""
 
     def _of(self, rank: int, jobs: Sequence[Job]) -> Iterator[Event]:
         for number, job in enumerate(jobs):
@@ -197,9 +199,12 @@ class Simulation:
         arrivals = []
         for peer in event.peers:
             alpha, beta, *latency = self.link(peer, rank)
-            arrivals.append((self.on_the_way[peer, rank].popleft().first + sum(latency), alpha, beta))
-        for arrival, alpha, beta in sorted(arrivals):
+            left = self.on_the_way[peer, rank].popleft().first
+            arrivals.append((left + sum(latency), alpha, beta, left, peer))
+        for arrival, alpha, beta, left, peer in sorted(arrivals):
             self.receive_port[rank] = max(arrival, self.receive_port[rank]) + alpha + beta * event.nbytes
+            if self.journal is not None:
+                self.journal(peer, rank, left, self.receive_port[rank])
         self.clock[rank] = max(self.clock[rank], self.receive_port[rank])
         if event.reduce:
             self.clock[rank] += self.gamma * event.nbytes * len(event.peers)

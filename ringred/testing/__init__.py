@@ -1,6 +1,6 @@
 """Tools to test programs, transports and an installation with: public, and what ringred's own tests and command use.
 
-The command (`cli`) needs no torch for most of what it does: so the tools that do are loaded when they are used.
+The command (`command`) needs no torch for most of what it does: so the tools that do are loaded when they are used.
 """
 
 from __future__ import annotations

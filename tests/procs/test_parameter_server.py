@@ -55,7 +55,7 @@ def test_the_example_trains_under_a_policy(tmp_path: Path) -> None:
     [
         (
             ["--workers", "2", "--policy", "k_sink:2", "--folder", "x"],
-            "no policy is called 'k_sink'; did you mean 'k_sync'?",
+            "no policy is called 'k_sink' (did you mean 'k_sync'?); there are",
         ),
         (["--workers", "2", "--policy", "k_sync:3", "--folder", "x"], "KSync(3) needs 3 workers, and there are 2"),
         (["--workers", "2"], "servers meet in a folder, or at addresses that are all given"),

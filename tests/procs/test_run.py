@@ -18,7 +18,7 @@ from tests.procs.launching import PROGRAMS, ROOT, end, launch, processes_with, r
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
 PROGRAM = str(PROGRAMS / "goes_on.py")
-COMMAND = [sys.executable, "-m", "ringred.testing.cli", "run"]
+COMMAND = [sys.executable, "-m", "ringred.testing.command", "run"]
 
 
 def ended(output: str) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def test_two_hosts_meet_at_a_third(tmp_path: Path) -> None:
     """Of a job of two commands, as on two hosts: a rank of one is killed; and nobody without the secret is let in."""
     secret = tmp_path / "secret"
     meet = subprocess.Popen(
-        [sys.executable, "-m", "ringred.testing.cli", "meet", "--listen", "127.0.0.1:0", "--secret", str(secret)],
+        [sys.executable, "-m", "ringred.testing.command", "meet", "--listen", "127.0.0.1:0", "--secret", str(secret)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,

@@ -39,7 +39,9 @@ def test_the_issue_of_names() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UnknownAlgorithm, match=r"all_reduce: no algorithm 'rnig'; there are .*ring"):
+    with pytest.raises(
+        UnknownAlgorithm, match=r"all_reduce: no algorithm 'rnig' \(did you mean 'ring'\?\); there are .*ring"
+    ):
         lookup("all_reduce", "rnig")
     with pytest.raises(ValueError, match="no collective 'allreduce'"):
         ringred.algorithms("allreduce")
@@ -105,7 +107,7 @@ def test_the_executor_names_no_transport_and_no_algorithm() -> None:
 
 def test_schedules_need_no_torch_and_the_package_no_mpi() -> None:
     script = """
-import sys, ringred, ringred.testing.cli, ringred.schedule.draw, ringred.runtime.select
+import sys, ringred, ringred.testing.command.main, ringred.schedule.draw, ringred.runtime.select
 from ringred.collectives import registry
 assert len(registry.algorithms("all_reduce")) > 8
 assert "torch" not in sys.modules, "torch was imported"

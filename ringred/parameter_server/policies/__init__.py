@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from ringred.errors import PolicyError
+from ringred.errors import PolicyError, nearest
 from ringred.parameter_server.policies.asynchronous import Async
 from ringred.parameter_server.policies.bounded_staleness import BoundedStaleness
 from ringred.parameter_server.policies.k_async import KAsync
@@ -46,9 +44,7 @@ def parse(text: str, *, elastic: bool = False) -> Policy:
     """
     name, colon, number = text.partition(":")
     if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(POLICIES)}"
-        raise PolicyError(f"no policy is called {name!r}{hint}")
+        raise PolicyError(f"no policy is called {name!r}{nearest(name, POLICIES)}; there are {', '.join(POLICIES)}")
     if name in _PLAIN:
         if colon:
             raise PolicyError(f"{text!r}: the policy {name} takes no number")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from ringred.testing.command.parsing import add_json, count, say
 from ringred.transports.membership.caller import Connection, Cut, Gone, Refused, Silent
 from ringred.transports.membership.wire import Malformed
 
@@ -20,8 +20,10 @@ _SECONDS = 5.0  # for a rank to ask all others
 def add_status(commands: Any) -> None:
     """Adds the command to the others."""
     status = commands.add_parser("status", help="what the ranks of a job are doing now")
-    status.add_argument("process", type=int, nargs="?", metavar="PID", help="a rank on this host; all jobs if left out")
-    status.add_argument("--json", action="store_true", help="all that they answer, stacks too")
+    status.add_argument(
+        "process", type=count, nargs="?", metavar="PID", help="a rank on this host; all jobs if left out"
+    )
+    add_json(status, "all that they answer, stacks too")
     status.set_defaults(command=_status)
 
 
@@ -52,7 +54,7 @@ def _status(options: argparse.Namespace) -> int:
     if not found:
         who = "no job of this user is" if options.process is None else f"process {options.process} is no rank that is"
         raise ValueError(f"status: {who} running here with more than one rank")
-    print(json.dumps(found, indent=1) if options.json else "\n\n".join(map(_table, found)))
+    say(options, found, "\n\n".join(map(_table, found)))
     return 0
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ringred.errors import TransportUnavailable
 from ringred.runtime.config import run_environment
-from ringred.testing.supervisor import Supervisor, free_port
+from ringred.testing.command.parsing import count
+from ringred.testing.command.supervisor import Supervisor, free_port
 from ringred.transports.membership.card import Card, place
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.rendezvous import Rendezvous
@@ -22,16 +23,16 @@ __all__ = ["add_run"]
 def add_run(commands: Any) -> None:
     """Adds the commands to the others."""
     run = commands.add_parser("run", help="start a training on several ranks, and go on after failures")
-    run.add_argument("--ranks", type=int, required=True, metavar="N", help="processes on this host")
-    run.add_argument("--min", type=int, default=1, metavar="M", help="wait for others where fewer ranks are left")
+    run.add_argument("--ranks", type=count, required=True, metavar="N", help="processes on this host")
+    run.add_argument("--min", type=count, default=1, metavar="M", help="wait for others where fewer ranks are left")
     run.add_argument(
         "--restarts", type=int, default=3, metavar="R", help="start no more after R that failed in a row (3)"
     )
-    run.add_argument("--hosts", type=int, default=1, metavar="H", help="hosts that run this same command")
+    run.add_argument("--hosts", type=count, default=1, metavar="H", help="hosts that run this same command")
     run.add_argument("--meet", metavar="HOST:PORT", help="where `ringred meet` listens, for several hosts")
     run.add_argument("--secret", type=Path, metavar="FILE", help="the job's secret, for several hosts")
-    run.add_argument("script")
-    run.add_argument("arguments", nargs=argparse.REMAINDER)
+    run.add_argument("script", metavar="SCRIPT")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, default=[], metavar="...")
     run.set_defaults(command=_run)
 
     meet = commands.add_parser("meet", help="where the hosts of a job of `ringred run` find each other")
@@ -41,8 +42,8 @@ def add_run(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.ranks < 1 or options.hosts < 1 or not 1 <= options.min <= options.ranks * options.hosts:
-        raise ValueError("run: expected --ranks and --hosts ≥ 1, and --min from 1 to all ranks")
+    if options.min > options.ranks * options.hosts:
+        raise ValueError(f"run: expected --min of at most {options.ranks * options.hosts} ranks, got {options.min}")
     if (options.meet is None) != (options.secret is None) or (options.meet is None and options.hosts > 1):
         raise ValueError("run: several hosts need --meet HOST:PORT and --secret FILE (see `ringred meet`)")
     if not Path(options.script).exists():
