@@ -108,11 +108,15 @@ function places(width, height) {
   let cell;
   if (view.layout === "circle") {
     const rx = width / 2, ry = height / 2;
-    cell = Math.min(130, (size > 1 ? Math.PI * Math.min(rx, ry * 1.25) / size * 1.4 : 130), height / 3.2);
-    for (let r = 0; r < size; r++) {
+    const round = (r) => {
       const angle = (2 * Math.PI * r) / size - Math.PI / 2, far = size > 1 ? 1 : 0;
-      at.push([rx + far * (rx - cell * 0.62 - 8) * Math.cos(angle) * Math.min(1, 1.25 * ry / rx), ry + far * (ry - cell * 0.55 - 6) * Math.sin(angle)]);
-    }
+      return [rx + far * (Math.min(rx, 1.4 * ry) - cell * 0.6 - 6) * Math.cos(angle), ry + far * (ry - cell * 0.5 - 6) * Math.sin(angle)];
+    };
+    const apart = (a, b) => Math.max(Math.abs(a[0] - b[0]), Math.abs(a[1] - b[1])) > cell * 1.12;
+    cell = Math.min(130, height / 3.2);
+    while (size > 1 && cell > 8 && !Array.from({ length: size }, (_, r) => apart(round(r), round((r + 1) % size))).every(Boolean))
+      cell *= 0.95;
+    for (let r = 0; r < size; r++) at.push(round(r));
   } else if (view.layout === "grid") {
     const across = story.grid[0], deep = story.grid.slice(2).reduce((a, b) => a * b, 1), down = story.grid[1] || 1;
     const columns = across * deep + (deep - 1) * 0.5;
@@ -258,7 +262,7 @@ function way(one, at, leaves) {
   const [from, to] = view.layout === "trees" ? [leaves(one.sender, one.start), leaves(one.receiver, one.start)]
     : [at[one.sender], at[one.receiver]];
   const dx = to[0] - from[0], dy = to[1] - from[1], far = Math.hypot(dx, dy) || 1;
-  const bend = view.layout === "row" ? -Math.sign(dx) * far * 0.38 : view.layout === "trees" ? 12 : Math.min(40, far * 0.13);
+  const bend = view.layout === "row" ? -Math.sign(dx) * far * 0.38 : view.layout === "trees" ? 12 : Math.min(50, far * 0.5);
   return [from, [(from[0] + to[0]) / 2 - (dy / far) * bend * (view.layout === "row" ? 0 : 1),
     (from[1] + to[1]) / 2 + (view.layout === "row" ? -Math.abs(bend) * 1.5 : (dx / far) * bend)], to];
 }
@@ -276,6 +280,11 @@ function drawWay(pen, [a, b, c], ink_) {
   pen.globalAlpha = 1;
 }
 function drawMessage(pen, one, [x, y], wide) {
+  if (wide < 24) {
+    pen.fillStyle = one.reduce ? ink.add : ink.put;
+    pen.fillRect(x - wide / 3, y - wide / 3, wide / 1.5, wide / 1.5);
+    return;
+  }
   const count = one.stop - one.start, bar = count > 1 ? 4 : 8;
   const shown = Math.min(count, 5), high = shown * bar + 16;
   pen.fillStyle = ink.card;
@@ -388,10 +397,10 @@ function tellRound(done) {
     count.set(one.sender, (count.get(one.sender) || 0) + 1);
   }
   const whatIs = held.map((of, r) => [...wanted[r]].filter((u) => of[u] === whole[u]).length);
-  const rows = [["time", `${duration(clockSeconds())} of ${duration(story.seconds)}`],
+  const rows = [["time", duration(clockSeconds())], ["of all", duration(story.seconds)],
     ["messages sent", `${done.length} of ${transfers.length}`],
-    ["messages of the busiest rank", Math.max(0, ...count.values())],
-    ["bytes of the busiest rank", amount(Math.max(0, ...sent.values()))],
+    ["by the busiest rank", Math.max(0, ...count.values())],
+    ["bytes sent by the busiest rank", amount(Math.max(0, ...sent.values()))],
     ["chunks that are whole", `${sum(whatIs)} of ${sum(wanted.map((one) => one.size))}`]];
   $("figures").innerHTML = rows.map(([name, value]) => `<tr><td>${name}</td><td>${value}</td></tr>`).join("");
   $("count").textContent = view.clock === "rounds" ? `${Math.floor(view.at)} / ${story.rounds}` : duration(view.at);
