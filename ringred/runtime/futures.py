@@ -45,6 +45,7 @@ class _Callbacks:
         self._news = threading.Condition()
         self._ready: deque[Any] = deque()
         self._idle = self._busy = 0
+        self._ending = False
 
     def complete(self, done: Any) -> None:
         with self._news:
@@ -58,9 +59,10 @@ class _Callbacks:
         while True:
             with self._news:
                 self._idle += 1
-                found = self._news.wait_for(lambda: self._ready, _IDLE_SECONDS)
+                self._news.wait_for(lambda: self._ready or self._ending, _IDLE_SECONDS)
                 self._idle -= 1
-                if not found:
+                if not self._ready:
+                    self._news.notify_all()
                     return
                 done = self._ready.popleft()
                 self._busy += 1
@@ -73,7 +75,9 @@ class _Callbacks:
     def settle(self) -> None:
         """Called at exit: waits briefly for running callbacks, because a thread must not be killed inside torch."""
         with self._news:
-            self._news.wait_for(lambda: not self._busy and not self._ready, _LAST_SECONDS)
+            self._ending = True
+            self._news.notify_all()
+            self._news.wait_for(lambda: not (self._busy or self._idle or self._ready), _LAST_SECONDS)
 
 
 def _begin_anew() -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Protocol
 
-__all__ = ["Closable", "ending_with", "live", "report_uncaught"]
+from ringred.transports.membership.listener import end_thread
+
+__all__ = ["Closable", "afterwards", "ending_with", "live", "report_uncaught"]
 
 
 class Closable(Protocol):
@@ -28,6 +30,11 @@ live: weakref.WeakSet[Closable] = weakref.WeakSet()
 _BETWEEN = ("ringred.", "torch.", "contextlib")  # modules between the user's function and `close`
 _reports_uncaught = False
 _end_jobs: list[Callable[[], None]] = []
+_SERVICE_SECONDS = 2.0  # for a thread to end
+
+afterwards: list[Callable[[float], None]] = [end_thread]
+"""Called at exit with a time limit in seconds, once all communicators are closed: they end the threads of this process
+that serve all. One that wakes up while the interpreter is torn down would be killed on the spot."""
 
 
 @atexit.register
@@ -37,6 +44,8 @@ def _close_all() -> None:
             comm.close()
         except Exception as failure:  # continue, so that the other communicators are closed
             print(f"ringred: closing {comm!r}: {failure}", file=sys.stderr, flush=True)
+    for end in afterwards:
+        end(_SERVICE_SECONDS)
 
 
 def ending_with() -> BaseException | None:

@@ -71,9 +71,14 @@ def _everyone(member: Any) -> dict[str, Any]:
 
 def _look() -> None:
     pause = _LONGEST_PAUSE
-    while True:
-        _pause.wait(pause)
+    while not _pause.wait(pause):
         pause = _look_once(pause)
+
+
+def _end(limit: float) -> None:
+    _pause.set()
+    if _thread is not None:
+        _thread.join(limit)
 
 
 def _look_once(pause: float) -> float:
@@ -150,3 +155,4 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
+lifetime.afterwards.append(_end)

@@ -150,3 +150,10 @@ def test_the_check_of_a_gpu_works_where_there_is_none(tmp_path: Path) -> None:
     assert fake.output.count(" held") == 4
     assert json.loads((tmp_path / "collectives-2.json").read_text())["found"]["checked"] > 500
     assert fake.left_behind == []
+
+
+def test_no_thread_is_left_for_the_interpreter_to_kill() -> None:
+    ended = launch("torchrun", 2, "ends.py")
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.output.count("threads left: []") == 2, ended.output
+    assert ended.left_behind == []

@@ -22,7 +22,7 @@ from ringred.errors import TransportUnavailable
 from ringred.transports.membership.caller import peer_user
 from ringred.transports.membership.wire import HEAD_BYTES, HELLO_BYTES, Malformed, Session, answer_hello, greet
 
-__all__ = ["Answer", "Listener"]
+__all__ = ["Answer", "Listener", "end_thread"]
 
 Held: TypeAlias = "concurrent.futures.Future[dict[str, Any]]"
 Answer: TypeAlias = Callable[[dict[str, Any], bool], "dict[str, Any] | Held"]
@@ -197,6 +197,7 @@ class _Thread:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._posted: deque[Callable[[_Thread], object]] = deque()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="ringred-listener", daemon=True)
         self._thread.start()
 
@@ -238,8 +239,13 @@ class _Thread:
             while os.read(self._wake_reader, 4096):
                 pass
 
+    def end(self, limit: float) -> None:
+        """Ends the thread, for which it waits at most `limit` seconds."""
+        self.post(lambda thread: setattr(thread, "_ended", True))
+        self._thread.join(limit)
+
     def _run(self) -> None:
-        while True:
+        while not self._ended:
             limits = [next(iter(one.strangers)).until for one in self.listeners if one.strangers]
             left = max(0.0, min(limits) - time.monotonic()) if limits else None
             for key, events in self._selector.select(left):
@@ -271,6 +277,15 @@ def _thread() -> _Thread:
         if _shared is None:
             _shared = _Thread()
         return _shared
+
+
+def end_thread(limit: float) -> None:
+    """Ends the thread of this process, which waits at most `limit` seconds for that; nobody is answered any more."""
+    global _shared
+    with _starting:
+        before, _shared = _shared, None
+    if before is not None:
+        before.end(limit)
 
 
 def _forget_all() -> None:
