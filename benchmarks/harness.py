@@ -6,20 +6,19 @@ import json
 import os
 import platform
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import ringred
+from ringred.testing.bench.measuring import Spread, interleaved, timed
 from ringred.topology.detect import machine
 
 __all__ = [
@@ -36,30 +35,6 @@ __all__ = [
 
 # Settings of glibc, at their greatest: blocks up to 32 MiB stay in the heap, and the heap does not shrink below 1 GiB.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-
-
-class Spread(NamedTuple):
-    """Median and quartiles of repeated measurements."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, samples: list[float]) -> Spread:
-        if len(samples) < 2:
-            return cls(samples[0], samples[0], samples[0])
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, low, high)
-
-
-def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Calls every measure once a round, `rounds` times: what disturbs the machine disturbs all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(rounds):
-        for name, measure in measures.items():
-            samples[name].append(measure())
-    return samples
 
 
 def context() -> dict[str, Any]:
@@ -116,18 +91,6 @@ def rank_order() -> dict[str, Any] | None:
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
     torch.set_num_threads(1)
     return dict(json.loads(os.environ["RINGRED_BENCH_ORDER"]))
-
-
-def timed(comm: ringred.Communicator, step: Callable[[], None]) -> Callable[[], float]:
-    """Returns a function that times one `step` in seconds; all ranks begin it together."""
-
-    def measure() -> float:
-        comm.barrier()
-        began = time.perf_counter()
-        step()
-        return time.perf_counter() - began
-
-    return measure
 
 
 def memory_kib() -> tuple[int, int]:

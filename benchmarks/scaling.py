@@ -30,6 +30,8 @@ from ringred.collectives.registry import lookup
 from ringred.errors import RingredError
 from ringred.parameter_server.policies import Sync
 from ringred.runtime.select import predict
+from ringred.testing.bench.training import gradient_bytes as gradient_bytes_of
+from ringred.testing.bench.training import perceptron
 from ringred.topology.model import flat
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,15 +40,6 @@ from examples import train_digits
 # The network that the simulation assumes: 25 Gbit/s Ethernet, and a processor that adds 10 GB/s.
 ALPHA, BETA, GAMMA = 20e-6, 0.32e-9, 0.1e-9
 SIMULATED = ("ring", "torus", "tree", "halving_doubling", "central")
-
-
-def step_model(width: int) -> nn.Module:
-    """A multi-layer perceptron whose gradients are large for its arithmetic: 4·width² + ... parameters."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Linear(256, width), nn.ReLU()]
-    for _ in range(4):
-        layers += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 def step_timer(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Callable[[], float]:
@@ -70,7 +63,7 @@ class OnServers:
     """The step on a parameter server with `shards` shards, and what it moves."""
 
     def __init__(self, comm: ringred.Communicator, width: int, shards: int) -> None:
-        self.comm, self.model = comm, step_model(width)
+        self.comm, self.model = comm, perceptron(width, 1)[0]
         options: dict[str, Any] = {"shards": shards, "comm": comm}
         self.server = ringred.ParameterServer(self.model, self._optimizer, Sync(), **options)
         pieces = [piece for name in self.server.parameters for piece in self.server.worker.pieces[name]]
@@ -143,13 +136,13 @@ def row_of(comm: ringred.Communicator, name: str, baseline: Spread, spread: Spre
 def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Spread, list[dict[str, Any]], int]:
     """The step of one rank alone, a row for each algorithm, and the bytes of the gradients."""
     images, labels = torch.randn(options.batch, 256), torch.randint(0, 10, (options.batch,))
-    gradient_bytes = sum(4 * p.numel() for p in step_model(options.width).parameters())
-    alone = step_timer(step_model(options.width), images, labels, options.steps)
+    gradient_bytes = gradient_bytes_of(options.width)
+    alone = step_timer(perceptron(options.width, 1)[0], images, labels, options.steps)
     models: dict[str, ringred.DistributedDataParallel] = {}
     for name in options.algorithms:
         try:
             models[name] = ringred.DistributedDataParallel(
-                step_model(options.width),
+                perceptron(options.width, 1)[0],
                 process_group=comm,
                 bucket_cap_mb=options.bucket_mb,
                 gradient_as_bucket_view=True,

@@ -7,6 +7,7 @@ that already catches `ValueError` or `TimeoutError` keeps working.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 __all__ = [
@@ -37,7 +38,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 class RingredError(RuntimeError):
-    """Base class of all exceptions that ringred raises on purpose; a RuntimeError, like torch's own for collectives."""
+    """Base class of all exceptions that ringred raises on purpose; a RuntimeError, like torch's own for collectives.
+
+    A traceback ends with the command that tells what each message means, and what to do (from Python 3.11 on)."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        if sys.version_info >= (3, 11):
+            self.add_note(f"What it means, and what to do: ringred help {type(self).__name__}")
 
 
 class CollectiveMismatch(RingredError):

@@ -14,9 +14,10 @@ from typing import Any
 from lab.cases import Case, Experiment
 from lab.costs import fitted
 from lab.hosts import Hosts, Network
-from lab.predict import Costs, all_reduce_seconds, busbw, step_of
+from lab.predict import Costs, all_reduce_seconds, step_of
 from lab.profiles import read
 from ringred.buckets import MIB
+from ringred.testing.bench.all_reduce import bus_bandwidth
 
 __all__ = ["EXPERIMENTS", "SHORT", "run"]
 
@@ -257,7 +258,7 @@ def _row(
     row = {"hosts": size, **found, "predicted": None, "error": None, "fitted": (way, found.get("nbytes")) in seen}
     if "nbytes" in found:
         row["case"] = f"{found['nbytes']} B"
-        row["of_line"] = busbw(size, found["nbytes"], found["seconds"]) / network.bytes_per_second
+        row["of_line"] = bus_bandwidth(size, found["nbytes"], found["seconds"]) / network.bytes_per_second
         if costs is not None and way not in ("gloo", "native"):
             row["predicted"] = all_reduce_seconds(way, found["nbytes"], costs, network)
     elif "training" in found:

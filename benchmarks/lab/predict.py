@@ -15,7 +15,7 @@ from ringred.schedule.ir import Group
 from ringred.schedule.network import Port, Ports, simulate_jobs
 from ringred.topology.model import Topology
 
-__all__ = ["Costs", "Step", "all_reduce_seconds", "buckets_of", "busbw", "linear", "ports_of", "step_of"]
+__all__ = ["Costs", "Step", "all_reduce_seconds", "buckets_of", "linear", "ports_of", "step_of"]
 
 _CAPS = (FIRST_BUCKET_BYTES, 25 * MIB)
 _CUT_RANKS = 16  # of more, messages are whole in a simulation
@@ -173,8 +173,3 @@ def linear(name: str, group: Group, topology: Topology, small: int, large: int) 
     low, high = simulated(small), simulated(large)
     slope = (high - low) / (large - small)
     return lambda nbytes: low + slope * (nbytes - small)
-
-
-def busbw(size: int, nbytes: int, seconds: float) -> float:
-    """Bus bandwidth of an all-reduce in bytes a second, as nccl-tests defines it."""
-    return nbytes * 2 * (size - 1) / size / seconds

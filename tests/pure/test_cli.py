@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups
@@ -61,18 +63,75 @@ def test_what_does_not_fit_is_said_in_one_line(
     status, out, err = run(capsys, *arguments)
     assert status == 2
     assert message in err
-    assert err.count("\n") == 1
+    assert err.replace("\n(What it means", "").count("\n") == 1
     assert out == ""
 
 
-@pytest.mark.parametrize(
-    "arguments", [("explain", "all_reduce", "--ranks", "0", "--bytes", "1"), ("explain", "x"), ("verify", "-n"), ()]
-)
-def test_nonsense_is_refused_with_usage(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+WRONG = [
+    ("", "the following arguments are required: COMMAND"),
+    ("verfiy", "there is no command 'verfiy' (did you mean 'verify'?)"),
+    ("verify -n", "there is no option '-n'"),
+    ("verify --max-rank x", "argument --max-ranks: expected a number ≥ 1, got 'x'"),
+    ("explain", "the following arguments are required: collective, --ranks, --bytes"),
+    ("explain al_reduce --ranks 4 --bytes 1", "there is no collective 'al_reduce' (did you mean 'all_reduce'?)"),
+    ("explain all_reduce --ranks 0 --bytes 1", "argument --ranks: expected a number ≥ 1, got '0'"),
+    ("explain all_reduce --ranks 4 --bytes 1Q", "expected a size such as 4, 64K, 25M or 1G, got '1Q'"),
+    ("explain all_reduce --ranks 4 --bytes 1 --gird 2x2", "no option '--gird' (did you mean '--grid'?)"),
+    ("explain all_reduce --ranks 4 --bytes 1 --grid 2by2", "expected a grid such as 4x3, got '2by2'"),
+    ("explain all_reduce --ranks 4 --bytes 1 --alpha fast", "argument --alpha: invalid float value: 'fast'"),
+    ("status me", "argument PID: expected a number ≥ 1, got 'me'"),
+    ("doctor now", "there is no argument 'now'"),
+    ("run train.py", "the following arguments are required: --ranks"),
+    ("run --rank 0 train.py", "argument --ranks: expected a number ≥ 1, got '0'"),
+    ("serve", "the following arguments are required: --workers"),
+    ("serve --worker 2 --staleness-aware men", "no value of --staleness-aware 'men' (did you mean 'mean'?)"),
+    ("bench", "the following arguments are required: WHAT"),
+    ("bench all-reduce", "there is no command 'all-reduce' (did you mean 'all_reduce'?)"),
+    ("bench all_reduce --bytes 4,x", "expected a size such as 4, 64K, 25M or 1G, got 'x'"),
+    ("completion fish", "there is no shell 'fish'"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG)
+def test_a_wrong_line_is_refused_with_usage_and_one_sentence(
+    capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
     with pytest.raises(SystemExit) as refused:
-        main(arguments)
+        main(line.split())
     assert refused.value.code == 2
-    assert "usage: ringred" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "usage: ringred" in told.err
+    assert message in told.err
+    assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completions_name_every_command(capsys: pytest.CaptureFixture[str], shell: str) -> None:
+    status, out, _ = run(capsys, "completion", shell)
+    assert status == 0
+    assert all(command in out for command in ("verify", "explain", "bench", "run", "status", "doctor", "help"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "verify --max-ranks 3",
+        "explain all_reduce --ranks 4 --bytes 1M",
+        "explain all_reduce --ranks 4 --bytes 1M --algorithm torus",
+        "topology",
+        "help",
+    ],
+)
+def test_json_is_json(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    status, out, _ = run(capsys, *line.split(), "--json")
+    assert status == 0
+    found = json.loads(out)
+    if "torus" in line:
+        assert found["seconds"] == pytest.approx(found["closed_form_seconds"])
+        assert found["schedule"][0][0] == [["send", 1, 2, 4], ["add", 1, 0, 2]]
+    if line.startswith("verify"):
+        assert found["proved"] == sum(row["proved"] for row in found["algorithms"])
 
 
 def test_topology_tells_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

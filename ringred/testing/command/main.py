@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from ringred.errors import RingredError
+from ringred.testing.command.bench import add_bench
+from ringred.testing.command.completion import add_completion
 from ringred.testing.command.doctor import add_doctor
+from ringred.testing.command.help import add_help
 from ringred.testing.command.parsing import Parser
 from ringred.testing.command.proofs import add_proofs
 from ringred.testing.command.run import add_run
@@ -16,7 +20,16 @@ from ringred.testing.command.status import add_status
 
 __all__ = ["main", "make_parser"]
 
-_PARTS: tuple[Callable[..., None], ...] = (add_proofs, add_run, add_status, add_serve, add_doctor)
+_PARTS: tuple[Callable[..., None], ...] = (
+    add_proofs,
+    add_bench,
+    add_run,
+    add_status,
+    add_serve,
+    add_doctor,
+    add_help,
+    add_completion,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
+    except BrokenPipeError:  # who read it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (RingredError, ValueError, OSError) as failure:
-        print(f"ringred: {failure}", file=sys.stderr)
+        notes = "".join(f"\n({note})" for note in getattr(failure, "__notes__", ()))
+        print(f"ringred: {failure}{notes}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -17,7 +17,7 @@ from ringred.transports.membership.card import Card, place
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.rendezvous import Rendezvous
 
-__all__ = ["add_run"]
+__all__ = ["add_run", "run_here"]
 
 
 def add_run(commands: Any) -> None:
@@ -48,34 +48,39 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("run: several hosts need --meet HOST:PORT and --secret FILE (see `ringred meet`)")
     if not Path(options.script).exists():
         raise ValueError(f"run: no file {options.script}")
-    keeper = None
-    first = 0
+    command = [sys.executable, options.script, *options.arguments]
     if options.meet is None:
-        keeper = Member(secrets.token_bytes(32))
-        rendezvous = Rendezvous.kept_by(keeper)
-    else:
-        host, port = _address(options.meet)
-        rendezvous = Rendezvous(Card("", 0, "", "", host, port), _load(options.secret))
-        first = rendezvous.number("hosts") * options.ranks
+        return run_here(command, options.ranks, options.min, options.restarts)
+    host, port = _address(options.meet)
+    rendezvous = Rendezvous(Card("", 0, "", "", host, port), _load(options.secret))
+    first = rendezvous.number("hosts") * options.ranks
     size = options.ranks * options.hosts
+    # Who starts when the job is at work already joins it, as the processes of a host do that came back.
+    return _supervised(command, rendezvous, options.ranks, size, options.min, options.restarts, first)
+
+
+def run_here(command: list[str], ranks: int, least: int = 1, restarts: int = 0) -> int:
+    """Runs `command` on `ranks` ranks of this host; others take the places of those that fail, up to `restarts` in a
+    row. Returns the exit status."""
+    keeper = Member(secrets.token_bytes(32))
+    try:
+        return _supervised(command, Rendezvous.kept_by(keeper), ranks, ranks, least, restarts, 0)
+    finally:
+        keeper.close()
+
+
+def _supervised(
+    command: list[str], rendezvous: Rendezvous, ranks: int, size: int, least: int, restarts: int, first: int
+) -> int:
     keeper_card, secret = rendezvous.keeper.as_text(), rendezvous.secret.hex()
-    environment = run_environment(options.ranks, options.min, keeper_card, secret, free_port())
+    environment = run_environment(ranks, least, keeper_card, secret, free_port())
 
     def members() -> list[int] | None:
         cards = rendezvous.members()
         return [card.process for card in cards if card.place == place()] if cards else None
 
-    command = [sys.executable, options.script, *options.arguments]
-    # Who starts when the job is at work already joins it, as the processes of a host do that came back.
     late = first >= size
-    supervisor = Supervisor(
-        command, environment, first % size, options.ranks, size, options.restarts, members, joins=late
-    )
-    try:
-        return supervisor.run()
-    finally:
-        if keeper is not None:
-            keeper.close()
+    return Supervisor(command, environment, first % size, ranks, size, restarts, members, joins=late).run()
 
 
 def _meet(options: argparse.Namespace) -> int:
