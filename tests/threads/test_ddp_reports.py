@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ringred.buckets import Entry
 from ringred.communicator import Communicator
 from ringred.data_parallel.overlap import BackwardTimes, forecast, report
-from ringred.data_parallel.reports import write_scalars
+from ringred.data_parallel.reports import Monitor, write_scalars
 from ringred.data_parallel.stragglers import straggler_report
 from ringred.testing import run_ranks
 from tests.threads.wrapping import MODEL, backward, wrapped
@@ -153,3 +153,41 @@ def test_reports_as_json_and_scalars(tmp_path: Path) -> None:
     tags = events.Tags()["scalars"]
     assert {"overlap/exposed_ms", "overlap/hidden", "straggler/waiting", "straggler/rank1/caused"} <= set(tags)
     assert [event.step for event in events.Scalars("overlap/hidden")] == [4]
+
+
+class Run:
+    """A run of Weights & Biases, as far as a monitor knows it."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+
+def test_a_monitor_writes_once_in_so_many_steps() -> None:
+    runs = [Run(), Run()]
+
+    def body(comm: Communicator) -> list[dict[str, float] | None]:
+        model = wrapped(comm)
+        monitor = Monitor(model, runs[0] if comm.rank == 0 else None, every=2)
+        found = []
+        for step in range(5):
+            backward(model, comm.rank, 8, step)
+            found.append(monitor.step())
+        return found
+
+    for rank, found in enumerate(run_ranks(body, 2)):
+        assert [values is not None for values in found] == [False, True, False, True, False], rank
+    assert [step for step, _ in runs[0].logged] == [2, 4]
+    values = runs[0].logged[1][1]
+    assert {"step/ms", "traffic/messages_sent", "overlap/hidden", "straggler/rank1/caused"} <= values.keys()
+    gradients = 4 * sum(parameter.numel() for parameter in MODEL.parameters())
+    assert values["traffic/bytes_sent"] == pytest.approx(gradients, rel=0.2)
+
+
+def test_a_monitor_takes_no_log_that_is_none() -> None:
+    with pytest.raises(TypeError, match="expected a log with add_scalar or log, or a function, got int"):
+        write_scalars(3, 1)
+    with pytest.raises(ValueError, match="expected every ≥ 1, got 0"):
+        Monitor(None, None, every=0)  # type: ignore[arg-type]

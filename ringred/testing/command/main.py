@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from ringred import __version__
 from ringred.errors import RingredError
 from ringred.testing.command.bench import add_bench
 from ringred.testing.command.completion import add_completion
@@ -17,6 +18,7 @@ from ringred.testing.command.proofs import add_proofs
 from ringred.testing.command.run import add_run
 from ringred.testing.command.serve import add_serve
 from ringred.testing.command.status import add_status
+from ringred.testing.command.trace import add_trace
 
 __all__ = ["main", "make_parser"]
 
@@ -25,6 +27,7 @@ _PARTS: tuple[Callable[..., None], ...] = (
     add_bench,
     add_run,
     add_status,
+    add_trace,
     add_serve,
     add_doctor,
     add_help,
@@ -54,6 +57,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="ringred", description="Collective algorithms proved, priced, shown and run; trainings kept up."
     )
+    parser.add_argument("--version", action="version", version=f"ringred {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in _PARTS:
         add(commands)
