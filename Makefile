@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check wheels lab faults gpu-check torch-suite install clean
+.PHONY: demo test check docs wheels lab faults gpu-check torch-suite install clean
 
 install: $(STAMP)
 
@@ -31,6 +31,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in out/site: every page builds without a warning, and every link on it leads somewhere.
+docs: $(STAMP)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -b html -c docs . out/site
+	$(BIN)/python docs/check_links.py out/site
 
 # Wheels for Linux of 2014 and later on both processors.
 wheels: $(STAMP)
