@@ -4,23 +4,34 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
+# On a terminal pip shows what it does, and programs that mpirun starts show their progress.
+TERMINAL := $(shell test -t 2 && echo yes)
+PIP := $(BIN)/python -m pip install $(if $(TERMINAL),,--quiet) --disable-pip-version-check -c constraints.txt
+BAR := $(if $(TERMINAL),--bar)
 
 .PHONY: demo test check docs wheels lab faults gpu-check torch-suite install clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard ringred/native/*.[ch])
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mpi,dev]"
-	touch $@
+	@echo "Making $(VENV): torch, an MPI and the tools, some 600 MB. This takes a minute or a few."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e ".[mpi,dev]"
+	@touch $@
 
 demo: $(STAMP)
-	mkdir -p out
-	for algorithm in ring torus tree; do \
-	    launch/mpirun.sh 2 examples/train_digits.py --algorithm $$algorithm --json out/digits-$$algorithm.json || exit 1; \
+	@mkdir -p out
+	@for algorithm in ring torus tree; do \
+	    echo "Training a CNN on handwritten digits, on two ranks, by $$algorithm ..."; \
+	    launch/mpirun.sh 2 examples/train_digits.py --algorithm $$algorithm --json out/digits-$$algorithm.json $(BAR) \
+	        > out/digits-$$algorithm.txt || { cat out/digits-$$algorithm.txt; exit 1; }; \
+	    head -n 1 out/digits-$$algorithm.txt; \
 	done
-	launch/mpirun.sh 2 benchmarks/scaling.py --short --json out/scaling.json --plot out/scaling.png
+	@echo "Measuring a training step under every algorithm and on a parameter server: about a minute ..."
+	@launch/mpirun.sh 2 benchmarks/scaling.py --short --json out/scaling.json --plot out/scaling.png $(BAR)
+	@$(BIN)/ringred explain all_reduce --ranks 8 --bytes 25M --algorithm ring --html out/ring.html > out/ring.txt
+	@$(BIN)/python examples/demo_seen.py out
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $$(nproc) --ignore tests/procs; others=$$?; \

@@ -24,6 +24,7 @@ from harness import Spread, context, interleaved, write_json
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
 
 import ringred
 from ringred.collectives.registry import lookup
@@ -163,7 +164,14 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
     counts = {"server, one shard": 1, f"server, {comm.size} shards": comm.size}
     servers = {name: OnServers(comm, options.width, shards) for name, shards in counts.items()}
     measures |= {name: server.timer(images, labels, options.steps) for name, server in servers.items()}
-    samples = interleaved({"one rank": one_rank, **measures}, options.rounds)
+    bar = tqdm(
+        total=options.rounds + len(models) + len(servers),
+        desc="steps, then trainings",
+        ncols=80,
+        leave=False,
+        disable=not train_digits.shown(comm),
+    )
+    samples = interleaved({"one rank": one_rank, **measures}, options.rounds, bar.update)
     baseline = Spread.of(samples.pop("one rank"))
     rows = []
     for name, model in models.items():
@@ -177,6 +185,7 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
             | {"bytes_sent_by_the_busiest": None if native else int(sent.item())}
             | {"hidden": model.overlap_report().hidden, "accuracy": final_accuracy(comm, name, options.epochs)}
         )
+        bar.update()
     for name, server in servers.items():
         moved = server.bytes_sent(images, labels)
         server.server.close()
@@ -186,6 +195,8 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
             row_of(comm, name, baseline, Spread.of(samples[name]))
             | {"bytes_sent_by_the_busiest": moved, "hidden": None, "accuracy": float(reached)}
         )
+        bar.update()
+    bar.close()
     return baseline, rows, gradient_bytes
 
 
@@ -246,6 +257,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15, help="of the digits example, for the accuracy")
     parser.add_argument("--simulate-ranks", type=int, default=1024)
     parser.add_argument("--short", action="store_true", help="few rounds and epochs, for a first look")
+    parser.add_argument("--bar", action="store_true", help="show progress, where the launcher has a terminal")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -254,6 +266,8 @@ def main() -> None:
 
     comm = ringred.init()
     baseline, rows, gradient_bytes = measure(comm, options)
+    comm.barrier()
+    comm.close()
     if comm.rank == 0:
         simulated = simulate(baseline.median, gradient_bytes, options.simulate_ranks)
         result = {
@@ -268,8 +282,6 @@ def main() -> None:
             "simulated": simulated,
         }
         report(result, baseline, options)
-    comm.barrier()
-    comm.close()
 
 
 def report(result: dict[str, Any], baseline: Spread, options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ Links to other sites are counted only; `sphinx-build -b linkcheck -c docs . out/
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -31,7 +31,7 @@ class Page(HTMLParser):
                 self.places.add(value)
 
 
-@lru_cache(maxsize=None)
+@cache
 def read(path: Path) -> Page:
     return Page(path)
 

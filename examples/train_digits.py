@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,7 @@ def on_servers(
     began = time.monotonic()
     options: dict[str, Any] = {"schedule": rates, "updates": updates, "comm": comm}
     with ringred.ParameterServer(model, optimizer, policy, **options) as server:
-        with tqdm(total=updates, desc=f"{policy} on {comm.size}", disable=quiet or comm.rank != 0) as bar:
+        with tqdm(total=updates, desc=f"{policy} on {comm.size}", disable=quiet or not shown(comm)) as bar:
             for epoch in itertools.count():  # until the server says that all updates are made
                 sampler.set_epoch(epoch)
                 for images, labels in loader:
@@ -149,6 +150,11 @@ def save(path: Path, epoch: int, **parts: Any) -> None:
     unfinished.replace(path)
 
 
+def shown(comm: ringred.Communicator) -> bool:
+    """Whether this rank shows its progress: mpirun passes on to a terminal what ranks write to a pipe (`--bar`)."""
+    return comm.rank == 0 and (sys.stderr.isatty() or "--bar" in sys.argv)
+
+
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +172,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="file, seen by all ranks, to save after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--bar", action="store_true", help="show progress, where the launcher has a terminal")
     options = parser.parse_args()
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint")
@@ -212,7 +219,8 @@ def main() -> None:
     loss: Tensor = torch.zeros(())
     counters = comm.counters if policy is None else policy.counters
     sent_before = counters.bytes_sent
-    epochs = tqdm(range(first, options.epochs), desc=f"{options.algorithm} on {comm.size}", disable=comm.rank != 0)
+    what = f"{options.algorithm} on {comm.size}"
+    epochs = tqdm(range(first, options.epochs), desc=what, unit="epoch", ncols=80, disable=not shown(comm))
     for epoch in epochs:
         sampler.set_epoch(epoch)
         for images, labels in loader:

@@ -1,8 +1,8 @@
 """Runs the code of a page of documentation, on the ranks that there are, and compares what rank 0 prints.
 
 A block of `python` is run; a block of `text` after it is what rank 0 prints, in which `...` stands for anything. Of a
-block of `console` each line `$ ringred ...` is run on one rank. A comment `<!-- run` ... `-->` holds code that is run and not
-shown, `<!-- not run: why -->` leaves out the block after it. Prints how many blocks were run.
+block of `console` each line `$ ringred ...` is run on one rank. A comment `<!-- run` ... `-->` is code that is run but
+not shown, `<!-- not run: why -->` leaves out the block after it. Prints how many blocks were run.
 """
 
 import contextlib
