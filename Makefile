@@ -9,7 +9,7 @@ TERMINAL := $(shell test -t 2 && echo yes)
 PIP := $(BIN)/python -m pip install $(if $(TERMINAL),,--quiet) --disable-pip-version-check -c constraints.txt
 BAR := $(if $(TERMINAL),--bar)
 
-.PHONY: demo test check docs wheels lab faults gpu-check torch-suite install clean
+.PHONY: demo test check docs examples wheels lab faults gpu-check torch-suite install clean
 
 install: $(STAMP)
 
@@ -47,6 +47,18 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -b html -c docs . out/site
 	$(BIN)/python docs/check_links.py out/site
+
+# Trainings that people bring, on two ranks, each under a minute.
+examples: $(STAMP)
+	for example in resnet lstm graph_network; do \
+	    $(BIN)/ringred run --ranks 2 examples/$$example.py --short || exit 1; \
+	done
+	for example in torch_ddp fsdp2 accelerate_ddp lightning_ddp; do \
+	    launch/torchrun.sh 2 examples/gpt/$$example.py --steps 60 || exit 1; \
+	done
+	launch/torchrun.sh 2 examples/gpt/finetune.py --short
+	launch/torchrun.sh 2 examples/train_digits.py --epochs 5
+	$(BIN)/ringred run --ranks 2 examples/train_elastic.py --epochs 5
 
 # Wheels for Linux of 2014 and later on both processors.
 wheels: $(STAMP)

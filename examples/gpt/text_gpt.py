@@ -44,9 +44,9 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=2e-3, foreach=False)
 
 
-def batches(rank: int, steps: int) -> Iterator[Tensor]:
-    """`steps` batches of this rank: int64 of shape (BATCH, CONTEXT + 1)."""
-    sources = sorted(Path(os.__file__).parent.glob("*.py"))
+def batches(rank: int, steps: int, files: list[Path] | None = None) -> Iterator[Tensor]:
+    """`steps` batches of this rank: int64 of shape (BATCH, CONTEXT + 1); of `files`, or of the library's sources."""
+    sources = files or sorted(Path(os.__file__).parent.glob("*.py"))
     text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in sources)), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(rank)
     for _ in range(steps):
