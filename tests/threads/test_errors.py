@@ -165,7 +165,7 @@ def test_a_collective_in_vain_on_a_closed_communicator() -> None:
         (
             lambda c: c.all_reduce(torch.ones(3), algorithm="rnig"),
             ValueError,
-            "rank .: all_reduce: .*no algorithm 'rnig'; there are",
+            r"rank .: all_reduce: .*no algorithm 'rnig' \(did you mean 'ring'\?\); there are",
         ),
         (
             lambda c: c.all_reduce(torch.ones(3), algorithm="torus", grid=(3, 2)),
@@ -256,7 +256,7 @@ def test_bad_arguments_of_ddp_are_refused_at_construction_on_every_rank() -> Non
         return texts
 
     for unknown, grid in run_ranks(body, 2):
-        assert "no algorithm 'rnig'; there are" in unknown
+        assert "no algorithm 'rnig' (did you mean 'ring'?); there are" in unknown
         assert "all_reduce: grid 3x2 holds 6 ranks, expected 2" in grid
 
 

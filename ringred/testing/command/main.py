@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
-from ringred import __version__
 from ringred.errors import RingredError
 from ringred.testing.command.bench import add_bench
 from ringred.testing.command.completion import add_completion
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="ringred", description="Collective algorithms proved, priced, shown and run; trainings kept up."
     )
-    parser.add_argument("--version", action="version", version=f"ringred {__version__}")
+    parser.add_argument("--version", action="version", version=f"ringred {version('ringred')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in _PARTS:
         add(commands)
