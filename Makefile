@@ -14,7 +14,7 @@ BAR := $(if $(TERMINAL),--bar)
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard ringred/native/*.[ch])
-	@echo "Making $(VENV): torch, an MPI and the tools, some 600 MB. This takes a minute or a few."
+	@echo "Making $(VENV): torch, an MPI and the tools. This takes a minute or a few, and more where torch comes with CUDA."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) -e ".[mpi,dev]"

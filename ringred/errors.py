@@ -45,7 +45,9 @@ class RingredError(RuntimeError):
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
         if sys.version_info >= (3, 11):
-            self.add_note(f"What it means, and what to do: ringred help {type(self).__name__}")
+            # One of a program's own is told as what it is.
+            kind = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("ringred."))
+            self.add_note(f"What it means, and what to do: ringred help {kind.__name__}")
 
 
 class CollectiveMismatch(RingredError):

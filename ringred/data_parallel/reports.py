@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from typing import Any, Protocol, TypeAlias
 
 from ringred.communicator import Communicator
 from ringred.data_parallel.overlap import OverlapReport
 from ringred.data_parallel.stragglers import StragglerReport
+from ringred.errors import RingredError
 
 __all__ = ["Monitor", "Report", "write_scalars"]
 
@@ -25,9 +28,10 @@ class Reporting(Protocol):
     """A `ringred.DistributedDataParallel`, as a monitor sees it."""
 
     comm: Communicator
+    recovery: Any
 
     def overlap_report(self) -> OverlapReport:
-        """How much of the last reductions backward hid."""
+        """How much of the last reductions backward hid. Raises `RingredError` before there were any."""
 
     def straggler_report(self) -> StragglerReport:
         """Whom the others waited for. Collective."""
@@ -44,7 +48,8 @@ class Monitor:
 
     `overlap/…` and `straggler/…` are those of the model's reports; `traffic/bytes_sent` and `traffic/messages_sent` are
     of this rank, a step; `step/ms` is the time of a step, waiting for data included. A log is one of those that
-    `write_scalars` takes. Raises ValueError unless `every` is positive.
+    `write_scalars` takes. Of a model that goes on after failures (`on_failure="shrink"`) stragglers are left out, for
+    they are asked of all ranks, which come and go. Raises ValueError unless `every` is positive.
     """
 
     def __init__(self, model: Reporting, log: Any, every: int = 50) -> None:
@@ -52,23 +57,36 @@ class Monitor:
             raise ValueError(f"Monitor: expected every ≥ 1, got {every}")
         self._model, self._log, self._every = model, log, every
         self._steps = 0
-        self._before = self._now()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._comm, self._counted, self._before = self._model.comm, 0, self._now()
 
     def _now(self) -> tuple[float, int, int]:
         counters = self._model.comm.counters
         return time.perf_counter(), counters.bytes_sent, counters.messages_sent
 
-    def step(self) -> dict[str, float] | None:
-        """Counts a step; when it is due, writes and returns the scalars. Collective then, as `straggler_report` is."""
+    def step(self, at: int | None = None) -> dict[str, float] | None:
+        """Counts a step, which is number `at` in the log, or as many as were counted; when it is due, writes and
+        returns the scalars. Collective then, as `straggler_report` is."""
         self._steps += 1
+        if self._model.comm is not self._comm:  # ranks failed, or came: another communicator counts from 0
+            self._begin()
+        else:
+            self._counted += 1
         if self._steps % self._every:
             return None
-        spent = [(now - before) / self._every for now, before in zip(self._now(), self._before, strict=True)]
-        values = {"step/ms": spent[0] * 1e3, "traffic/bytes_sent": spent[1], "traffic/messages_sent": spent[2]}
-        values |= self._model.overlap_report().scalars() | self._model.straggler_report().scalars()
+        values: dict[str, float] = {}
+        if self._counted:
+            spent = [(now - before) / self._counted for now, before in zip(self._now(), self._before, strict=True)]
+            values = {"step/ms": spent[0] * 1e3, "traffic/bytes_sent": spent[1], "traffic/messages_sent": spent[2]}
+        with contextlib.suppress(RingredError):  # no synchronised backward was made yet
+            values |= self._model.overlap_report().scalars()
+        if self._model.recovery is None:
+            values |= self._model.straggler_report().scalars()
         if self._log is not None:
-            _write(self._log, self._steps, values)
-        self._before = self._now()
+            _write(self._log, self._steps if at is None else at, values)
+        self._begin()
         return values
 
 
@@ -76,7 +94,7 @@ def _write(log: Any, step: int, values: dict[str, float]) -> None:
     if hasattr(log, "add_scalar"):
         for name, value in values.items():
             log.add_scalar(name, value, step)
-    elif hasattr(log, "log"):
+    elif hasattr(log, "log") and not isinstance(log, logging.Logger):
         log.log(values, step=step)
     elif callable(log):
         log(values, step)

@@ -62,7 +62,7 @@ def test_the_example_resumes_from_its_checkpoint_and_traces(tmp_path: Path) -> N
     first = launch("mpirun", 2, EXAMPLE, *arguments, "--epochs", "2")
     assert first.status == 0, first.output[-3000:]
     found, trace = tmp_path / "digits.json", tmp_path / "trace.json"
-    more = ("--resume", "--epochs", "4", "--json", str(found))
+    more = ("--resume", "--epochs", "4", "--json", str(found), "--bar")
     second = launch("mpirun", 2, EXAMPLE, *arguments, *more, RINGRED_TRACE=str(trace))
     assert second.status == 0, second.output[-3000:]
     assert "0/2" in second.output, "two of four epochs are left"

@@ -78,7 +78,12 @@ WRONG = [
     ("explain all_reduce --ranks 4 --bytes 1Q", "expected a size such as 4, 64K, 25M or 1G, got '1Q'"),
     ("explain all_reduce --ranks 4 --bytes 1 --gird 2x2", "no option '--gird' (did you mean '--grid'?)"),
     ("explain all_reduce --ranks 4 --bytes 1 --grid 2by2", "expected a grid such as 4x3, got '2by2'"),
-    ("explain all_reduce --ranks 4 --bytes 1 --alpha fast", "argument --alpha: invalid float value: 'fast'"),
+    (
+        "explain all_reduce --ranks 4 --bytes 1 --alpha fast",
+        "argument --alpha: expected seconds ≥ 0",
+    ),
+    ("explain all_reduce --ranks 4 --bytes 1 --beta nan", "argument --beta: expected seconds ≥ 0"),
+    ("verify --max-ranks ²", "argument --max-ranks: expected a number ≥ 1, got '²'"),
     ("status me", "argument PID: expected a number ≥ 1, got 'me'"),
     ("doctor now", "there is no argument 'now'"),
     ("run train.py", "the following arguments are required: --ranks"),

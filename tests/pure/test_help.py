@@ -16,10 +16,21 @@ from ringred.testing.command.help import kinds
 from ringred.testing.command.main import main
 
 PACKAGE = Path(errors.__file__).parent
-KINDS = {
-    name for name in errors.__all__ if isinstance(kind := getattr(errors, name), type) and issubclass(kind, Exception)
+TOLD_AS = {
+    "DeadlockError": "ScheduleError",
+    "OverwriteError": "ScheduleError",
+    "PeersUnreachable": "TransportUnavailable",
 }
-OF_SCHEDULES = {"ScheduleError", "DeadlockError", "OverwriteError"}  # told as one: the message says which step is wrong
+
+
+def kinds_of(path: Path) -> list[str]:
+    """The exceptions that a file defines."""
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    bases = {name for name in errors.__all__ if name[0].isupper()}
+    return [one.name for one in classes if any(isinstance(base, ast.Name) and base.id in bases for base in one.bases)]
+
+
+KINDS = {"RingredError", *(name for path in PACKAGE.rglob("*.py") for name in kinds_of(path))}
 
 
 def template(text: ast.expr) -> str | None:
@@ -48,14 +59,14 @@ def says(advice: str, text: str) -> bool:
 
 
 def test_every_kind_is_told() -> None:
-    assert kinds().keys() == KINDS - (OF_SCHEDULES - {"ScheduleError"})
+    assert kinds().keys() == KINDS - TOLD_AS.keys()
     assert all(kind.advice for kind in kinds().values())
     assert all(advice.cause and advice.cure for kind in kinds().values() for advice in kind.advice)
 
 
 def test_every_message_has_advice() -> None:
-    found = [one for one in messages() if one[0] not in OF_SCHEDULES]
-    assert len(found) > 150
+    found = [(TOLD_AS.get(kind, kind), place, text) for kind, place, text in messages()]
+    assert len(found) > 170
     bare = [
         one for one in found if not any(says(text, one[2]) for advice in kinds()[one[0]].advice for text in advice.says)
     ]
@@ -65,7 +76,7 @@ def test_every_message_has_advice() -> None:
 def test_all_advice_is_on_a_message() -> None:
     texts: dict[str, list[str]] = {}
     for name, _, text in messages():
-        texts.setdefault("ScheduleError" if name in OF_SCHEDULES else name, []).append(text)
+        texts.setdefault(TOLD_AS.get(name, name), []).append(text)
     idle = [
         (kind.name, one)
         for kind in kinds().values()
@@ -83,6 +94,19 @@ def test_a_traceback_ends_with_where_to_read_more() -> None:
     if hasattr(raised.value, "__notes__"):  # Python 3.11
         assert last == "What it means, and what to do: ringred help PeerFailed"
     assert str(raised.value) == "rank 2: all_reduce #1: rank 0 is gone (killed)"
+
+
+@pytest.mark.parametrize(("kind", "told"), [("DeadlockError", "ScheduleError"), ("damaged", "Damaged")])
+def test_the_command_tells_of_what_a_traceback_names(capsys: pytest.CaptureFixture[str], kind: str, told: str) -> None:
+    assert main(["help", kind]) == 0
+    assert capsys.readouterr().out.startswith(f"{told}. ")
+
+
+def test_a_kind_of_ones_own_is_told_as_what_it_is() -> None:
+    class Mine(PeerFailed):
+        pass
+
+    assert getattr(Mine("x"), "__notes__", ["ringred help PeerFailed"])[0].endswith("ringred help PeerFailed")
 
 
 def test_the_command_tells(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,5 +95,5 @@ def test_the_page_holds_all_it_shows_and_loads_nothing() -> None:
 
 def test_what_is_too_much_for_a_page_is_refused() -> None:
     entry = lookup("all_reduce", "direct")
-    with pytest.raises(ValueError, match=r"on 128 ranks sends 32512 messages, of which a page shows at most 20000"):
+    with pytest.raises(ValueError, match=r"on 128 ranks sends 32512 messages, of which a page shows at most 10000"):
         page(entry, entry.group(128), 1 << 20, flat(128, 1e-5, 1e-9, 1e-10))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from ringred.buckets import Entry
@@ -16,6 +18,7 @@ from ringred.communicator import Communicator
 from ringred.data_parallel.overlap import BackwardTimes, forecast, report
 from ringred.data_parallel.reports import Monitor, write_scalars
 from ringred.data_parallel.stragglers import straggler_report
+from ringred.errors import RingredError
 from ringred.testing import run_ranks
 from tests.threads.wrapping import MODEL, backward, wrapped
 
@@ -186,8 +189,36 @@ def test_a_monitor_writes_once_in_so_many_steps() -> None:
     assert values["traffic/bytes_sent"] == pytest.approx(gradients, rel=0.2)
 
 
+def test_a_monitor_begins_anew_with_another_communicator_and_asks_no_stragglers_then() -> None:
+    class Model:
+        recovery = object()
+
+        def __init__(self, comm: Communicator) -> None:
+            self.comm = comm
+
+        def overlap_report(self) -> Any:
+            raise RingredError("no synchronised backward was made yet")
+
+    def body(comm: Communicator) -> list[dict[str, float] | None]:
+        model, found = Model(comm), []
+        monitor = Monitor(model, None, every=2)
+        for step in range(6):
+            if step == 3:
+                model.comm = comm.duplicate()
+            model.comm.all_reduce(torch.ones(100), algorithm="one_shot")
+            found.append(monitor.step(step))
+        return found
+
+    for found in run_ranks(body, 2):
+        sent = [None if values is None else values.get("traffic/bytes_sent") for values in found]
+        assert sent == [None, 400.0, None, None, None, 400.0]
+        assert found[3] == {}
+
+
 def test_a_monitor_takes_no_log_that_is_none() -> None:
     with pytest.raises(TypeError, match="expected a log with add_scalar or log, or a function, got int"):
         write_scalars(3, 1)
+    with pytest.raises(TypeError, match="got RootLogger"):
+        write_scalars(logging.getLogger(), 1)
     with pytest.raises(ValueError, match="expected every ≥ 1, got 0"):
         Monitor(None, None, every=0)  # type: ignore[arg-type]

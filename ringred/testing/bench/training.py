@@ -67,7 +67,9 @@ def measure(
     rows = []
     for name, spread in spreads.items():
         wrapped = models.get(name)
-        hidden = wrapped.overlap_report().hidden if isinstance(wrapped, DistributedDataParallel) else None
+        hidden = None
+        if isinstance(wrapped, DistributedDataParallel) and comm.size > 1:
+            hidden = wrapped.overlap_report().hidden
         rows.append(
             {
                 "ranks": 1 if name == ALONE else comm.size,

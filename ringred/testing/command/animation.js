@@ -2,6 +2,7 @@
 // Shows a schedule: `story` is what `animation.py` made of it. Nothing is loaded, nothing is kept.
 
 const story = JSON.parse(document.getElementById("story").textContent);
+const counted = new Map(); // bits of masks
 const $ = (id) => document.getElementById(id);
 const { size, units } = story;
 const masks = story.masks.map((hex) => BigInt("0x" + hex));
@@ -11,7 +12,13 @@ const transfers = story.transfers.map(([sender, receiver, start, stop, reduce, r
   bytes: sum(story.unit_bytes.slice(start, stop)),
 }));
 const byTaken = [...transfers].sort((a, b) => a.taken - b.taken);
-const byEnd = [...transfers].sort((a, b) => a.end - b.end);
+{ // what a rank adds to one chunk in one round it adds together, in rank order, once all of it has come
+  const folds = new Map();
+  const name = (one) => `${one.receiver} ${one.taken} ${one.start}`;
+  for (const one of transfers) folds.set(name(one), Math.max(folds.get(name(one)) || 0, one.end));
+  for (const one of transfers) one.done = folds.get(name(one));
+}
+const byEnd = [...transfers].sort((a, b) => a.done - b.done);
 const whole = story.sources.map((index) => masks[index]);
 const wanted = story.wants.map((list) => new Set(list));
 const reduces = whole.some((mask) => bits(mask) > 1);
@@ -22,7 +29,14 @@ for (let k = 1; k < story.rounds; k++) roundEnds[k] = Math.max(roundEnds[k], rou
 const view = { clock: "rounds", at: 0, playing: false, speed: 1, unit: null, rank: null, layout: null, hits: [] };
 
 function sum(values) { return values.reduce((a, b) => a + b, 0); }
-function bits(mask) { let n = 0; for (; mask; mask &= mask - 1n) n++; return n; }
+function bits(mask) {
+  if (!counted.has(mask)) {
+    let n = 0;
+    for (let rest = mask; rest; rest &= rest - 1n) n++;
+    counted.set(mask, n);
+  }
+  return counted.get(mask);
+}
 function ranksOf(mask) { return Array.from({ length: size }, (_, r) => r).filter((r) => (mask >> BigInt(r)) & 1n); }
 function length() { return view.clock === "rounds" ? story.rounds : story.seconds; }
 function chunk(one) { return one.stop === one.start + 1 ? `${one.start}` : `${one.start}–${one.stop - 1}`; }
@@ -46,9 +60,13 @@ const start = Array.from({ length: size }, (_, r) =>
   whole.map((mask) => ((mask >> BigInt(r)) & 1n ? 1n << BigInt(r) : 0n)));
 let held = null;
 
-/** Replays from the start: a schedule has at most some ten thousand messages. */
+let replayed = {};
+
+/** What is over at the place in view, replayed from the start. */
 function replay() {
-  const over = view.clock === "rounds" ? (one) => one.taken + 1 <= view.at : (one) => one.end <= view.at * (1 + 1e-12);
+  const over = view.clock === "rounds" ? (one) => one.taken + 1 <= view.at : (one) => one.done <= view.at * (1 + 1e-12);
+  const place = view.clock === "rounds" ? `${Math.floor(view.at)}` : `${view.at}s`;
+  if (place === replayed.place) return replayed.done;
   held = start.map((of) => [...of]);
   const done = [];
   for (const one of view.clock === "rounds" ? byTaken : byEnd) {
@@ -57,6 +75,7 @@ function replay() {
     for (let u = one.start; u < one.stop; u++)
       held[one.receiver][u] = one.reduce ? held[one.receiver][u] | one.carried(u) : one.carried(u);
   }
+  replayed = { place, done };
   return done;
 }
 function underWay() {
@@ -64,8 +83,8 @@ function underWay() {
     return transfers.filter((one) => one.round < view.at && view.at < one.taken + 1)
       .map((one) => [one, Math.min(1, view.at - one.round)]); // one that came early waits at its receiver
   }
-  return transfers.filter((one) => one.begin <= view.at && view.at < one.end)
-    .map((one) => [one, (view.at - one.begin) / (one.end - one.begin)]);
+  return transfers.filter((one) => one.begin <= view.at && view.at < one.done)
+    .map((one) => [one, Math.min(1, (view.at - one.begin) / (one.end - one.begin))]);
 }
 
 // ------------------------------------------------------------------ where ranks stand
@@ -197,7 +216,7 @@ function drawCard(pen, rank, [x, y], wide, high) {
   pen.stroke();
   const head = high > 44 ? 17 : 0, inset = wide > 30 ? 5 : 2;
   if (head) {
-    const complete = [...wanted[rank]].every((u) => held[rank][u] === whole[u]);
+    const complete = wanted[rank].size > 0 && [...wanted[rank]].every((u) => held[rank][u] === whole[u]);
     pen.fillStyle = complete ? ink.done : ink.ink;
     pen.font = "600 12px system-ui, sans-serif";
     pen.textAlign = "left";
@@ -308,7 +327,8 @@ function clockSeconds() {
   const round = Math.floor(view.at), before = round > 0 ? roundEnds[round - 1] : 0;
   return round >= story.rounds ? story.seconds : before + (view.at - round) * (roundEnds[round] - before);
 }
-function drawTimes() {
+function drawTimes(done) {
+  const over = new Set(done), sending = new Set(underWay().map(([one]) => one));
   const row = Math.max(3, Math.min(18, 260 / size)), [pen, width] = paper($("times"), row * size + 22);
   const left = 30, scale = (width - left - 8) / (story.seconds || 1), now = clockSeconds();
   pen.font = "10px system-ui, sans-serif";
@@ -321,13 +341,13 @@ function drawTimes() {
   for (const one of transfers) {
     pen.fillStyle = one.reduce ? ink.add : ink.put;
     const plain = view.unit === null || (one.start <= view.unit && view.unit < one.stop);
-    pen.globalAlpha = (one.end <= now ? 1 : one.begin <= now ? 0.75 : 0.25) * (plain ? 1 : 0.2);
+    pen.globalAlpha = (over.has(one) ? 1 : sending.has(one) ? 0.75 : 0.25) * (plain ? 1 : 0.2);
     pen.fillRect(left + one.begin * scale, one.sender * row + 3, Math.max(1, (one.end - one.begin) * scale - 1), row - 2);
   }
   pen.globalAlpha = 1;
   pen.strokeStyle = ink.ink;
   pen.lineWidth = 1;
-  drawLine(pen, [left + now * scale, 0], [left + now * scale, row * size + 6]);
+  if (view.clock === "time") drawLine(pen, [left + now * scale, 0], [left + now * scale, row * size + 6]);
   pen.fillStyle = ink.soft;
   pen.textAlign = "left";
   pen.fillText("0", left, row * size + 17);
@@ -360,8 +380,9 @@ function drawLinks(done) {
       pen.globalAlpha = 1;
     }
   const [pair, bytes] = [...most].reduce((a, b) => (b[1] > a[1] ? b : a), [0, 0]);
-  $("busiest").textContent = bytes ? `${most.size} links are used; the busiest, ${Math.floor(pair / size)} → ${pair % size}, ` +
-    `carries ${amount(bytes)} in all.` : "No link is used.";
+  const even = [...most.values()].every((one) => one === bytes);
+  $("busiest").textContent = !bytes ? "No link is used." : even ? `${most.size} links are used; each carries ${amount(bytes)}.`
+    : `${most.size} links are used; the busiest, such as ${Math.floor(pair / size)} → ${pair % size}, carry ${amount(bytes)}.`;
 }
 
 // ------------------------------------------------------------------ words
@@ -377,20 +398,27 @@ function tellRound(done) {
     const added = shown.filter((one) => one.reduce), largest = Math.max(...shown.map((one) => one.bytes));
     lines.push(`${shown.length} message${shown.length > 1 ? "s" : ""} of ${shown.length > 1 ? "up to " : ""}${amount(largest)}: ` +
       (added.length === shown.length ? "each is added to what its receiver has."
-        : added.length ? `${added.length} are added, the others put in place.` : "each replaces what its receiver has."));
+        : added.length ? `${added.length === 1 ? "one is" : `${added.length} are`} added, the others put in place.` : "each replaces what its receiver has."));
   }
   const rank = view.rank ?? 0;
-  for (const one of shown.filter((one) => one.sender === rank || one.receiver === rank).slice(0, 5)) {
-    const ranks = ranksOf(one.carried(one.start));
-    const from = reduces && ranks.length > 1 ? `the sum of ${list(ranks)}` : `of ${list(ranks)}`;
+  const its = shown.filter((one) => one.sender === rank || one.receiver === rank);
+  for (const one of its.slice(0, 5)) {
+    const carried = Array.from({ length: one.stop - one.start }, (_, i) => one.carried(one.start + i));
+    const ranks = ranksOf(carried.reduce((a, b) => a | b)), alike = carried.every((mask) => mask === carried[0]);
+    const from = !alike ? `of ${list(ranks)}, one by one` : reduces && ranks.length > 1 ? `the sum of ${list(ranks)}` : `of ${list(ranks)}`;
     lines.push(one.sender === rank ? `Rank ${rank} sends chunk ${chunk(one)} (${from}) to rank ${one.receiver}.`
       : `Rank ${rank} ${one.reduce ? "adds" : "takes"} chunk ${chunk(one)} (${from}) from rank ${one.sender}.`);
   }
+  if (its.length > 5) lines.push(`Rank ${rank} has ${its.length - 5} more messages in it.`);
   if (view.unit !== null) {
     const there = held.map((of, r) => [r, bits(of[view.unit])]).filter(([, n]) => n === bits(whole[view.unit])).map(([r]) => r);
     lines.push(`Chunk ${view.unit} is whole on ${there.length ? list(there) : "no rank"}.`);
   }
-  $("told").innerHTML = lines.map((line) => `<p>${line}</p>`).join("");
+  const told = lines.map((line) => `<p>${line}</p>`).join("");
+  if ($("told").dataset.told !== told) {
+    $("told").dataset.told = told; // so that a screen reader hears it once
+    $("told").innerHTML = told;
+  }
   const sent = new Map(), count = new Map();
   for (const one of done) {
     sent.set(one.sender, (sent.get(one.sender) || 0) + one.bytes);
@@ -409,7 +437,7 @@ function tellRound(done) {
 function show() {
   const done = replay();
   drawStage();
-  drawTimes();
+  drawTimes(done);
   drawLinks(done);
   tellRound(done);
   $("place").max = length();
@@ -489,6 +517,7 @@ $("stage").onclick = (event) => {
 };
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
+  if (event.key === " " && ["BUTTON", "SUMMARY"].includes(event.target.tagName)) return; // it presses that
   const keys = { ArrowRight: () => step(1), ArrowLeft: () => step(-1), Home: () => { pause(); go(0); },
     End: () => { pause(); go(length()); }, " ": () => (view.playing ? pause() : play()), t: setTheme, Escape: () => follow(null) };
   const act = keys[event.key] ?? (/^\d$/.test(event.key) && +event.key < units ? () => follow(+event.key) : null);
@@ -496,6 +525,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   act();
 });
+for (const name of ["clock", "speed", "layout", "unit", "rank"]) $(name).addEventListener("change", () => $(name).blur());
 addEventListener("resize", show);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readInk(); show(); });
 readInk();
@@ -503,7 +533,7 @@ readInk();
   const asked = new URLSearchParams(location.hash.slice(1));
   if (asked.get("clock") === "time") view.clock = $("clock").value = "time";
   if (asked.get("layout") in layouts) view.layout = $("layout").value = asked.get("layout");
-  if (asked.has("unit")) follow(+asked.get("unit"));
+  if (/^\d+$/.test(asked.get("unit")) && +asked.get("unit") < units) follow(+asked.get("unit"));
   if (asked.has("theme")) { document.documentElement.dataset.theme = asked.get("theme"); readInk(); }
-  go(asked.has("round") ? +asked.get("round") : 0);
+  go(+asked.get("round") || 0);
 }

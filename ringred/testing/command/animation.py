@@ -17,7 +17,7 @@ from ringred.topology.model import Topology
 
 __all__ = ["page", "story_of"]
 
-_MOST_MESSAGES = 20_000  # they are replayed for every picture
+_MOST_MESSAGES = 10_000  # they are replayed for each round
 
 
 def page(entry: Algorithm, group: Group, nbytes: int, model: Topology) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from ringred.runtime.config import detect_launch
+from ringred.collectives.registry import lookup
+from ringred.runtime.config import Config, detect_launch
+from ringred.runtime.seat import own_address
+from ringred.runtime.select import AUTOMATIC
 from ringred.testing.command.parsing import Parser, add_json, count, say, size, size_of
 from ringred.testing.command.run import run_here
 from ringred.topology.detect import machine
@@ -68,26 +70,45 @@ def _sizes(text: str) -> list[int]:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("bench: --plot needs matplotlib: pip install matplotlib")
+    _check(options)
     launch = detect_launch()
     ranks = options.ranks or max(2, machine().usable_cores)
-    if launch.size == 1 and ranks > 1:
+    if launch.kind == "single" and ranks > 1:
+        asked = Config.from_environment().transport
+        if asked not in (None, "shm"):
+            raise ValueError(f"bench: RINGRED_TRANSPORT is {asked}: start the ranks by mpirun or torchrun, or unset it")
         more = ["--bar"] if sys.stderr.isatty() else []
-        return run_here([sys.executable, "-m", "ringred.testing.command", *sys.argv[1:], *more], ranks)
+        safe = ["-P"] if sys.version_info >= (3, 11) else []  # modules of the current folder are not the command's
+        command = [sys.executable, *safe, "-m", "ringred.testing.command", *options.arguments_given, *more]
+        return run_here(command, ranks)
     if options.ranks not in (None, launch.size):
         raise ValueError(f"bench: --ranks {options.ranks}, and the launcher started {launch.size}: leave it out")
     return _measured(options)
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raises ValueError for what would only fail once ranks are started, or all is measured."""
+    for name in options.algorithms.split(","):
+        if name not in AUTOMATIC:
+            lookup("all_reduce", name)
+    if options.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("bench: --plot needs matplotlib: pip install matplotlib")
+        if options.plot.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"bench: --plot: expected a .png, .pdf or .svg, got {options.plot}")
+    if options.what == "all_reduce":
+        memory = machine().memory_bytes
+        for nbytes in options.bytes:
+            if nbytes < 4 or nbytes % 4 or nbytes > memory // 16:
+                raise ValueError(
+                    f"bench: --bytes: expected whole float32, 4 to {size_of(memory // 16 >> 30 << 30)}, got {nbytes}"
+                )
+
+
 def _measured(options: argparse.Namespace) -> int:
     import ringred
-    from ringred.collectives.registry import lookup
 
     algorithms = options.algorithms.split(",")
-    for name in algorithms:
-        if name not in ("auto", "rank_order"):
-            lookup("all_reduce", name)
     with ringred.init() as comm, _gloo(comm, not options.without_gloo and comm.size > 1) as beside:
         systems = [*algorithms, *([_GLOO] if beside else [])]
         rows = options.measure(comm, systems, options)
@@ -110,7 +131,9 @@ def _gloo(comm: Communicator, wanted: bool) -> Iterator[bool]:
     store = None
     if comm.rank == 0:
         own = len(set(comm.hosts)) == 1
-        host = "127.0.0.1" if own else socket.gethostbyname(socket.gethostname())
+        host = "127.0.0.1" if own else own_address(Config.from_environment().interface)
+        if host is None:
+            raise ValueError("bench: no address for Gloo that other hosts reach: RINGRED_INTERFACE, or --without-gloo")
         store = TCPStore(host, 0, comm.size, is_master=True, wait_for_workers=False)
         place = torch.tensor([*map(int, host.split(".")), store.port])
     comm.broadcast(place, 0)
@@ -192,9 +215,10 @@ def _show(options: argparse.Namespace, comm: Communicator, rows: list[dict[str, 
         "torch": torch.__version__,
         "rounds": options.rounds,
     }
+    ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
     lines = [
         f"{_TITLES[options.what]}.",
-        f"{comm.size} ranks over {comm.transport.name}, {here.usable_cores} cores of {here.processor}, "
+        f"{ranks} over {comm.transport.name}, {here.usable_cores} cores of {here.processor}, "
         f"torch {torch.__version__}, {options.rounds} rounds in turns: medians, and quartiles.",
     ]
     if comm.size * torch.get_num_threads() > here.usable_cores:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from ringred import errors
 from ringred.errors import nearest
 from ringred.testing.command.parsing import add_json, say
 
@@ -67,7 +68,7 @@ def _help(options: argparse.Namespace) -> int:
         text = "\n".join(f"{kind.name:{width}}  {kind.meaning or kind.advice[0].cause}" for kind in asked)
         text += "\n\n`ringred help PeerFailed` tells all of one; `ringred doctor` tries what works here."
     else:
-        match = {name.lower(): kind for name, kind in known.items()}.get(options.kind.lower())
+        match = {name.lower(): kind for name, kind in known.items()}.get(_told_with(options.kind).lower())
         if match is None:
             raise ValueError(
                 f"help: there is no kind {options.kind!r}{nearest(options.kind, known)}; there are {', '.join(known)}"
@@ -79,6 +80,14 @@ def _help(options: argparse.Namespace) -> int:
     ]
     say(options, result, text)
     return 0
+
+
+def _told_with(name: str) -> str:
+    """The kind that tells of `name`, which may be one of several that are told together."""
+    classes = {one.lower(): getattr(errors, one) for one in errors.__all__}
+    found = classes.get(name.lower())
+    bases = found.__mro__ if isinstance(found, type) else ()
+    return next((base.__name__ for base in bases if base.__name__ in kinds()), name)
 
 
 def _told(kind: Kind) -> str:

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 
+import ringred
 from ringred.errors import RingredError
 from ringred.testing.command.bench import add_bench
 from ringred.testing.command.completion import add_completion
@@ -38,6 +38,7 @@ _PARTS: tuple[Callable[..., None], ...] = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = make_parser().parse_args(arguments)
+    options.arguments_given = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -57,7 +58,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="ringred", description="Collective algorithms proved, priced, shown and run; trainings kept up."
     )
-    parser.add_argument("--version", action="version", version=f"ringred {version('ringred')}")
+    parser.add_argument("--version", action="version", version=f"ringred {ringred.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in _PARTS:
         add(commands)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ringred.errors import nearest
 
-__all__ = ["Parser", "add_json", "count", "grid", "say", "size", "size_of"]
+__all__ = ["Parser", "add_json", "count", "grid", "say", "seconds", "size", "size_of"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -58,23 +59,38 @@ def say(options: argparse.Namespace, result: Any, text: str) -> None:
 
 
 def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not _is_whole(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number ≥ 1, got {text!r}")
     return int(text)
 
 
 def size(text: str) -> int:
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    if unit not in _UNITS or not number.isdigit():
+    if unit not in _UNITS or not _is_whole(number):
         raise argparse.ArgumentTypeError(f"expected a size such as 4, 64K, 25M or 1G, got {text!r}")
     return int(number) * _UNITS[unit]
 
 
 def grid(text: str) -> tuple[int, ...]:
     parts = text.lower().split("x")
-    if not all(part.isdigit() for part in parts):
+    if not all(map(_is_whole, parts)):
         raise argparse.ArgumentTypeError(f"expected a grid such as 4x3, got {text!r}")
     return tuple(int(part) for part in parts)
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds ≥ 0, such as 20e-6, got {text!r}")
+    return value
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def size_of(nbytes: int) -> str:

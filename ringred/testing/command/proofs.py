@@ -15,10 +15,12 @@ from ringred.schedule import closed_forms
 from ringred.schedule.draw import draw
 from ringred.schedule.ir import Op, Send
 from ringred.testing.command.animation import page
-from ringred.testing.command.parsing import add_json, count, grid, say, size
+from ringred.testing.command.parsing import add_json, count, grid, say, seconds, size
 from ringred.topology.model import flat
 
 __all__ = ["add_proofs"]
+
+_MOST_MESSAGES = 300_000
 
 
 def add_proofs(commands: Any) -> None:
@@ -34,9 +36,9 @@ def add_proofs(commands: Any) -> None:
     explain.add_argument("--bytes", type=size, required=True, metavar="SIZE", help="such as 4, 64K, 25M, 1G")
     explain.add_argument("--algorithm", metavar="NAME", help="one of them; all, without drawing, where left out")
     explain.add_argument("--grid", type=grid, metavar="XxY", help="such as 4x3, X innermost")
-    explain.add_argument("--alpha", type=float, default=20e-6, metavar="S", help="seconds a message (default 20e-6)")
-    explain.add_argument("--beta", type=float, default=0.32e-9, metavar="S", help="seconds a byte (default 0.32e-9)")
-    explain.add_argument("--gamma", type=float, default=0.1e-9, metavar="S", help="seconds a reduced byte (0.1e-9)")
+    explain.add_argument("--alpha", type=seconds, default=20e-6, metavar="S", help="seconds a message (default 20e-6)")
+    explain.add_argument("--beta", type=seconds, default=0.32e-9, metavar="S", help="seconds a byte (default 0.32e-9)")
+    explain.add_argument("--gamma", type=seconds, default=0.1e-9, metavar="S", help="seconds a reduced byte (0.1e-9)")
     explain.add_argument("--html", type=Path, metavar="FILE", help="a page that shows the schedule step by step")
     add_json(explain)
     explain.set_defaults(command=_explain)
@@ -54,20 +56,22 @@ def _verify(options: argparse.Namespace) -> int:
             ]
             total += len(proofs)
             rows.append((collective, name, len(proofs), all(proof.rank_ordered for proof in proofs), entry.summary))
-    seconds = time.monotonic() - began
+    took = time.monotonic() - began
     heads = ["collective", "algorithm", "proved", "in rank order", ""]
     table = tabulate([(*row[:3], "yes" if row[3] else "", row[4]) for row in rows], headers=heads)
     keys = ("collective", "algorithm", "proved", "in_rank_order", "summary")
-    result = {"proved": total, "max_ranks": options.max_ranks, "seconds": seconds}
+    result = {"proved": total, "max_ranks": options.max_ranks, "seconds": took}
     say(
         options,
         result | {"algorithms": [dict(zip(keys, row, strict=True)) for row in rows]},
-        f"{table}\n\n{total} schedules proved on 1 to {options.max_ranks} ranks in {seconds:.1f} s",
+        f"{table}\n\n{total} schedules proved on 1 to {options.max_ranks} ranks in {took:.1f} s",
     )
     return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if options.collective == "send_recv" and options.ranks != 2:
+        raise ValueError(f"explain: send_recv is between 2 ranks, got --ranks {options.ranks}")
     if options.algorithm is None:
         return _compare(options)
     model = flat(options.ranks, options.alpha, options.beta, options.gamma)
@@ -75,6 +79,12 @@ def _explain(options: argparse.Namespace) -> int:
     if entry.native:
         raise ValueError(f"explain: {options.algorithm!r} is the library's own; its steps are not known")
     group = entry.group(options.ranks, 0, options.grid, segments_for(options.bytes, 1 << 20))
+    messages = sum(isinstance(op, Send) for step in entry.steps(group)(0) for op in step) * group.size
+    if messages > _MOST_MESSAGES:
+        raise ValueError(
+            f"explain: {entry.name} on {group.size} ranks sends about {messages} messages, and at most "
+            f"{_MOST_MESSAGES} are proved and priced here: take fewer ranks"
+        )
     proof = prove(entry, group)
     bounds = share_bounds(options.bytes, entry.units(group))
     cost = predict(entry, group, options.bytes, model)
@@ -83,6 +93,7 @@ def _explain(options: argparse.Namespace) -> int:
         links = ((options.alpha, options.beta),) * len(group.grid or (1,))
         form = closed_forms.all_reduce(entry.name, group, options.bytes, links, options.gamma)
     if options.html is not None:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
         options.html.write_text(page(entry, group, options.bytes, model), "utf-8")
     table: list[tuple[str, object, object]] = [
         ("messages sent by the busiest rank", cost.messages, "" if form is None else form.messages),

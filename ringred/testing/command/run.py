@@ -26,7 +26,12 @@ def add_run(commands: Any) -> None:
     run.add_argument("--ranks", type=count, required=True, metavar="N", help="processes on this host")
     run.add_argument("--min", type=count, default=1, metavar="M", help="wait for others where fewer ranks are left")
     run.add_argument(
-        "--restarts", type=int, default=3, metavar="R", help="start no more after R that failed in a row (3)"
+        "--restarts",
+        type=int,
+        choices=range(100),
+        default=3,
+        metavar="R",
+        help="start no more after R that failed in a row (3)",
     )
     run.add_argument("--hosts", type=count, default=1, metavar="H", help="hosts that run this same command")
     run.add_argument("--meet", metavar="HOST:PORT", help="where `ringred meet` listens, for several hosts")
@@ -42,12 +47,15 @@ def add_run(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.restarts < 0:
+        raise ValueError(f"run: expected --restarts ≥ 0, got {options.restarts}")
     if options.min > options.ranks * options.hosts:
         raise ValueError(f"run: expected --min of at most {options.ranks * options.hosts} ranks, got {options.min}")
     if (options.meet is None) != (options.secret is None) or (options.meet is None and options.hosts > 1):
         raise ValueError("run: several hosts need --meet HOST:PORT and --secret FILE (see `ringred meet`)")
     if not Path(options.script).exists():
-        raise ValueError(f"run: no file {options.script}")
+        hint = "; SCRIPT is a Python file, which Python itself runs" if options.script.startswith("python") else ""
+        raise ValueError(f"run: no file {options.script}{hint}")
     command = [sys.executable, options.script, *options.arguments]
     if options.meet is None:
         return run_here(command, options.ranks, options.min, options.restarts)

@@ -38,6 +38,8 @@ def add_trace(commands: Any) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    if options.output.resolve() in [path.resolve() for path in options.files]:
+        raise ValueError(f"trace: {options.output} is one of the traces: give another name for the whole")
     merged = merge([_read(path) for path in options.files])
     options.output.write_text(json.dumps(merged.trace))
     ranks = sorted(merged.shifts)
@@ -56,10 +58,17 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        events = json.loads(path.read_text())["traceEvents"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"trace: {path} is no trace, as RINGRED_TRACE writes them") from None
-    return list(events)
+        events = list(json.loads(path.read_text())["traceEvents"])
+        ranks = {event["pid"] for event in events}
+        timed = [event for event in events if event["ph"] != "M"]
+        whole = all(isinstance(event["ts"], (int, float)) and isinstance(event["name"], str) for event in timed)
+    except (ValueError, KeyError, TypeError):
+        ranks, whole = set(), False
+    if not whole or not ranks:
+        raise ValueError(f"trace: {path} is no trace, as RINGRED_TRACE writes them")
+    if len(ranks) > 1:
+        raise ValueError(f"trace: {path} is of {len(ranks)} ranks: it was merged already")
+    return events
 
 
 def merge(traces: Sequence[list[dict[str, Any]]]) -> Merged:
@@ -71,8 +80,8 @@ def merge(traces: Sequence[list[dict[str, Any]]]) -> Merged:
     """
     of_rank: dict[int, list[dict[str, Any]]] = {}
     for events in traces:
-        (rank, *others) = {event["pid"] for event in events}
-        if others or rank in of_rank:
+        (rank,) = {event["pid"] for event in events}
+        if rank in of_rank:
             raise ValueError(f"trace: expected one trace of each rank, got rank {rank} twice")
         of_rank[rank] = events
     calls = {rank: _collectives(events) for rank, events in of_rank.items()}
