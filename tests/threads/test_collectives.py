@@ -35,12 +35,6 @@ def test_every_all_reduce_over_memory(size: int) -> None:
     assert counts == [68 * 5 * 9] * size
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_all_reduce_over_gloo(size: int) -> None:
-    counts = run_ranks(check_all_reduce, size, "torch_p2p")
-    assert counts == [68 * 5 * 9] * size
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "cuda_ipc:fake", "torch_p2p"])
 def test_every_other_collective(size: int, transport: str) -> None:

@@ -74,9 +74,10 @@ def _bench(options: argparse.Namespace) -> int:
     launch = detect_launch()
     ranks = options.ranks or max(2, machine().usable_cores)
     if launch.kind == "single" and ranks > 1:
-        asked = Config.from_environment().transport
-        if asked not in (None, "shm"):
-            raise ValueError(f"bench: RINGRED_TRANSPORT is {asked}: start the ranks by mpirun or torchrun, or unset it")
+        if Config.from_environment().transport == "mpi":
+            raise ValueError(
+                "bench: RINGRED_TRANSPORT is mpi: start the ranks by mpirun, as in `mpirun -n 2 ringred bench ...`"
+            )
         more = ["--bar"] if sys.stderr.isatty() else []
         safe = ["-P"] if sys.version_info >= (3, 11) else []  # modules of the current folder are not the command's
         command = [sys.executable, *safe, "-m", "ringred.testing.command", *options.arguments_given, *more]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ringred.testing.command.parsing import count
+from ringred.testing.command.parsing import add_json, count, say
 
 __all__ = ["add_serve"]
 
@@ -33,6 +33,7 @@ def add_serve(commands: Any) -> None:
 
     keys = commands.add_parser("keys", help="make the keys of a job of a parameter server")
     keys.add_argument("file", type=Path, help="a new file, which only its owner can read")
+    add_json(keys)
     keys.set_defaults(command=_keys)
 
 
@@ -64,4 +65,5 @@ def _keys(options: argparse.Namespace) -> int:
     from ringred.parameter_server.keys import make_keys, save_keys
 
     save_keys(make_keys(), options.file)
+    say(options, {"file": str(options.file)}, f"the keys of a job, for its servers and workers: {options.file}")
     return 0
