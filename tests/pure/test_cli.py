@@ -72,7 +72,7 @@ WRONG = [
     ("verfiy", "there is no command 'verfiy' (did you mean 'verify'?)"),
     ("verify -n", "there is no option '-n'"),
     ("verify --max-rank x", "argument --max-ranks: expected a number ≥ 1, got 'x'"),
-    ("explain", "the following arguments are required: collective, --ranks, --bytes"),
+    ("explain", "the following arguments are required: COLLECTIVE, --ranks, --bytes"),
     ("explain al_reduce --ranks 4 --bytes 1", "there is no collective 'al_reduce' (did you mean 'all_reduce'?)"),
     ("explain all_reduce --ranks 0 --bytes 1", "argument --ranks: expected a number ≥ 1, got '0'"),
     ("explain all_reduce --ranks 4 --bytes 1Q", "expected a size such as 4, 64K, 25M or 1G, got '1Q'"),

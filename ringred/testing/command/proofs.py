@@ -31,7 +31,7 @@ def add_proofs(commands: Any) -> None:
     verify.set_defaults(command=_verify)
 
     explain = commands.add_parser("explain", help="steps, messages, bytes and predicted time of a collective")
-    explain.add_argument("collective", choices=COLLECTIVES)
+    explain.add_argument("collective", choices=COLLECTIVES, metavar="COLLECTIVE", help=", ".join(COLLECTIVES))
     explain.add_argument("--ranks", type=count, required=True, metavar="N")
     explain.add_argument("--bytes", type=size, required=True, metavar="SIZE", help="such as 4, 64K, 25M, 1G")
     explain.add_argument("--algorithm", metavar="NAME", help="one of them; all, without drawing, where left out")
