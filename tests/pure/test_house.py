@@ -94,3 +94,9 @@ def test_no_file_is_long() -> None:
 def test_no_public_name_is_lost(module: str) -> None:
     found = importlib.import_module(module)
     assert [name for name in PUBLIC[module].split() if not hasattr(found, name)] == []
+
+
+def test_the_version_is_one() -> None:
+    import ringred
+
+    assert f"\nversion: {ringred.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -17,7 +17,6 @@ from tabulate import tabulate
 
 from ringred.collectives.registry import lookup
 from ringred.runtime.config import Config, detect_launch
-from ringred.runtime.seat import own_address
 from ringred.runtime.select import AUTOMATIC
 from ringred.testing.command.parsing import Parser, add_json, count, say, size, size_of
 from ringred.testing.command.run import run_here
@@ -127,6 +126,8 @@ def _gloo(comm: Communicator, wanted: bool) -> Iterator[bool]:
     import torch
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from ringred.runtime.seat import own_address
 
     place = torch.zeros(5, dtype=torch.int64)
     store = None
