@@ -227,6 +227,11 @@ class Neighbours:
             for transport in self._transports:
                 transport.peer_lost(peer)
 
+    def has_gone(self, peer: int, patience: float) -> bool:
+        """Whether a peer is gone, which is noticed a moment after it happened: within `patience` seconds."""
+        with self._news:
+            return self._news.wait_for(lambda: peer in self.gone, patience)
+
     # ------------------------------------------------------------------ notes
 
     def exchange(self, members: list[int], key: str, number: int, timeout: float) -> dict[int, int]:

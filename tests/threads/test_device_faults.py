@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from ringred.errors import CollectiveMismatch, CollectiveTimeout, PeerFailed, Ri
 from ringred.runtime import on_device
 from ringred.testing import run_ranks
 from ringred.testing.fake_device import FakeDevice
+from ringred.transports.base import Fault, FaultKind
 from ringred.transports.cuda import plane
+from ringred.transports.cuda.memory import DeviceMemory
 
 CPU = torch.device("cpu")
 
@@ -204,6 +207,30 @@ def test_memory_that_peers_cannot_open_goes_by_the_host() -> None:
         return there.transport.name, tensor[-1].item()
 
     assert run_ranks(body, 3, "shm") == [("shm", 6.0)] * 3
+
+
+@pytest.mark.parametrize("gone", [{}, {1: "its process ended"}])
+def test_memory_of_a_peer_that_has_ended_is_no_failure_of_the_device(gone: dict[int, str]) -> None:
+    """A rank that was killed between the handle and its use: the handle does not open, and the rank is at fault."""
+
+    class Refusing:
+        def open(self, handle: bytes, nbytes: int) -> int:
+            raise RuntimeError("invalid handle")
+
+    there = DeviceMemory.__new__(DeviceMemory)
+    there.driver, there._opened = Refusing(), {}  # type: ignore[assignment]
+    there._neighbours = SimpleNamespace(gone=gone, has_gone=lambda peer, patience: peer in gone)  # type: ignore[assignment]
+    there._entry = lambda member, number: (8, b"")  # type: ignore[method-assign]
+    behind = plane.DevicePlane.__new__(plane.DevicePlane)
+    behind._memory, behind._members = there, {2: 1}
+    link = SimpleNamespace(rank=2)
+    if gone:
+        with pytest.raises(Fault) as fault:
+            behind._there(link, 0)  # type: ignore[arg-type]
+        assert (fault.value.kind, fault.value.peer, fault.value.detail) == (FaultKind.PEER, 2, "its process ended")
+    else:
+        with pytest.raises(RuntimeError, match="invalid handle"):
+            behind._there(link, 0)  # type: ignore[arg-type]
 
 
 def test_a_device_that_stands_still_is_named_and_no_innocent_rank() -> None:

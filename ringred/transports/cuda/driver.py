@@ -12,10 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["HANDLE_BYTES", "Driver", "Event", "Kernel", "Stream"]
+__all__ = ["HANDLE_BYTES", "Driver", "Event", "Kernel", "MemberGone", "Stream"]
 
 HANDLE_BYTES = 80
 """The greatest length of a handle: `cudaIpcMemHandle_t` has 64 bytes."""
+
+
+class MemberGone(Exception):
+    """Memory could not be opened, because who exposed it has ended."""
 
 
 class Kernel(Protocol):

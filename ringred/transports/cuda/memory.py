@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.transports.cuda.driver import HANDLE_BYTES, Driver, Event, Stream
+from ringred.transports.cuda.driver import HANDLE_BYTES, Driver, Event, MemberGone, Stream
 from ringred.transports.cuda.plane import DevicePlane
 from ringred.transports.futex import order
 from ringred.transports.links import Layout
@@ -32,6 +32,9 @@ _UNIT = 512  # bytes to which a block is aligned
 
 
 _kept: list[DeviceMemory] = []  # which peers of a failed communicator may still write to
+
+
+_NOTICED_SECONDS = 1.0  # within which the end of a process is noticed
 
 
 class PeersUnreachable(TransportUnavailable):
@@ -239,7 +242,12 @@ class DeviceMemory:
 
     def _open(self, member: int, number: int) -> int:
         length, handle = self._entry(member, number)
-        return self.driver.open(handle, length)
+        try:
+            return self.driver.open(handle, length)
+        except RuntimeError as failure:
+            if not self._neighbours.has_gone(member, _NOTICED_SECONDS):
+                raise
+            raise MemberGone(self._neighbours.gone[member]) from failure
 
 
 class _Owner:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ringred.transports import futex
 from ringred.transports.base import UNSETTLED_SECONDS, Fault, FaultKind
-from ringred.transports.cuda.driver import Event
+from ringred.transports.cuda.driver import Event, MemberGone
 from ringred.transports.cuda.queue import StreamQueue
 from ringred.transports.futex import order
 from ringred.transports.links import (
@@ -97,7 +97,10 @@ class DevicePlane(StreamQueue):
         return self._memory.empty(elements, dtype)
 
     def _there(self, link: Link, offset: int) -> int:
-        return self._memory.address(self._members[link.rank], offset)
+        try:
+            return self._memory.address(self._members[link.rank], offset)
+        except MemberGone as gone:
+            raise Fault(FaultKind.PEER, link.rank, str(gone)) from gone
 
     # ------------------------------------------------------------------ moving
 
