@@ -78,7 +78,9 @@ def _bench(options: argparse.Namespace) -> int:
                 "bench: RINGRED_TRANSPORT is mpi: start the ranks by mpirun, as in `mpirun -n 2 ringred bench ...`"
             )
         more = ["--bar"] if sys.stderr.isatty() else []
-        safe = ["-P"] if sys.version_info >= (3, 11) else []  # modules of the current folder are not the command's
+        inside = Path.cwd() == Path(__file__).parents[3]
+        # Modules that happen to lie in the current folder are not the command's.
+        safe = ["-P"] if sys.version_info >= (3, 11) and not inside else []
         command = [sys.executable, *safe, "-m", "ringred.testing.command", *options.arguments_given, *more]
         return run_here(command, ranks)
     if options.ranks not in (None, launch.size):
@@ -97,12 +99,10 @@ def _check(options: argparse.Namespace) -> None:
         if options.plot.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"bench: --plot: expected a .png, .pdf or .svg, got {options.plot}")
     if options.what == "all_reduce":
-        memory = machine().memory_bytes
+        most = machine().memory_bytes // 16 >> 20 << 20
         for nbytes in options.bytes:
-            if nbytes < 4 or nbytes % 4 or nbytes > memory // 16:
-                raise ValueError(
-                    f"bench: --bytes: expected whole float32, 4 to {size_of(memory // 16 >> 30 << 30)}, got {nbytes}"
-                )
+            if nbytes % 4 or not 4 <= nbytes <= most:
+                raise ValueError(f"bench: --bytes: expected whole float32, 4 B to {size_of(most)}, got {nbytes}")
 
 
 def _measured(options: argparse.Namespace) -> int:
