@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 
-from tests.procs.launching import ROOT, launch, launch_plain
+from tests.procs.launching import PROGRAMS, ROOT, run_to_its_end
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(150)]
 
@@ -37,7 +38,17 @@ def test_every_page_with_code_is_here() -> None:
 @pytest.mark.parametrize("page", [page for page, count in PAGES.items() if count])
 def test_the_code_of_a_page_runs(page: str) -> None:
     alone = "<!-- ranks: 1 -->" in (ROOT / page).read_text()
-    ended = launch_plain("page.py", page) if alone else launch("torchrun", 2, "page.py", page)
+    start = [
+        sys.executable,
+        "-m",
+        "ringred.testing.command",
+        "run",
+        "--ranks",
+        "1" if alone else "2",
+        "--restarts",
+        "0",
+    ]
+    ended = run_to_its_end([*start, str(PROGRAMS / "page.py"), page], 120, {})
     assert ended.status == 0, ended.output[-3000:]
     assert f"{PAGES[page]} blocks of {page} were run" in ended.output
     assert ended.left_behind == []
