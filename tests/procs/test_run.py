@@ -191,3 +191,12 @@ def test_the_example_goes_on_from_its_checkpoint_with_other_ranks(tmp_path: Path
     assert [int(line.split()[1].rstrip(":")) for line in lines] == list(range(4, 10))
     assert float(lines[-1].split()[-1]) > 0.9
     assert sorted(path.name for path in folder.iterdir()) == ["step-8", "step-9"]
+
+
+def test_what_happens_is_told_as_json() -> None:
+    job = run_to_its_end([*COMMAND, "--ranks", "2", "--json", PROGRAM, "20", "kill rank 1 at step 10"], 100, {})
+    assert job.status == 0, job.output[-3000:]
+    told = [json.loads(line) for line in job.output.splitlines() if line.startswith('{"ringred": "run"')]
+    assert [(one["event"], one["rank"], one["status"]) for one in told] == [("replaced", 1, -signal.SIGKILL)]
+    assert told[0]["text"] == "rank 1 was ended by SIGKILL; another process takes its place"
+    assert job.left_behind == []

@@ -55,7 +55,7 @@ def add_json(parser: argparse.ArgumentParser, what: str = "the result as JSON") 
 
 def say(options: argparse.Namespace, result: Any, text: str) -> None:
     """Prints `result` as JSON where that was asked for, else `text`."""
-    print(json.dumps(result, indent=1, ensure_ascii=False) if options.json else text)
+    print(json.dumps(result, indent=1, ensure_ascii=False) if options.json else text, flush=True)
 
 
 def count(text: str) -> int:

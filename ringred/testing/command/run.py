@@ -11,8 +11,8 @@ from typing import Any
 
 from ringred.errors import TransportUnavailable
 from ringred.runtime.config import run_environment
-from ringred.testing.command.parsing import count
-from ringred.testing.command.supervisor import Supervisor, free_port
+from ringred.testing.command.parsing import add_json, count, say
+from ringred.testing.command.supervisor import Supervisor, Tell, free_port, say_facts, say_it
 from ringred.transports.membership.card import Card, place
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.rendezvous import Rendezvous
@@ -26,16 +26,12 @@ def add_run(commands: Any) -> None:
     run.add_argument("--ranks", type=count, required=True, metavar="N", help="processes on this host")
     run.add_argument("--min", type=count, default=1, metavar="M", help="wait for others where fewer ranks are left")
     run.add_argument(
-        "--restarts",
-        type=int,
-        choices=range(100),
-        default=3,
-        metavar="R",
-        help="start no more after R that failed in a row (3)",
+        "--restarts", type=int, default=3, metavar="R", help="start no more after R that failed in a row (3)"
     )
     run.add_argument("--hosts", type=count, default=1, metavar="H", help="hosts that run this same command")
     run.add_argument("--meet", metavar="HOST:PORT", help="where `ringred meet` listens, for several hosts")
     run.add_argument("--secret", type=Path, metavar="FILE", help="the job's secret, for several hosts")
+    add_json(run, "what happens to ranks as lines of JSON on stderr; the script's own output is as it is")
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", nargs=argparse.REMAINDER, default=[], metavar="...")
     run.set_defaults(command=_run)
@@ -43,6 +39,7 @@ def add_run(commands: Any) -> None:
     meet = commands.add_parser("meet", help="where the hosts of a job of `ringred run` find each other")
     meet.add_argument("--listen", required=True, metavar="ADDRESS:PORT")
     meet.add_argument("--secret", type=Path, required=True, metavar="FILE", help="made if it is not there")
+    add_json(meet, "where it listens, as JSON")
     meet.set_defaults(command=_meet)
 
 
@@ -57,28 +54,36 @@ def _run(options: argparse.Namespace) -> int:
         hint = "; SCRIPT is a Python file, which Python itself runs" if options.script.startswith("python") else ""
         raise ValueError(f"run: no file {options.script}{hint}")
     command = [sys.executable, options.script, *options.arguments]
+    tell = say_facts if options.json else say_it
     if options.meet is None:
-        return run_here(command, options.ranks, options.min, options.restarts)
+        return run_here(command, options.ranks, options.min, options.restarts, tell)
     host, port = _address(options.meet)
     rendezvous = Rendezvous(Card("", 0, "", "", host, port), _load(options.secret))
     first = rendezvous.number("hosts") * options.ranks
     size = options.ranks * options.hosts
     # Who starts when the job is at work already joins it, as the processes of a host do that came back.
-    return _supervised(command, rendezvous, options.ranks, size, options.min, options.restarts, first)
+    return _supervised(command, rendezvous, options.ranks, size, options.min, options.restarts, first, tell)
 
 
-def run_here(command: list[str], ranks: int, least: int = 1, restarts: int = 0) -> int:
+def run_here(command: list[str], ranks: int, least: int = 1, restarts: int = 0, tell: Tell = say_it) -> int:
     """Runs `command` on `ranks` ranks of this host; others take the places of those that fail, up to `restarts` in a
-    row. Returns the exit status."""
+    row. What happens is told to `tell`. Returns the exit status."""
     keeper = Member(secrets.token_bytes(32))
     try:
-        return _supervised(command, Rendezvous.kept_by(keeper), ranks, ranks, least, restarts, 0)
+        return _supervised(command, Rendezvous.kept_by(keeper), ranks, ranks, least, restarts, 0, tell)
     finally:
         keeper.close()
 
 
 def _supervised(
-    command: list[str], rendezvous: Rendezvous, ranks: int, size: int, least: int, restarts: int, first: int
+    command: list[str],
+    rendezvous: Rendezvous,
+    ranks: int,
+    size: int,
+    least: int,
+    restarts: int,
+    first: int,
+    tell: Tell,
 ) -> int:
     keeper_card, secret = rendezvous.keeper.as_text(), rendezvous.secret.hex()
     environment = run_environment(ranks, least, keeper_card, secret, free_port())
@@ -88,7 +93,7 @@ def _supervised(
         return [card.process for card in cards if card.place == place()] if cards else None
 
     late = first >= size
-    return Supervisor(command, environment, first % size, ranks, size, restarts, members, joins=late).run()
+    return Supervisor(command, environment, first % size, ranks, size, restarts, members, late, tell).run()
 
 
 def _meet(options: argparse.Namespace) -> int:
@@ -97,7 +102,8 @@ def _meet(options: argparse.Namespace) -> int:
         with open(os.open(options.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
     keeper = Member(_load(options.secret), host, port)
-    print(f"ringred meet: at {host}:{keeper.card.port}", flush=True)
+    place_told = f"{host}:{keeper.card.port}"
+    say(options, {"listening": place_told}, f"ringred meet: at {place_told}")
     try:
         keeper.wait()
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def add_serve(commands: Any) -> None:
     serve.add_argument("--addresses", default="", metavar="A,B", help="else all servers, such as tcp://10.0.0.1:7000")
     serve.add_argument("--listen", metavar="A", help="the address to listen on, if it is not the one that others use")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="the job's keys; without --folder")
+    add_json(serve, "what it tells as lines of JSON")
     serve.set_defaults(command=_serve)
 
     keys = commands.add_parser("keys", help="make the keys of a job of a parameter server")
@@ -57,7 +59,7 @@ def _serve(options: argparse.Namespace) -> int:
         snapshots=options.snapshots,
         every=options.every,
         ranks_per_host=options.ranks_per_host,
-        told=lambda text: print(text, flush=True),
+        told=lambda text: print(json.dumps({"ringred": "serve", "text": text}) if options.json else text, flush=True),
     )
 
 

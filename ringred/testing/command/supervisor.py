@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import math
 import os
 import signal
@@ -14,8 +15,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
-__all__ = ["Supervisor", "free_port"]
+__all__ = ["Supervisor", "Tell", "free_port", "say_facts", "say_it"]
+
+Tell: TypeAlias = "Callable[[str, Mapping[str, Any]], None]"
+"""Takes a sentence on what happened, and the same as facts."""
 
 _LOOK_SECONDS = 0.02  # between two looks at the ranks
 _GRACE_SECONDS = 1.0  # after a failure, to see whether the other ranks fail too
@@ -76,7 +81,7 @@ class Supervisor:
     """Runs `command` as `ranks` processes, numbered from `first` on, of a job of `size`. A process in the place of one
     that failed joins the others; after `restarts` of them that failed in a row, no more are started. `members` gives
     the processes of this host that are in it by now, or None before all have come together. If the job is at work
-    already, this host `joins` it: its first processes too."""
+    already, this host `joins` it: its first processes too. What happens is told to `tell`: a sentence, and facts."""
 
     def __init__(
         self,
@@ -88,7 +93,9 @@ class Supervisor:
         restarts: int,
         members: Callable[[], Collection[int] | None],
         joins: bool = False,
+        tell: Tell | None = None,
     ) -> None:
+        self._tell = tell or say_it
         self._command, self._environment = list(command), dict(environment)
         self._first, self._ranks, self._size, self._restarts = first, ranks, size, restarts
         self._members, self._let_in = members, set[int]()
@@ -171,12 +178,15 @@ class Supervisor:
         """Starts a process in each place that is vacant, unless too many of them failed."""
         if self._in_vain > self._restarts:
             if self._vacant:
-                _say(f"{self._in_vain} processes failed one after the other: rank {self._vacant[-1]} is not replaced")
+                number = self._vacant[-1]
+                text = f"{self._in_vain} processes failed one after the other: rank {number} is not replaced"
+                self._tell(text, {"event": "not replaced", "rank": number, "failed": self._in_vain})
             self._vacant.clear()
             return
         for number in self._vacant:
             status = next(status for rank, status in reversed(self._failed) if rank.number == number)
-            _say(f"rank {number} {_how(status)}; another process takes its place")
+            text = f"rank {number} {_how(status)}; another process takes its place"
+            self._tell(text, {"event": "replaced", "rank": number, "status": status})
             self._start(number, joins=True)
         self._vacant.clear()
 
@@ -223,7 +233,8 @@ class Supervisor:
         causes = [one for one in self._failed if one[1] > 0 and not one[0].complains()]
         rank, status = causes[0] if causes else next((one for one in self._failed if one[1] > 0), self._failed[0])
         among = f", one of {len(self._failed)} that failed" if len(self._failed) > 1 else ""
-        _say(f"rank {rank.number} {_how(status)}{among}:\n{rank.traceback()}")
+        facts = {"event": "given up", "rank": rank.number, "status": status, "failed": len(self._failed)}
+        self._tell(f"rank {rank.number} {_how(status)}{among}:\n{rank.traceback()}", facts)
         return status if status > 0 else 128 - status
 
     def _end_all(self) -> None:
@@ -237,9 +248,16 @@ class Supervisor:
                 time.sleep(_LOOK_SECONDS)
 
 
-def _say(what: str) -> None:
+def say_it(text: str, facts: Mapping[str, Any]) -> None:
+    """Says it on stderr, as a line for people."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"ringred run: {what}", file=sys.stderr, flush=True)
+        print(f"ringred run: {text}", file=sys.stderr, flush=True)
+
+
+def say_facts(text: str, facts: Mapping[str, Any]) -> None:
+    """Says it on stderr, as a line of JSON."""
+    with contextlib.suppress(OSError, ValueError):
+        print(json.dumps({"ringred": "run", **facts, "text": text}), file=sys.stderr, flush=True)
 
 
 def _how(status: int) -> str:
