@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ringred.communicator import Communicator
-from ringred.errors import ModelMismatch, ReplicasDiverged
+from ringred.errors import ModelMismatch, PeerFailed, ReplicasDiverged
 from ringred.runtime.folds import SUPPORTED, ReduceOp
 from ringred.runtime.tensors import carried
 
@@ -44,7 +45,7 @@ def check_same_model(comm: Communicator, module: nn.Module, ignored: set[str], s
     outputs = [torch.empty(length, dtype=torch.uint8) for _, length in rows]
     comm.all_gather(outputs, torch.tensor(list(text), dtype=torch.uint8))
     models = [bytes(output.tolist()).decode().split("\n") for output in outputs]
-    comm.barrier()  # no rank may raise and exit while others still read its data
+    _all_have_read(comm)
     differing = next(rank for rank in range(comm.size) if models[rank] != models[0])
     mine, theirs = models[0], models[differing]
     at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
@@ -64,6 +65,7 @@ def check_same_values(comm: Communicator, names: Sequence[str], tensors: Sequenc
     differs = (rows != rows[0]).flatten(2).any(2).any(0)
     if not differs.any():
         return
+    _all_have_read(comm)
     at = int(differs.nonzero()[0])
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(comm.size):
@@ -75,6 +77,13 @@ def check_same_values(comm: Communicator, names: Sequence[str], tensors: Sequenc
         f"{int(differs.sum())} that differ: {_ranks(away)} from {_ranks(most)}. Something changes them besides the "
         "optimizer, or the optimizers differ"
     )
+
+
+def _all_have_read(comm: Communicator) -> None:
+    """Waits until all ranks hold what was gathered: none may raise while others are on the way to it. A rank that was
+    quicker may raise while this one still waits; by then all hold it."""
+    with contextlib.suppress(PeerFailed):
+        comm.barrier()
 
 
 def _ranks(ranks: Sequence[int]) -> str:

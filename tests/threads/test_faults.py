@@ -58,10 +58,8 @@ def test_a_wrong_bit_is_a_difference_of_replicas(transport: str) -> None:
             model(torch.ones(2, 40) * (comm.rank + 1)).square().mean().backward()
             optimizer.step()
 
-    results = run_ranks(body, 3, transport, return_exceptions=True)
-    assert any(isinstance(result, ReplicasDiverged) for result in results), results
-    # Who is still on the way through the collective when another rank raises hears of that.
-    assert all(isinstance(result, ReplicasDiverged) or "raised ReplicasDiverged" in str(result) for result in results)
+    for result in run_ranks(body, 3, transport, return_exceptions=True):
+        assert isinstance(result, ReplicasDiverged), result
 
 
 def test_a_delay_is_waited_for() -> None:
