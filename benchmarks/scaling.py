@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from harness import Spread, context, interleaved, write_json
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ from ringred.errors import RingredError
 from ringred.parameter_server.policies import Sync
 from ringred.runtime.select import predict
 from ringred.testing.bench.training import gradient_bytes as gradient_bytes_of
-from ringred.testing.bench.training import perceptron
+from ringred.testing.bench.training import perceptron, step_timer
 from ringred.topology.model import flat
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,23 +41,6 @@ from examples import train_digits
 # The network that the simulation assumes: 25 Gbit/s Ethernet, and a processor that adds 10 GB/s.
 ALPHA, BETA, GAMMA = 20e-6, 0.32e-9, 0.1e-9
 SIMULATED = ("ring", "torus", "tree", "halving_doubling", "central")
-
-
-def step_timer(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Callable[[], float]:
-    """Seconds per training step, as the mean of `steps` steps."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-
-    def run() -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        return (time.perf_counter() - began) / steps
-
-    run()
-    run()
-    return run
 
 
 class OnServers:
@@ -138,7 +121,7 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
     """The step of one rank alone, a row for each algorithm, and the bytes of the gradients."""
     images, labels = torch.randn(options.batch, 256), torch.randint(0, 10, (options.batch,))
     gradient_bytes = gradient_bytes_of(options.width)
-    alone = step_timer(perceptron(options.width, 1)[0], images, labels, options.steps)
+    alone = step_timer(perceptron(options.width, 1)[0], (images, labels), options.steps)
     models: dict[str, ringred.DistributedDataParallel] = {}
     for name in options.algorithms:
         try:
@@ -153,7 +136,7 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
             if comm.rank == 0:
                 print(f"{name} left out: {refusal}")
     measures: dict[str, Callable[[], float]] = {
-        name: step_timer(model, images, labels, options.steps) for name, model in models.items()
+        name: step_timer(model, (images, labels), options.steps) for name, model in models.items()
     }
 
     def one_rank() -> float:
@@ -176,7 +159,7 @@ def measure(comm: ringred.Communicator, options: argparse.Namespace) -> tuple[Sp
     rows = []
     for name, model in models.items():
         before = comm.counters.bytes_sent
-        step_timer(model, images, labels, 1)  # warms up with two steps, whose bytes are counted
+        step_timer(model, (images, labels), 1)  # warms up with two steps, whose bytes are counted
         sent = torch.tensor([comm.counters.bytes_sent - before]) // 2
         comm.all_reduce(sent, "max")
         native = lookup("all_reduce", name).native  # the counters do not include bytes that a library moves itself

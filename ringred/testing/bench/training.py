@@ -15,7 +15,7 @@ from ringred.ddp import DistributedDataParallel
 from ringred.testing.bench.all_reduce import GLOO
 from ringred.testing.bench.measuring import Progress, Spread, interleaved, slowest
 
-__all__ = ["ALONE", "efficiency", "gradient_bytes", "measure", "perceptron"]
+__all__ = ["ALONE", "efficiency", "gradient_bytes", "measure", "perceptron", "step_timer"]
 
 ALONE = "one rank alone"
 _STEPS = 3  # in one measurement
@@ -46,7 +46,7 @@ def measure(
     Weak scaling: each rank has a batch of the same size. The efficiency is the time of one rank, alone on its machine
     and without any communication, over that of a step on all ranks.
     """
-    alone = _timer(*perceptron(width, batch))
+    alone = step_timer(*perceptron(width, batch), _STEPS)
 
     def by_the_first() -> float:
         seconds = alone() if comm.rank == 0 else 0.0
@@ -62,7 +62,7 @@ def measure(
             models[name] = DistributedDataParallel(
                 model, process_group=comm, gradient_as_bucket_view=True, algorithm=name
             )
-    measures = {ALONE: by_the_first} | {name: _timer(model, inputs) for name, model in models.items()}
+    measures = {ALONE: by_the_first} | {name: step_timer(model, inputs, _STEPS) for name, model in models.items()}
     spreads = slowest(comm, interleaved(measures, rounds, progress))
     rows = []
     for name, spread in spreads.items():
@@ -89,16 +89,20 @@ def efficiency(alone: Spread, spread: Spread) -> float:
     return alone.median / spread.median
 
 
-def _timer(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], float]:
+def step_timer(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int) -> Callable[[], float]:
+    """Returns a function that gives the seconds of a training step, as the mean of `steps`. Warms up with two calls of
+    it; both are collective where the model is."""
     inputs, targets = batch
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def run() -> float:
         began = time.perf_counter()
-        for _ in range(_STEPS):
+        for _ in range(steps):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
-        return (time.perf_counter() - began) / _STEPS
+        return (time.perf_counter() - began) / steps
 
+    run()
+    run()
     return run
