@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
+import ringred
+from ringred.testing.command.main import make_parser
+
 os.environ["COLUMNS"] = "100"  # of the command's help
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import ringred  # noqa: E402
-from ringred.testing.command.main import make_parser  # noqa: E402
 
 project = "ringred"
 author = "the ringred developers"
@@ -36,7 +32,6 @@ include_patterns = [
     "SECURITY.md",
 ]
 exclude_patterns = ["README.md", ".*", "out", "build", "dist", "ringred", "tests", "examples", "launch", "*.egg-info"]
-suppress_warnings: list[str] = []
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r".*")]  # types of torch and Python: their pages are not looked up here
 
@@ -49,10 +44,9 @@ default_role = "code"  # docstrings write `names` as Markdown does
 
 html_theme = "furo"
 html_title = f"ringred {release}"
-html_static_path = ["_static"]
 html_extra_path = ["_extra"]
 html_show_sphinx = False
-html_theme_options = {"source_repository": "", "navigation_with_keys": True}
+html_theme_options = {"navigation_with_keys": True}
 
 ANIMATIONS = {
     "ring": (8, None, 1),

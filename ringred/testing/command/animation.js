@@ -448,11 +448,10 @@ function show() {
 // ------------------------------------------------------------------ controls
 
 function go(at) { view.at = Math.max(0, Math.min(length(), at)); show(); }
-function stops() { return view.clock === "rounds" ? null : [0, ...new Set([...roundEnds, story.seconds])]; }
 function step(by) {
   pause();
   if (view.clock === "rounds") return go(by > 0 ? Math.floor(view.at) + 1 : Math.ceil(view.at) - 1);
-  const all = stops();
+  const all = [0, ...new Set([...roundEnds, story.seconds])];
   go(by > 0 ? all.find((one) => one > view.at) ?? story.seconds : all.findLast((one) => one < view.at) ?? 0);
 }
 let last = 0;

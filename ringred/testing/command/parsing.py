@@ -33,14 +33,9 @@ class Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         names = [str(name) for name in action.choices]
-        commands = isinstance(action, argparse._SubParsersAction)
-        what = (
-            "command"
-            if commands
-            else action.dest
-            if not action.option_strings
-            else f"value of {action.option_strings[-1]}"
-        )
+        what = f"value of {action.option_strings[-1]}" if action.option_strings else action.dest
+        if isinstance(action, argparse._SubParsersAction):
+            what = "command"
         self.error(f"there is no {what} {value!r}{nearest(str(value), names) or '; there are ' + ', '.join(names)}")
 
     def error(self, message: str) -> NoReturn:

@@ -4,26 +4,30 @@ import atexit
 import threading
 
 
-@atexit.register  # the first one registered is the last one called
 def tell():
     left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     print(f"threads left: {left}\n", end="", flush=True)
 
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+def main():
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
 
-import ringred  # noqa: E402
-from ringred.hooks import all_reduce_hook  # noqa: E402
+    import ringred
+    from ringred.hooks import all_reduce_hook
 
-dist.init_process_group("gloo")
-comm = ringred.init()
-model = DistributedDataParallel(nn.Linear(4, 4))
-model.register_comm_hook(comm, all_reduce_hook)
-model(torch.ones(2, 4)).sum().backward()
-comm.all_reduce(torch.ones(4), async_op=True).wait()
-work = {thread.name.rstrip("-0123456789") for thread in threading.enumerate()}
-assert work >= {"ringred-listener", "ringred-watch", "ringred-callbacks", "ringred-neighbours"}, work
-dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    comm = ringred.init()
+    model = DistributedDataParallel(nn.Linear(4, 4))
+    model.register_comm_hook(comm, all_reduce_hook)
+    model(torch.ones(2, 4)).sum().backward()
+    comm.all_reduce(torch.ones(4), async_op=True).wait()
+    work = {thread.name.rstrip("-0123456789") for thread in threading.enumerate()}
+    assert work >= {"ringred-listener", "ringred-watch", "ringred-callbacks", "ringred-neighbours"}, work
+    dist.destroy_process_group()
+
+
+atexit.register(tell)  # before anything of torch or ringred is imported: what is registered first is called last
+main()
