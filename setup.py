@@ -1,5 +1,6 @@
 """Builds the compiled player (`ringred/native`) with the package, which works without it too, and is slower then.
 
+One file serves every Python from 3.10 on; a free-threaded one, which has no stable ABI, gets its own.
 Where there is no C compiler, that of the package `ziglang` is taken. `ZIG_TARGET=aarch64-linux-gnu.2.17` takes it to
 compile for another machine or an older libc, as `make wheels` does; then a failure is one.
 """
@@ -19,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("ringred") / "native"
 TARGET = os.environ.get("ZIG_TARGET")
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 THERE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")  # what the player is written for
 
 
@@ -57,13 +59,14 @@ setup(
             depends=[str(NATIVE / name) for name in ("halves.h", "layout.h", "waits.h")],
             extra_compile_args=["-O3", "-std=c11", "-D_GNU_SOURCE", "-ffp-contract=off", "-fvisibility=hidden"],
             extra_link_args=["-Wl,-s"],
-            py_limited_api=True,
+            define_macros=[("Py_LIMITED_API", "0x030a0000")] if STABLE_ABI else [],
+            py_limited_api=STABLE_ABI,
             optional=True,
         )
     ]
     if THERE or TARGET
     else [],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
     setup_requires=["ziglang>=0.13"] if TARGET or (THERE and not compiler()) else [],
 )

@@ -1,6 +1,5 @@
 /* The extension module ringred.native._player: plays tapes without the GIL. All arguments are plain numbers and addresses. */
 #define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
 #include "layout.h"
@@ -123,4 +122,11 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_player", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__player(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__player(void) {
+    PyObject *made = PyModule_Create(&module);
+#ifdef Py_GIL_DISABLED
+    /* A tape has one player at a time, whoever calls, and nothing else here changes. */
+    if (made && PyUnstable_Module_SetGIL(made, Py_MOD_GIL_NOT_USED)) Py_CLEAR(made);
+#endif
+    return made;
+}

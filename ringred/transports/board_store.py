@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -38,17 +39,20 @@ class BoardStore(dist.Store):  # type: ignore[misc]
         self._check = check
         self._lock = threading.Lock()
         self._connection: Connection | None = None
+        self._hangs_up: Callable[[], object]  # torch's stores have no end but that of the object
 
     def _ask(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         with self._lock:
             try:
                 if self._connection is None:
                     self._connection = Connection(self._keeper, self._secret, _CONNECT_SECONDS)
+                    self._hangs_up = closes = weakref.finalize(self, self._connection.close)
+                    closes.atexit = False  # somebody may be waiting for an answer
                 self._connection.send({"do": "board", "board": self._name, **message})
                 return self._received(self._connection, time.monotonic() + timeout)
             except (Gone, Cut, Silent, Malformed, PeerFailed) as failure:
                 if self._connection is not None:
-                    self._connection.close()  # a late answer would be taken for the next one's
+                    self._hangs_up()  # a late answer would be taken for the next one's
                     self._connection = None
                 raise dist.DistStoreError(f"board {self._name}: {failure}") from None
 
@@ -84,7 +88,3 @@ class BoardStore(dist.Store):  # type: ignore[misc]
     def clone(self) -> BoardStore:
         """Another connection to the same board: a wait on one does not hold up the other."""
         return BoardStore(self._keeper, self._secret, self._name, self._seconds, self._check)
-
-    def __del__(self) -> None:
-        if self._connection is not None:  # torch's stores have no end but this
-            self._connection.close()

@@ -257,16 +257,21 @@ class Neighbours:
 
     def retire(self, free: Callable[[], bool]) -> None:
         """Keeps the function `free` of a closed transport until it returns True: the memory was freed."""
-        self._retired.append(free)
+        with self._news:
+            self._retired.append(free)
 
     def reap(self) -> None:
         """Calls `free` of each closed transport again, and forgets those that returned True."""
-        self._retired = [free for free in self._retired if not free()]
+        with self._news:
+            asked, self._retired = self._retired, []
+        for free in asked:
+            if not free():
+                self.retire(free)
 
     def hold(self, transport: _Transport) -> None:
         """Registers `transport` as a user; it is told of lost peers."""
-        self._users += 1
         with self._news:
+            self._users += 1
             self._transports.add(transport)
 
     def let_forget(self, transport: _Transport) -> None:
@@ -276,8 +281,10 @@ class Neighbours:
 
     def let_go(self) -> None:
         """Removes one user; closes if it was the last."""
-        self._users -= 1
-        if not self._users:
+        with self._news:  # other threads let go of theirs
+            self._users -= 1
+            last = not self._users
+        if last:
             self.close()
 
     def close(self) -> None:

@@ -124,6 +124,7 @@ class Heap:
         self._lock = threading.Lock()
         self._blocks = Blocks(window.nbytes)
         self._returned: deque[tuple[int, int]] = deque()  # added by finalizers, which may run even within `take`
+        self._freezing = threading.Lock()
         self._frozen = 0  # number of `freeze` calls without their `thaw`
         self._held_back: list[tuple[int, int]] = []
         _live.add(self)
@@ -155,11 +156,13 @@ class Heap:
 
     def freeze(self) -> None:
         """From here on no block is freed: a peer may still write to memory that was exposed to it."""
-        self._frozen += 1
+        with self._freezing:
+            self._frozen += 1
 
     def thaw(self) -> None:
         """Ends one `freeze`; after the last one, the blocks that were held back are freed."""
-        self._frozen -= 1
+        with self._freezing:
+            self._frozen -= 1
         while not self._frozen and self._held_back:
             self.give_back(*self._held_back.pop())
 

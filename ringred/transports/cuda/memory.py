@@ -120,7 +120,8 @@ class DeviceMemory:
         """The plane of a transport with its control block there."""
         plane = DevicePlane(self, window, block, layout)
         self._streams.add(plane.stream)
-        self._users += 1
+        with self._lock:
+            self._users += 1
         return plane
 
     def forget(self, stream: Stream) -> None:
@@ -130,10 +131,12 @@ class DeviceMemory:
     def let_go(self, slots: tuple[int, int] | None) -> None:
         """Removes one plane, with its slots; None if peers may still look at this memory, which then is kept for ever.
         After the last plane the peers' memory is closed, and each own chunk freed once no tensor lies in it."""
-        self._users -= 1
+        with self._lock:
+            self._users -= 1
+            left = self._users
         if slots is None:
             _kept.append(self)
-        elif self._users:
+        elif left:
             self.give_back(*slots)
         elif self not in _kept:
             self._close_opened()
@@ -197,17 +200,19 @@ class DeviceMemory:
                 blocks.give_back(start, start + -(-nbytes // _UNIT) * _UNIT)
         if self._returned and not self._frozen:
             noticed = [self._returned.popleft() for _ in range(len(self._returned))]
-            points = [stream.record() for stream in self._streams]
+            points = [stream.record() for stream in tuple(self._streams)]
             points += [self.driver.point(program) for program in {p for _, _, p in noticed if p is not None}]
             self._passing.append((points, [(offset, nbytes) for offset, nbytes, _ in noticed]))
 
     def freeze(self) -> None:
         """From here on no block is freed: a peer may still write to memory that was exposed to it."""
-        self._frozen += 1
+        with self._lock:
+            self._frozen += 1
 
     def thaw(self) -> None:
         """Ends one `freeze`."""
-        self._frozen -= 1
+        with self._lock:
+            self._frozen -= 1
 
     def offset(self, address: int) -> int:
         """The offset of memory at an address; −1 if it is not of these chunks."""
