@@ -28,8 +28,9 @@ class Elastic:
             for batch in loader: ...
 
     A process that joins gets all of it from a rank that is there, by broadcast: the weights, the objects' states, the
-    values, and the states of the random number generators of torch's CPU, numpy and Python. It is let in where a round
-    of the program begins: once each of the optimizers has made a step since the last round, and no gradients are left.
+    values, and the states of the random number generators of torch (that of the CPU, and of the model's GPU), numpy and
+    Python. It is let in where a round of the program begins: once each of the optimizers has made a step since the last
+    round, and no gradients are left.
 
     Raises `TypeError` where a state holds anything but tensors, arrays, numbers, texts, and lists and dictionaries of
     these.
@@ -105,7 +106,7 @@ class Elastic:
             "values": {name: getattr(self, name) for name in self._names},
             "epoch": self.epoch,
             "step": self.step,
-            "random": _random_state(),
+            "random": _random_state(self._model.device),
         }
 
     def take_over(self, state: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ class Elastic:
                 one.load_state_dict(given)
         self.__dict__.update(state["values"])
         self.epoch, self.step = state["epoch"], state["step"]
-        _set_random_state(state["random"])
+        _set_random_state(state["random"], self._model.device)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -165,11 +166,16 @@ def _state_of(one: Any) -> Any:
     return None if hasattr(one, "take_over") else one.state_dict()  # a party of its own
 
 
-def _random_state() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+    if device.type == "cuda" and "cuda" in state:  # a checkpoint may be of a training on CPUs
+        torch.cuda.set_rng_state(state["cuda"], device)

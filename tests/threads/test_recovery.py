@@ -247,3 +247,24 @@ def test_two_models_one_after_the_other(place: str, victim: int) -> None:
     (one, size), (other, _) = results
     assert size == 2
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_generator_of_the_models_gpu_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, seen = torch.arange(16, dtype=torch.uint8), []
+
+    def body(comm: Communicator) -> None:
+        state = ringred.Elastic(
+            ringred.DistributedDataParallel(nn.Linear(2, 2), process_group=comm, on_failure="shrink")
+        )
+        monkeypatch.setattr(ringred.DistributedDataParallel, "device", torch.device("cuda", 3))
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: there)
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda given, device: seen.append((given, device)))
+        state.take_over(state.handed_over())
+        of_cpus = state.handed_over()
+        del of_cpus["random"]["cuda"]
+        state.take_over(of_cpus)
+
+    run_ranks(body, 1)
+    ((given, device),) = seen
+    assert torch.equal(given, there)
+    assert device == torch.device("cuda", 3)
