@@ -50,9 +50,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record["at"])
 
 
-def start(folder: Path, ranks: int, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, ranks: int, *arguments: str, spares: int = 0, **variables: str) -> subprocess.Popen[bytes]:
     """A training as a job; its processes write into `folder`."""
-    command = [*RUN, "--ranks", str(ranks), "--restarts", "1000000", RANKS_PROGRAM, str(folder), *arguments]
+    options = ["--ranks", str(ranks), "--restarts", "1000000", "--spares", str(spares)]
+    command = [*RUN, *options, RANKS_PROGRAM, str(folder), *arguments]
     log = (folder / "log").open("wb")
     return subprocess.Popen(command, env=environment(**variables), stdout=log, stderr=log, start_new_session=True)
 
@@ -66,14 +67,15 @@ def end(job: subprocess.Popen[bytes]) -> None:
 def recovery(short: bool) -> dict[str, Any]:
     """Kills one of four ranks, again and again, each time once all are there."""
     times: dict[str, dict[str, list[float]]] = {}
-    for transport in ("shm", "torch_p2p"):
+    for transport, spares in (("shm", 0), ("torch_p2p", 0), ("shm", 1)):
         shrunk, joined = [], []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            job = start(folder, 4, "--seconds", "3600", RINGRED_TRANSPORT=transport)
+            job = start(folder, 4, "--seconds", "3600", spares=spares, RINGRED_TRANSPORT=transport)
             try:
                 for turn in tqdm(range(3 if short else 20), desc=transport):
                     before = time.time()
+                    time.sleep(15.0 * spares)  # until the spare has imported what it can, as it mostly has
                     await_record(folder, lambda r, since=before: r["at"] > since and r["size"] == 4)
                     processes = sorted({r["process"] for r in records(folder) if r["at"] > time.time() - 0.5})
                     victim = processes[turn % len(processes)]
@@ -85,7 +87,7 @@ def recovery(short: bool) -> dict[str, Any]:
                     joined.append(whole["at"] - died)
             finally:
                 end(job)
-        times[transport] = {"shrunk": shrunk, "joined": joined}
+        times[f"{transport}, {spares} spare" if spares else transport] = {"shrunk": shrunk, "joined": joined}
     rows = [
         (transport, what, *(f"{value:.2f}" for value in Spread.of(values)), f"{max(values):.2f}", len(values))
         for transport, by in times.items()

@@ -32,6 +32,7 @@ __all__ = [
     "mpirun_environment",
     "restart_count",
     "run_environment",
+    "take_variables",
 ]
 
 
@@ -185,6 +186,11 @@ def run_environment(
         "RINGRED_SECRET": secret,
         "RINGRED_MIN_RANKS": str(least),
     }
+
+
+def take_variables(variables: Mapping[str, str]) -> None:
+    """From here on this process has these variables: it is started before it is known which rank it will be."""
+    os.environ.update(variables)
 
 
 def mpirun_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ringred.testing.command.spare import Spares
 from tests.procs.launching import PROGRAMS, ROOT, end, launch, processes_with, run_to_its_end
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
@@ -193,10 +194,59 @@ def test_the_example_goes_on_from_its_checkpoint_with_other_ranks(tmp_path: Path
     assert sorted(path.name for path in folder.iterdir()) == ["step-8", "step-9"]
 
 
-def test_what_happens_is_told_as_json() -> None:
-    job = run_to_its_end([*COMMAND, "--ranks", "2", "--json", PROGRAM, "20", "kill rank 1 at step 10"], 100, {})
+_ASKS = """\
+import sys
+loaded = "torch" in sys.modules
+import inspect, json, os
+import beside
+def annotated(x: int): pass
+place = inspect.currentframe().f_code.co_filename
+known = annotated.__annotations__["x"] is int, sys.modules["__main__"].annotated is annotated, __name__, os.getcwd()
+found = {"as": [__file__, place, sys.argv, sys.path[0], beside.here, *known, os.environ["RANK"]], "loaded": loaded}
+print(json.dumps(found), file=sys.stderr)
+raise SystemExit(3)
+"""
+
+
+def test_a_spare_runs_a_script_as_python_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "asks.py").write_text(_ASKS)
+    (tmp_path / "there" / "beside.py").write_text("here = 'beside it'")
+    (tmp_path / "beside.py").write_text("here = 'where one is'")
+    (tmp_path / "link.py").symlink_to(tmp_path / "there" / "asks.py")
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told: list[str] = []
+    spares = Spares(
+        2, ["link.py", "--an", "argument"], environment, lambda: None, lambda text, facts: told.append(text)
+    )
+    plain = [sys.executable, "link.py", "--an", "argument"]
+    with subprocess.Popen(plain, env={**environment, "RANK": "1"}, stderr=subprocess.PIPE) as process:
+        expected = json.loads(process.communicate()[1])
+    spares.keep()
+    dies, _ = spares._ready[0]
+    dies.kill()
+    dies.wait()
+    spares.keep()
+    assert told == ["one spare process fewer: it ended with status -9"]
+    spare = spares.take({"RANK": "1"})
+    assert spare is not None
+    found = json.loads(spare.communicate(timeout=60)[1])
+    assert spare.returncode == 3
+    assert found["as"] == expected["as"]
+    assert (found["loaded"], expected["loaded"]) == (True, False)
+    assert spares.take({"RANK": "2"}) is None
+    spares.end()
+
+
+def test_a_spare_takes_the_place_of_the_dead_and_it_is_told_as_json() -> None:
+    options = ["--ranks", "2", "--spares", "1", "--json"]
+    job = run_to_its_end([*COMMAND, *options, PROGRAM, "40", "kill rank 1 at step 900"], 100, {})
     assert job.status == 0, job.output[-3000:]
+    last = ended(job.output)
+    assert {one["size"] for one in last} == {2}
+    assert len({one["weights"] for one in last}) == 1
     told = [json.loads(line) for line in job.output.splitlines() if line.startswith('{"ringred": "run"')]
     assert [(one["event"], one["rank"], one["status"]) for one in told] == [("replaced", 1, -signal.SIGKILL)]
-    assert told[0]["text"] == "rank 1 was ended by SIGKILL; another process takes its place"
+    assert told[0]["text"] == "rank 1 was ended by SIGKILL; a spare process takes its place"
     assert job.left_behind == []

@@ -6,6 +6,7 @@ import argparse
 import os
 import secrets
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def add_run(commands: Any) -> None:
     run.add_argument(
         "--restarts", type=int, default=3, metavar="R", help="start no more after R that failed in a row (3)"
     )
+    run.add_argument(
+        "--spares", type=int, default=0, metavar="S", help="processes that wait, with torch imported, to replace others"
+    )
     run.add_argument("--hosts", type=count, default=1, metavar="H", help="hosts that run this same command")
     run.add_argument("--meet", metavar="HOST:PORT", help="where `ringred meet` listens, for several hosts")
     run.add_argument("--secret", type=Path, metavar="FILE", help="the job's secret, for several hosts")
@@ -46,6 +50,8 @@ def add_run(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.restarts < 0:
         raise ValueError(f"run: expected --restarts ≥ 0, got {options.restarts}")
+    if options.spares < 0:
+        raise ValueError(f"run: expected --spares ≥ 0, got {options.spares}")
     if options.min > options.ranks * options.hosts:
         raise ValueError(f"run: expected --min of at most {options.ranks * options.hosts} ranks, got {options.min}")
     if (options.meet is None) != (options.secret is None) or (options.meet is None and options.hosts > 1):
@@ -53,24 +59,31 @@ def _run(options: argparse.Namespace) -> int:
     if not Path(options.script).exists():
         hint = "; SCRIPT is a Python file, which Python itself runs" if options.script.startswith("python") else ""
         raise ValueError(f"run: no file {options.script}{hint}")
+    if options.spares and (not Path(options.script).is_file() or zipfile.is_zipfile(options.script)):
+        raise ValueError(f"run: --spares goes with a Python file, and {options.script} is a folder or an archive")
     command = [sys.executable, options.script, *options.arguments]
     tell = say_facts if options.json else say_it
     if options.meet is None:
-        return run_here(command, options.ranks, options.min, options.restarts, tell)
+        return run_here(command, options.ranks, options.min, options.restarts, tell, options.spares)
     host, port = _address(options.meet)
     rendezvous = Rendezvous(Card("", 0, "", "", host, port), _load(options.secret))
     first = rendezvous.number("hosts") * options.ranks
     size = options.ranks * options.hosts
     # Who starts when the job is at work already joins it, as the processes of a host do that came back.
-    return _supervised(command, rendezvous, options.ranks, size, options.min, options.restarts, first, tell)
+    return _supervised(
+        command, rendezvous, options.ranks, size, options.min, options.restarts, first, tell, options.spares
+    )
 
 
-def run_here(command: list[str], ranks: int, least: int = 1, restarts: int = 0, tell: Tell = say_it) -> int:
+def run_here(
+    command: list[str], ranks: int, least: int = 1, restarts: int = 0, tell: Tell = say_it, spares: int = 0
+) -> int:
     """Runs `command` on `ranks` ranks of this host; others take the places of those that fail, up to `restarts` in a
-    row. What happens is told to `tell`. Returns the exit status."""
+    row; `spares` processes are ready for that, if it is Python with a script. What happens is told to `tell`. Returns
+    the exit status."""
     keeper = Member(secrets.token_bytes(32))
     try:
-        return _supervised(command, Rendezvous.kept_by(keeper), ranks, ranks, least, restarts, 0, tell)
+        return _supervised(command, Rendezvous.kept_by(keeper), ranks, ranks, least, restarts, 0, tell, spares)
     finally:
         keeper.close()
 
@@ -84,6 +97,7 @@ def _supervised(
     restarts: int,
     first: int,
     tell: Tell,
+    spares: int,
 ) -> int:
     keeper_card, secret = rendezvous.keeper.as_text(), rendezvous.secret.hex()
     environment = run_environment(ranks, least, keeper_card, secret, free_port())
@@ -93,7 +107,7 @@ def _supervised(
         return [card.process for card in cards if card.place == place()] if cards else None
 
     late = first >= size
-    return Supervisor(command, environment, first % size, ranks, size, restarts, members, late, tell).run()
+    return Supervisor(command, environment, first % size, ranks, size, restarts, members, late, tell, spares).run()
 
 
 def _meet(options: argparse.Namespace) -> int:

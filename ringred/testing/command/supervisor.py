@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from ringred.testing.command.spare import Spares
+
 __all__ = ["Supervisor", "Tell", "free_port", "say_facts", "say_it"]
 
 Tell: TypeAlias = "Callable[[str, Mapping[str, Any]], None]"
@@ -36,12 +38,9 @@ _prctl = ctypes.CDLL(None).prctl
 class _Rank:
     """One process. What it writes to stderr is passed on, and the end of it kept."""
 
-    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], joins: bool) -> None:
-        self.number, self.joins = number, joins
+    def __init__(self, number: int, process: subprocess.Popen[bytes], joins: bool) -> None:
+        self.number, self.process, self.joins = number, process, joins
         self.said: deque[bytes] = deque(maxlen=_LAST_LINES)
-        self.process = subprocess.Popen(
-            command, env=dict(environment), stderr=subprocess.PIPE, preexec_fn=_end_with_parent
-        )
         self._reader = threading.Thread(target=self._pass_on, name=f"ringred-rank-{number}", daemon=True)
         self._reader.start()
 
@@ -79,9 +78,10 @@ class _Rank:
 
 class Supervisor:
     """Runs `command` as `ranks` processes, numbered from `first` on, of a job of `size`. A process in the place of one
-    that failed joins the others; after `restarts` of them that failed in a row, no more are started. `members` gives
-    the processes of this host that are in it by now, or None before all have come together. If the job is at work
-    already, this host `joins` it: its first processes too. What happens is told to `tell`: a sentence, and facts."""
+    that failed joins the others; after `restarts` of them that failed in a row, no more are started. `spares` processes
+    are ready for that, once all ranks are there; then `command` is Python with a script. `members` gives the processes
+    of this host that are in it by now, or None before all have come together. If the job is at work already, this host
+    `joins` it: its first processes too. What happens is told to `tell`: a sentence, and facts."""
 
     def __init__(
         self,
@@ -94,9 +94,11 @@ class Supervisor:
         members: Callable[[], Collection[int] | None],
         joins: bool = False,
         tell: Tell | None = None,
+        spares: int = 0,
     ) -> None:
         self._tell = tell or say_it
         self._command, self._environment = list(command), dict(environment)
+        self._spares = Spares(spares, self._command[1:], self._environment, _end_with_parent, self._tell)
         self._first, self._ranks, self._size, self._restarts = first, ranks, size, restarts
         self._members, self._let_in = members, set[int]()
         self._in_since: dict[int, float] = {}  # when a process was first seen to be let in
@@ -125,30 +127,38 @@ class Supervisor:
     def _stop(self, number: int, frame: object) -> None:
         self._stopping = number
 
-    def _start(self, number: int, joins: bool) -> None:
+    def _start(self, number: int, joins: bool) -> bool:
+        """Starts a rank; whether a spare process does it."""
         local = number - self._first
-        environment = {
-            **self._environment,
+        variables = {
             "RANK": str(number),
             "WORLD_SIZE": str(self._size),
             "LOCAL_RANK": str(local),
             "LOCAL_WORLD_SIZE": str(self._ranks),
             "RINGRED_JOINS": "1" if joins else "0",
         }
-        started = _Rank(number, self._command, environment, joins)
+        spare = self._spares.take(variables) if joins else None
+        process = spare or subprocess.Popen(
+            self._command,
+            env={**self._environment, **variables},
+            stderr=subprocess.PIPE,
+            preexec_fn=_end_with_parent,
+        )
+        started = _Rank(number, process, joins)
         self._running.append(started)
         self._let_in.discard(started.process.pid)  # numbers of processes come again
         self._since.pop(started.process.pid, None)
+        return spare is not None
 
     def _watch(self) -> int:
         looked = 0.0
         while self._running and self._stopping is None:
             time.sleep(_LOOK_SECONDS)
             ended = self._reap()
+            self._done = self._done or any(status == 0 for _, status in ended)
             if ended or time.monotonic() - looked > _MEMBERS_SECONDS:
                 looked = time.monotonic()
                 self._look()
-            self._done = self._done or any(status == 0 for _, status in ended)
             for rank, status in ended:
                 self._note(rank, status)
             if self._vacant and not self._done and self._nobody_is_left():
@@ -185,9 +195,9 @@ class Supervisor:
             return
         for number in self._vacant:
             status = next(status for rank, status in reversed(self._failed) if rank.number == number)
-            text = f"rank {number} {_how(status)}; another process takes its place"
-            self._tell(text, {"event": "replaced", "rank": number, "status": status})
-            self._start(number, joins=True)
+            spare = self._start(number, joins=True)
+            text = f"rank {number} {_how(status)}; {'a spare' if spare else 'another'} process takes its place"
+            self._tell(text, {"event": "replaced", "rank": number, "status": status, "spare": spare})
         self._vacant.clear()
 
     def _look(self) -> None:
@@ -203,6 +213,9 @@ class Supervisor:
             since = self._since.setdefault(rank.process.pid, time.monotonic()) if left_out else time.monotonic()
             if time.monotonic() > since + _GRACE_SECONDS:
                 rank.process.kill()
+        # What a spare imports would hold up those that have yet to come.
+        if self._running and not self._done and self._let_in.issuperset(rank.process.pid for rank in self._running):
+            self._spares.keep()
 
     def _reap(self) -> list[tuple[_Rank, int]]:
         ended = [(rank, status) for rank in self._running if (status := rank.ended()) is not None]
@@ -238,6 +251,7 @@ class Supervisor:
         return status if status > 0 else 128 - status
 
     def _end_all(self) -> None:
+        self._spares.end()
         for how, patience in ((signal.SIGTERM, _PATIENCE_SECONDS), (signal.SIGKILL, _PATIENCE_SECONDS)):
             for rank in self._running:
                 if rank.process.poll() is None:
