@@ -9,7 +9,7 @@ from lab.hosts import BURST_BYTES, Network
 from lab.profiles import Profile
 from ringred.buckets import FIRST_BUCKET_BYTES, MIB, Entry, assign
 from ringred.collectives.registry import lookup
-from ringred.runtime.select import choose, segments_for, share_bounds
+from ringred.runtime.select import CROWDED, choose, segments_for, share_bounds
 from ringred.schedule.cost import Job
 from ringred.schedule.ir import Group
 from ringred.schedule.network import Port, Ports, simulate_jobs
@@ -50,7 +50,8 @@ class Costs:
 
 def _topology(size: int, costs: tuple[float, float, float, float, float]) -> Topology:
     alpha, beta, gamma, latency, call = costs
-    return Topology(size, ((alpha, beta, latency),), gamma, tuple((rank,) for rank in range(size)), "lab", call)
+    links = ((alpha, beta, latency, CROWDED * beta),)
+    return Topology(size, links, gamma, tuple((rank,) for rank in range(size)), "lab", call)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ringred.topology.model import Topology, hosts
 
 __all__ = [
     "AUTOMATIC",
+    "CROWDED",
     "RANK_ORDER",
     "Candidate",
     "candidates",
@@ -36,6 +37,8 @@ _BUILT_IN: dict[str, Tuning] = {
     "torch_p2p": {"tensor": (60e-6, 0.5e-9, 0.1e-9, 0.0, 0.0)},
 }
 _BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0, 0.0)  # TCP on 1 Gbit/s
+CROWDED = 1.5
+"""Where several hosts send to one at once, a byte takes so many times as long (docs/design/selection.md)."""
 
 RANK_ORDER = "rank_order"
 """Like "auto", but only among the algorithms that add every element in rank order."""
@@ -69,7 +72,8 @@ def machine_model(
     known = dict(_BUILT_IN.get(near, _BUILT_IN["torch_p2p"])) | dict(tuning or {})
     alpha, beta, gamma, latency, call = inside = known.get(memory, known["tensor"])
     far = inside if len(set(host_of_rank)) == 1 else known.get("between", _BETWEEN_HOSTS)
-    return hosts(host_of_rank, (alpha, beta, latency), (far[0], far[1], far[3]), gamma, transport, call)
+    between = far[0], far[1], far[3], CROWDED * far[1]
+    return hosts(host_of_rank, (alpha, beta, latency), between, gamma, transport, call)
 
 
 def predict(entry: Algorithm, group: Group, nbytes: int, topology: Topology, segment_bytes: int | None = None) -> Cost:

@@ -23,8 +23,9 @@ from ringred.schedule.program import Fold, PostSend, Take
 
 __all__ = ["Begin", "Cost", "End", "Event", "Job", "Link", "OnTheWay", "Receiving", "Sending", "Simulation", "simulate"]
 
-Link: TypeAlias = tuple[float, float] | tuple[float, float, float]
-"""One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent)."""
+Link: TypeAlias = tuple[float, float] | tuple[float, float, float] | tuple[float, float, float, float]
+"""One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent); and
+the seconds per byte where the receiver waits for several senders at once (β if absent)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +199,10 @@ class Simulation:
         # The port receives messages in the order of arrival, in whatever order they are added afterwards.
         arrivals = []
         for peer in event.peers:
-            alpha, beta, *latency = self.link(peer, rank)
+            alpha, beta, *rest = self.link(peer, rank)
             left = self.on_the_way[peer, rank].popleft().first
-            arrivals.append((left + sum(latency), alpha, beta, left, peer))
+            crowded = len(event.peers) > 1 and len(rest) > 1
+            arrivals.append((left + sum(rest[:1]), alpha, rest[1] if crowded else beta, left, peer))
         for arrival, alpha, beta, left, peer in sorted(arrivals):
             self.receive_port[rank] = max(arrival, self.receive_port[rank]) + alpha + beta * event.nbytes
             if self.journal is not None:

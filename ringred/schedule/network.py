@@ -152,14 +152,15 @@ class _Network(Simulation):
         return begin
 
     def _send(self, rank: int, event: Sending) -> None:
-        alpha, _, *latency = self.link(rank, event.peer)
+        alpha, _, *rest = self.link(rank, event.peer)
+        latency = sum(rest[:1])
         way = OnTheWay(self._work(rank, alpha + self.copy * event.nbytes) + alpha, self.clock[rank])
         for port in self.ports(rank, event.peer)[0]:
             way = self._pass(port, way, event.nbytes)
         self.send_port[rank] = max(self.send_port[rank], way.last)
         self.messages[rank] += 1
         self.sent[rank] += event.nbytes
-        later = OnTheWay(way.first + sum(latency), way.last + sum(latency))
+        later = OnTheWay(way.first + latency, way.last + latency)
         self._at(later.first, _Message(rank, event.peer, event.nbytes, later))
 
     def _arrives(self, message: _Message) -> None:

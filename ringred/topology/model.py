@@ -15,9 +15,8 @@ __all__ = ["Topology", "flat", "grid_links", "hosts"]
 class Topology:
     """`size` ranks. α is in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds.
 
-    A collective takes `call` seconds beside its messages. `distance[i]` gives α and β, or α, β and λ, of the links at
-    distance `i`; `place[r]` are the coordinates of rank `r`. Two ranks are at the distance of the outermost coordinate
-    in which they differ.
+    A collective takes `call` seconds beside its messages. `distance[i]` is the link at distance `i`; `place[r]` are the
+    coordinates of rank `r`. Two ranks are at the distance of the outermost coordinate in which they differ.
     """
 
     size: int
@@ -28,7 +27,7 @@ class Topology:
     call: float = 0.0
 
     def link(self, sender: int, receiver: int) -> Link:
-        """α and β, or α, β and λ, from `sender` to `receiver`."""
+        """That from `sender` to `receiver`."""
         pairs = zip(self.place[sender], self.place[receiver], strict=True)
         differs = [dimension for dimension, (here, there) in enumerate(pairs) if here != there]
         return self.distance[differs[-1] if differs else 0]

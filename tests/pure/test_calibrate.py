@@ -117,3 +117,12 @@ def test_a_latency_favours_those_who_talk_to_all_at_once() -> None:
     at_once = machine_model("shm", (0,) * 4, {"tensor": (5e-6, 1e-10, 1e-10, 8e-5, 0.0)})
     assert choose("all_reduce", 1 << 20, in_turn)[1].name == "halving_doubling"
     assert choose("all_reduce", 1 << 20, at_once)[1].name == "direct"
+
+
+def test_between_hosts_many_do_not_send_to_one_at_once() -> None:
+    """As measured there: `direct` fills a port less well than its bytes say."""
+    for hosts in (4, 8):
+        chosen = [
+            choose("all_reduce", mib << 20, machine_model("torch_p2p", tuple(range(hosts))))[1] for mib in (1, 4, 16)
+        ]
+        assert {candidate.name for candidate in chosen} <= {"ring", "halving_doubling"}

@@ -209,3 +209,13 @@ def test_ranks_wait_for_processors_that_they_share() -> None:
         simulate_jobs(2, exchange(10, 2), link, 0.0, ports=ports, call=0.5, cores=cores)[0].seconds for cores in (1, 2)
     ]
     assert times == [pytest.approx(9.0), pytest.approx(4.5)]
+
+
+def test_bytes_of_several_senders_at_once_may_take_longer() -> None:
+    """`direct` on three ranks: each receives two shares at once, and then two one after the other."""
+    entry = lookup("all_reduce", "direct")
+    group = entry.group(3)
+    bounds = share_bounds(3, entry.units(group))
+    alike = simulate(3, entry.steps(group), bounds, lambda sender, receiver: (0.0, 1.0, 0.0), 0.0)
+    crowded = simulate(3, entry.steps(group), bounds, lambda sender, receiver: (0.0, 1.0, 0.0, 2.0), 0.0)
+    assert (alike.seconds, crowded.seconds) == (4.0, 6.0)
