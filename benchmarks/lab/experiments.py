@@ -86,7 +86,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         (Network(4, 500),),
         "torch",
         cases=lambda hosts: _each(("resnet50", "alexnet", "lstm"), _GRADIENTS, 20),
-        steps=1,
+        steps=2,
     ),
     "steps-others": Experiment(
         "The same for models of other shapes?",
@@ -98,9 +98,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "server": Experiment(
         "One server against a ring for VGG-16 on 8 hosts: N (P-1) bytes in and out of its port at once, or 2 N (P-1)/P "
         "through each?",
-        (Network(8, 1000),),
+        (Network(8, 500),),
         "torch",
-        cases=lambda hosts: _each(("vgg16",), ("alone", "ring", "direct", "central"), 10),
+        cases=lambda hosts: _each(("vgg16",), ("alone", "ring", "direct", "central"), 20),
         steps=1,
     ),
     "servers": Experiment(
@@ -126,7 +126,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             *(Case("resnet50", way, 20, label="weak") for way in ("ring", "gloo")),
             *(Case("resnet50", way, 20, batch=32 // hosts, label="strong") for way in ("ring", "gloo")),
         ],
-        steps=1,
+        steps=3,
     ),
     "ratio": Experiment(
         "How much computation hides the communication of ResNet-50 (2.5 to 80 times that of a P100, one network)?",
@@ -148,7 +148,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             for cap in (1, 5, 25, 100)
             for way in ("ring", "double_tree", "gloo")
         ],
-        steps=1,
+        steps=2,
     ),
     "stragglers": Experiment(
         "One host computes 1.5 times as long: what do those lose that wait for it, and those that need not?",

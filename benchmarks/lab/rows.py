@@ -31,7 +31,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     steps = "efficiency" in first
     heads = ["case", "by", "ms", "efficiency" if steps else "of line rate", "predicted ms", "error"]
     if steps:
-        heads += ["MiB sent", "received"]
+        heads += ["MiB sent", "received", "reducing ms"]
     rows = []
     for row in result["rows"]:
         case = f"{row['case']}, {row['hosts']} hosts" if several else row["case"]
@@ -40,6 +40,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         told = (case, row["way"], _number(row["seconds"], 1e3, 2), part, _number(row["predicted"], 1e3, 2), error)
         if steps:
             told += (_number(row["sent"], 2**-20, 1), _number(row["received"], 2**-20, 1))
+            told += (_number(row.get("reducing") or None, 1e3, 2),)
         rows.append(told)
     return heads, rows
 

@@ -1,7 +1,8 @@
 """What each rank of the laboratory's step experiments does: trains replayed models, case by case.
 
 A replayed layer sleeps until its backward is over and hands over a gradient of its true size. Rank 0 prints one JSON
-line a measured case: seconds a step, bytes of the busiest host in each direction, and how late a layer was.
+line a measured case: seconds a step, bytes of the busiest host in each direction, seconds for which its reductions ran
+(ringred's), and how late a layer was.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -80,36 +80,37 @@ class Replayed(nn.Module):
         return x.sum()
 
 
-def sharing(comm: ringred.Communicator, case: Case, module: nn.Module) -> Callable[[], None]:
-    """A training step by a collective, without an optimizer, whose time is none here."""
+def sharing(comm: ringred.Communicator, case: Case, module: nn.Module) -> nn.Module:
+    """The module, its gradients shared by a collective."""
     caps: dict[str, Any] = {} if case.cap_mib is None else {"bucket_cap_mb": case.cap_mib}
-    x = torch.ones(1, requires_grad=True)
     if case.way == "alone":
-        model: nn.Module = module
-    elif case.way == "gloo":
-        model = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **caps)
-    else:
-        caps |= {"algorithm": case.way, "init_sync": False}
-        model = ringred.DistributedDataParallel(module, process_group=comm, gradient_as_bucket_view=True, **caps)
-
-    def step() -> None:
-        model(x).backward()
-        module.zero_grad()
-
-    return step
+        return module
+    if case.way == "gloo":
+        return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **caps)
+    caps |= {"algorithm": case.way, "init_sync": False}
+    return ringred.DistributedDataParallel(module, process_group=comm, gradient_as_bucket_view=True, **caps)
 
 
 class Measured(NamedTuple):
-    """Seconds of each step, and the bytes of a step that this host sent and received."""
+    """Seconds of each step, the bytes of a step that this host sent and received, and the seconds of the last one for
+    which some reduction of this rank was under way (0 where that is not known)."""
 
     times: list[float]
     moved: list[float]
+    reducing: float = 0.0
 
 
 def on_collectives(comm: ringred.Communicator, case: Case, module: nn.Module, steps: int) -> Measured:
-    """Each step of all ranks together, after a first one; a collective takes as long as its last rank."""
-    step, times = sharing(comm, case, module), []
-    step()
+    """Each step of all ranks together, after two: in the second, buckets are laid out anew, in memory that is new. A
+    collective takes as long as its last rank."""
+    model, times, x = sharing(comm, case, module), [], torch.ones(1, requires_grad=True)
+
+    def step() -> None:
+        model(x).backward()  # without an optimizer, whose time is none here
+        module.zero_grad()
+
+    for _ in range(2):
+        step()
     comm.barrier()
     traffic = Traffic()
     for _ in range(steps):
@@ -119,7 +120,19 @@ def on_collectives(comm: ringred.Communicator, case: Case, module: nn.Module, st
         times.append(time.perf_counter() - began)
     slowest = torch.tensor(times)
     comm.all_reduce(slowest, "max")
-    return Measured([float(took) for took in slowest], [nbytes / steps for nbytes in traffic.since()])
+    moved = [nbytes / steps for nbytes in traffic.since()]
+    return Measured([float(took) for took in slowest], moved, reducing(model))
+
+
+def reducing(model: nn.Module) -> float:
+    """The seconds for which a reduction of the last backward was under way."""
+    if not isinstance(model, ringred.DistributedDataParallel):
+        return 0.0
+    total = free = 0.0
+    for bucket in model.overlap_report().buckets:
+        total += bucket.end_ms - max(bucket.start_ms, free)
+        free = bucket.end_ms
+    return total / 1e3
 
 
 def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps: int) -> Measured:
@@ -166,13 +179,13 @@ def measured(comm: ringred.Communicator, case: Case, steps: int) -> dict[str, An
     """One case; collective."""
     module = module_of(comm, case)
     comm.barrier()
-    times, moved = (on_servers if ":" in case.way else on_collectives)(comm, case, module, steps)
+    times, moved, busy = (on_servers if ":" in case.way else on_collectives)(comm, case, module, steps)
     late = module.clock.late if isinstance(module, Replayed) else 0.0
-    numbers = torch.tensor([*moved, late], dtype=torch.float64)
+    numbers = torch.tensor([*moved, busy, late], dtype=torch.float64)
     comm.all_reduce(numbers, "max")
-    sent, received, late = numbers.tolist()
+    sent, received, busy, late = numbers.tolist()
     found = {"seconds": statistics.median(times), "low": min(times), "high": max(times)}
-    return found | {"sent": sent, "received": received, "late": late}
+    return found | {"sent": sent, "received": received, "reducing": busy, "late": late}
 
 
 def main() -> None:
