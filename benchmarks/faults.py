@@ -2,6 +2,7 @@
 nothing fails.
 
 python benchmarks/faults.py recovery    # from the death of a rank to the next step, and to the one with a new rank
+python benchmarks/faults.py torchrun    # the same training by torch's DDP on Gloo, whose ranks torchrun starts anew
 python benchmarks/faults.py chaos       # ten minutes with a failure every 5 s on average, and some undisturbed
 python benchmarks/faults.py cost        # a step with on_failure="shrink" and without, in the same run
 python benchmarks/faults.py kills       # 200 ranks killed at random moments: when the others raise
@@ -88,13 +89,48 @@ def recovery(short: bool) -> dict[str, Any]:
             finally:
                 end(job)
         times[f"{transport}, {spares} spare" if spares else transport] = {"shrunk": shrunk, "joined": joined}
+    show(times)
+    return times
+
+
+def show(times: dict[str, dict[str, list[float]]]) -> None:
     rows = [
         (transport, what, *(f"{value:.2f}" for value in Spread.of(values)), f"{max(values):.2f}", len(values))
         for transport, by in times.items()
         for what, values in by.items()
     ]
     print(tabulate(rows, headers=["transport", "seconds until", "median", "quartile", "quartile", "most", "kills"]))
-    return times
+
+
+def torchrun(short: bool) -> dict[str, Any]:
+    """Kills one of four ranks, again and again: from there to the next step, and the steps that are made again."""
+    restarted, again = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [str(ROOT / "launch" / "torchrun.sh"), "4", str(Path(__file__).with_name("faults_peer.py")), name]
+        variables = {"TORCHRUN_ARGS": "--standalone --max-restarts=1000"}
+        variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        with (folder / "log").open("wb") as log:
+            job = subprocess.Popen(
+                command, env=environment(**variables), stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            died = 0.0
+            for turn in tqdm(range(3 if short else 20), desc="torchrun"):
+                await_record(folder, lambda r, since=died: r["at"] > since + 2.0)
+                there = sorted({r["process"] for r in records(folder) if r["at"] > time.time() - 0.5})
+                died = time.time()
+                os.kill(there[turn % len(there)], signal.SIGKILL)
+                step = await_record(folder, lambda r, at=died, there=there: r["at"] > at and r["process"] not in there)
+                last = max(r["step"] for r in records(folder) if r["process"] in there)
+                restarted.append(step["at"] - died)
+                again.append(last - step["step"] + 1)
+                died = step["at"]
+        finally:
+            end(job)
+    show({"torch's DDP on Gloo, torchrun": {"restarted": restarted}})
+    print(f"steps made again: {statistics.median(again):g} in the median, a checkpoint every 50")
+    return {"restarted": restarted, "again": again}
 
 
 def await_record(folder: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -206,7 +242,7 @@ def kills(short: bool) -> dict[str, Any]:
     return {"said": said.strip()}
 
 
-EXPERIMENTS = {"recovery": recovery, "chaos": chaos, "cost": cost, "kills": kills}
+EXPERIMENTS = {"recovery": recovery, "torchrun": torchrun, "chaos": chaos, "cost": cost, "kills": kills}
 
 
 def main() -> None:

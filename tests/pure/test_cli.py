@@ -39,6 +39,12 @@ def test_explain_shows_the_schedule_beside_the_closed_form(capsys: pytest.Captur
     assert "step 9" in out
 
 
+def test_a_barrier_is_priced_without_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "explain", "barrier", "--ranks", "4", "--algorithm", "tree")
+    assert status == 0
+    assert "barrier of 0 bytes on 4 ranks by tree" in out
+
+
 def test_explain_without_an_algorithm_ranks_them(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "explain", "all_reduce", "--ranks", "16", "--bytes", "25M")
     assert status == 0
@@ -55,6 +61,8 @@ def test_explain_without_an_algorithm_ranks_them(capsys: pytest.CaptureFixture[s
             "grid 5x2 holds 10 ranks, expected 6",
         ),
         (("explain", "all_reduce", "--ranks", "6", "--bytes", "1", "--grid", "3x2"), "--grid needs --algorithm"),
+        (("explain", "all_reduce", "--ranks", "6"), "expected --bytes, such as 64K or 25M"),
+        (("explain", "barrier", "--ranks", "6", "--bytes", "1"), "a barrier carries no bytes"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(
@@ -72,7 +80,7 @@ WRONG = [
     ("verfiy", "there is no command 'verfiy' (did you mean 'verify'?)"),
     ("verify -n", "there is no option '-n'"),
     ("verify --max-rank x", "argument --max-ranks: expected a number ≥ 1, got 'x'"),
-    ("explain", "the following arguments are required: COLLECTIVE, --ranks, --bytes"),
+    ("explain", "the following arguments are required: COLLECTIVE, --ranks"),
     ("explain al_reduce --ranks 4 --bytes 1", "there is no collective 'al_reduce' (did you mean 'all_reduce'?)"),
     ("explain all_reduce --ranks 0 --bytes 1", "argument --ranks: expected a number ≥ 1, got '0'"),
     ("explain all_reduce --ranks 4 --bytes 1Q", "expected a size such as 4, 64K, 25M or 1G, got '1Q'"),

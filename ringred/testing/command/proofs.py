@@ -33,7 +33,7 @@ def add_proofs(commands: Any) -> None:
     explain = commands.add_parser("explain", help="steps, messages, bytes and predicted time of a collective")
     explain.add_argument("collective", choices=COLLECTIVES, metavar="COLLECTIVE", help=", ".join(COLLECTIVES))
     explain.add_argument("--ranks", type=count, required=True, metavar="N")
-    explain.add_argument("--bytes", type=size, required=True, metavar="SIZE", help="such as 4, 64K, 25M, 1G")
+    explain.add_argument("--bytes", type=size, metavar="SIZE", help="such as 4, 64K, 25M, 1G; a barrier has none")
     explain.add_argument("--algorithm", metavar="NAME", help="one of them; all, without drawing, where left out")
     explain.add_argument("--grid", type=grid, metavar="XxY", help="such as 4x3, X innermost")
     explain.add_argument("--alpha", type=seconds, default=20e-6, metavar="S", help="seconds a message (default 20e-6)")
@@ -72,6 +72,12 @@ def _verify(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     if options.collective == "send_recv" and options.ranks != 2:
         raise ValueError(f"explain: send_recv is between 2 ranks, got --ranks {options.ranks}")
+    if options.collective == "barrier":
+        if options.bytes is not None:
+            raise ValueError("explain: a barrier carries no bytes: leave --bytes out")
+        options.bytes = 0
+    elif options.bytes is None:
+        raise ValueError("explain: expected --bytes, such as 64K or 25M")
     if options.algorithm is None:
         return _compare(options)
     model = flat(options.ranks, options.alpha, options.beta, options.gamma)
