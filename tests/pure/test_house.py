@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -100,3 +101,11 @@ def test_the_version_is_one() -> None:
     import ringred
 
     assert f"\nversion: {ringred.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_no_program_has_the_name_of_a_module_of_pythons() -> None:
+    """The folder of a program comes first where Python looks for modules: also for torch's and Python's own imports."""
+    newer = {"annotationlib", "compression"}  # than the oldest Python that this runs on
+    for folder in ("benchmarks", "examples", "examples/gpt", "tests/procs/programs", "tests/torch_suite"):
+        names = {path.stem for path in (ROOT / folder).iterdir() if path.is_dir() or path.suffix == ".py"}
+        assert not names & (sys.stdlib_module_names | newer), folder

@@ -1,6 +1,6 @@
 """Communication hooks: bytes that a rank sends for one step, relative to an all-reduce, and the time of a step.
 
-    python benchmarks/compression.py --ranks 2 --json out/compression.json
+    python benchmarks/gradient_compression.py --ranks 2 --json out/compression.json
 
 The models are those of ddp_step.py. Within a host, memory is faster than the arithmetic of compression, which
 therefore costs time. Between hosts, the saving follows from the bytes: `link ms` is their time at 1 Gbit/s.
