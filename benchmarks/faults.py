@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 RANKS_PROGRAM = str(Path(__file__).with_name("faults_ranks.py"))
+KILLS = 12  # of each kind
 RUN = [sys.executable, "-m", "ringred.testing.command", "run"]
 
 
@@ -39,16 +40,50 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RINGRED_TUNING": "off", **variables}
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    """What all processes of a job wrote, in order of time."""
-    lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the last line of a process that was killed
-            continue
-    return sorted(found, key=lambda record: record["at"])
+class Records:
+    """What all processes of a job write, line by line; `read` goes on where it ended the last time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.all: list[dict[str, Any]] = []
+        self._read: dict[Path, int] = {}
+
+    def read(self) -> None:
+        fresh = []
+        for path in self.folder.glob("*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                whole, newline, _ = file.read().rpartition(b"\n")  # the last line may be half written
+            self._read[path] = self._read.get(path, 0) + len(whole + newline)
+            fresh += [json.loads(line) for line in whole.splitlines()]
+        self.all += sorted(fresh, key=lambda record: record["at"])
+
+    def after(self, since: float) -> list[dict[str, Any]]:
+        """Those of a later time, of what was read."""
+        found = []
+        for record in reversed(self.all):
+            if record["at"] < since - 1.0:
+                break
+            if record["at"] > since:
+                found.append(record)
+        return found
+
+    def first(self, since: float, fits: Callable[[dict[str, Any]], bool] = lambda record: True) -> dict[str, Any]:
+        """Waits for one after `since` that fits."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            self.read()
+            found = [record for record in self.after(since) if fits(record)]
+            if found:
+                return min(found, key=lambda record: record["at"])
+            time.sleep(0.02)
+        raise TimeoutError((self.folder / "log").read_text()[-3000:])
+
+    def processes(self) -> list[int]:
+        """Those that have made a step just now."""
+        now = time.time()
+        self.read()
+        return sorted({record["process"] for record in self.after(now - 0.5)})
 
 
 def start(folder: Path, ranks: int, *arguments: str, spares: int = 0, **variables: str) -> subprocess.Popen[bytes]:
@@ -71,19 +106,17 @@ def recovery(short: bool) -> dict[str, Any]:
     for transport, spares in (("shm", 0), ("torch_p2p", 0), ("shm", 1)):
         shrunk, joined = [], []
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            job = start(folder, 4, "--seconds", "3600", spares=spares, RINGRED_TRANSPORT=transport)
+            log = Records(Path(name))
+            job = start(log.folder, 4, "--seconds", "3600", spares=spares, RINGRED_TRANSPORT=transport)
             try:
-                for turn in tqdm(range(3 if short else 20), desc=transport):
-                    before = time.time()
-                    time.sleep(15.0 * spares)  # until the spare has imported what it can, as it mostly has
-                    await_record(folder, lambda r, since=before: r["at"] > since and r["size"] == 4)
-                    processes = sorted({r["process"] for r in records(folder) if r["at"] > time.time() - 0.5})
-                    victim = processes[turn % len(processes)]
+                for turn in tqdm(range(3 if short else KILLS), desc=transport):
+                    log.first(time.time(), lambda r: r["size"] == 4)
+                    time.sleep(10.0 * spares)  # until the spare has imported what it can, as it mostly has
+                    processes = log.processes()
                     died = time.time()
-                    os.kill(victim, signal.SIGKILL)
-                    step = await_record(folder, lambda r, died=died: r["at"] > died and r["size"] == 3)
-                    whole = await_record(folder, lambda r, step=step: r["at"] > step["at"] and r["size"] == 4)
+                    os.kill(processes[turn % len(processes)], signal.SIGKILL)
+                    step = log.first(died, lambda r: r["size"] == 3)
+                    whole = log.first(step["at"], lambda r: r["size"] == 4)
                     shrunk.append(step["at"] - died)
                     joined.append(whole["at"] - died)
             finally:
@@ -106,42 +139,31 @@ def torchrun(short: bool) -> dict[str, Any]:
     """Kills one of four ranks, again and again: from there to the next step, and the steps that are made again."""
     restarted, again = [], []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        lines = Records(Path(name))
         command = [str(ROOT / "launch" / "torchrun.sh"), "4", str(Path(__file__).with_name("faults_peer.py")), name]
         # With the agent's store, ranks that were started again look for Gloo's addresses of those before, and fail.
         variables = {"TORCHRUN_ARGS": "--standalone --max-restarts=1000", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        with (folder / "log").open("wb") as log:
+        with (lines.folder / "log").open("wb") as log:
             job = subprocess.Popen(
                 command, env=environment(**variables), stdout=log, stderr=log, start_new_session=True
             )
         try:
-            died = 0.0
-            for turn in tqdm(range(3 if short else 20), desc="torchrun"):
-                await_record(folder, lambda r, since=died: r["at"] > since + 2.0)
-                there = sorted({r["process"] for r in records(folder) if r["at"] > time.time() - 0.5})
+            for turn in tqdm(range(3 if short else KILLS), desc="torchrun"):
+                lines.first(time.time())
+                time.sleep(2.0)
+                there = lines.processes()
                 died = time.time()
                 os.kill(there[turn % len(there)], signal.SIGKILL)
-                step = await_record(folder, lambda r, at=died, there=there: r["at"] > at and r["process"] not in there)
-                last = max(r["step"] for r in records(folder) if r["process"] in there)
+                step = lines.first(died, lambda r, there=there: r["process"] not in there)
+                last = max(r["step"] for r in lines.all if r["process"] in there)
                 restarted.append(step["at"] - died)
                 again.append(last - step["step"] + 1)
-                died = step["at"]
         finally:
             end(job)
     show({"torch's DDP on Gloo, torchrun": {"restarted": restarted}})
     print(f"steps made again: {statistics.median(again):g} in the median, a checkpoint every 50")
     return {"restarted": restarted, "again": again}
-
-
-def await_record(folder: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = next((record for record in records(folder) if fits(record)), None)
-        if found is not None:
-            return found
-        time.sleep(0.02)
-    raise TimeoutError((folder / "log").read_text()[-3000:])
 
 
 def stepping(folder: Path) -> list[int]:
@@ -174,7 +196,9 @@ def chaos(short: bool) -> dict[str, Any]:
                                 killed += 1
             finally:
                 end(job)
-            found = records(folder)
+            written = Records(folder)
+            written.read()
+            found = sorted(written.all, key=lambda record: record["at"])
             steps = sorted({r["step"] for r in found})
             final = [r for r in found if "accuracy" in r]
             assert job.returncode == 0, (folder / "log").read_text()[-3000:]

@@ -17,8 +17,8 @@ import torch
 
 from ringred.collectives.registry import lookup
 from ringred.runtime.config import Config
-from ringred.runtime.select import share_bounds
-from ringred.schedule.cost import simulate
+from ringred.runtime.select import CROWDED, share_bounds
+from ringred.schedule.cost import Link, simulate
 from ringred.topology import calibrate
 from ringred.topology.calibrate import KINDS, Costs, Sample, Tuning, fit, rounded
 from ringred.topology.detect import machine
@@ -139,7 +139,8 @@ def _fitted(comm: Measured, memory: str) -> Costs:
         took = seconds_of(comm, _tensor(comm, nbytes, memory), name, _calls(comm, nbytes))
 
         def priced(alpha: float, beta: float, gamma: float, latency: float) -> float:
-            link = (alpha, beta, latency)
+            between = len(set(comm.hosts)) > 1
+            link: Link = (alpha, beta, latency, CROWDED * beta) if between else (alpha, beta, latency)
             return simulate(comm.size, steps, bounds, lambda sender, receiver: link, gamma).seconds  # noqa: B023
 
         samples.append(Sample(priced(1, 0, 0, 0), priced(0, 1, 0, 0), priced(0, 0, 1, 0), priced(0, 0, 0, 1), 1, took))

@@ -25,7 +25,7 @@ __all__ = ["Begin", "Cost", "End", "Event", "Job", "Link", "OnTheWay", "Receivin
 
 Link: TypeAlias = tuple[float, float] | tuple[float, float, float] | tuple[float, float, float, float]
 """One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent); and
-the seconds per byte where the receiver waits for several senders at once (β if absent)."""
+the seconds per byte where the receiver waits at once for several senders with such links (β if absent)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def simulate(
 ) -> Cost:
     """The cost of `schedule` run by `size` ranks on a buffer whose unit `u` is the bytes `bounds[u]`.
 
-    `link(sender, receiver)` gives α, β and λ, `gamma` is in seconds per reduced byte. With `segment`, messages
+    `link(sender, receiver)` gives a `Link`, `gamma` is in seconds per reduced byte. With `segment`, messages
     are cut to that many bytes and pipelined as the executor does; without, each is sent whole.
     """
     cost, _ = Simulation(size, [Job(schedule, bounds, [0.0] * size, segment)], link, gamma, 0.0).run()
@@ -198,11 +198,11 @@ class Simulation:
     def _receive(self, rank: int, event: Receiving) -> None:
         # The port receives messages in the order of arrival, in whatever order they are added afterwards.
         arrivals = []
-        for peer in event.peers:
-            alpha, beta, *rest = self.link(peer, rank)
+        links = [self.link(peer, rank) for peer in event.peers]
+        crowded = sum(len(link) == 4 for link in links) > 1
+        for peer, (alpha, beta, *rest) in zip(event.peers, links, strict=True):
             left = self.on_the_way[peer, rank].popleft().first
-            crowded = len(event.peers) > 1 and len(rest) > 1
-            arrivals.append((left + sum(rest[:1]), alpha, rest[1] if crowded else beta, left, peer))
+            arrivals.append((left + sum(rest[:1]), alpha, rest[-1] if crowded and len(rest) == 2 else beta, left, peer))
         for arrival, alpha, beta, left, peer in sorted(arrivals):
             self.receive_port[rank] = max(arrival, self.receive_port[rank]) + alpha + beta * event.nbytes
             if self.journal is not None:

@@ -44,8 +44,9 @@ def simulate_jobs(
     seconds beside its messages. With it the time at which the first rank began each job, and the last was done.
 
     Without `ports` each rank sends and receives by ports of its own, with the β of the link, and α is part of a port's
-    time. With them, each message takes α and `copy` seconds a byte of a processor at its sender and at its receiver;
-    with `cores`, all ranks share that many processors, as they do on one machine.
+    time. With them, which many may share, of a link only α and λ count; each message takes α and `copy` seconds a byte
+    of a processor at its sender and at its receiver; with `cores`, all ranks share that many processors, as they do on
+    one machine.
     """
     if ports is None:
         return Simulation(size, jobs, link, gamma, call).run()

@@ -264,8 +264,13 @@ class Neighbours:
         """Calls `free` of each closed transport again, and forgets those that returned True."""
         with self._news:
             asked, self._retired = self._retired, []
-        for free in asked:
-            if not free():
+        try:
+            while asked:
+                if not asked[-1]():
+                    self.retire(asked[-1])
+                asked.pop()
+        finally:
+            for free in asked:
                 self.retire(free)
 
     def hold(self, transport: _Transport) -> None:

@@ -124,7 +124,7 @@ class Heap:
         self._lock = threading.Lock()
         self._blocks = Blocks(window.nbytes)
         self._returned: deque[tuple[int, int]] = deque()  # added by finalizers, which may run even within `take`
-        self._freezing = threading.Lock()
+        self._freezing = threading.RLock()  # a finalizer that gives back may run while it is held
         self._frozen = 0  # number of `freeze` calls without their `thaw`
         self._held_back: list[tuple[int, int]] = []
         _live.add(self)
@@ -145,9 +145,10 @@ class Heap:
 
     def give_back(self, offset: int, nbytes: int) -> None:
         """Frees the block of `nbytes` bytes at `offset`; the pages that it filled go back to the system."""
-        if self._frozen:
-            self._held_back.append((offset, nbytes))
-            return
+        with self._freezing:
+            if self._frozen:
+                self._held_back.append((offset, nbytes))
+                return
         unit = _PAGE if nbytes >= _PAGE else _LINE
         end = offset + max(1, -(-nbytes // unit)) * unit
         if unit == _PAGE:
@@ -163,8 +164,11 @@ class Heap:
         """Ends one `freeze`; after the last one, the blocks that were held back are freed."""
         with self._freezing:
             self._frozen -= 1
-        while not self._frozen and self._held_back:
-            self.give_back(*self._held_back.pop())
+            if self._frozen:
+                return
+            freed, self._held_back = self._held_back, []
+        for offset, nbytes in freed:
+            self.give_back(offset, nbytes)
 
     def empty(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor in a block of its own, which is free again once its memory is no longer used."""

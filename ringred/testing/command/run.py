@@ -59,8 +59,8 @@ def _run(options: argparse.Namespace) -> int:
     if not Path(options.script).exists():
         hint = "; SCRIPT is a Python file, which Python itself runs" if options.script.startswith("python") else ""
         raise ValueError(f"run: no file {options.script}{hint}")
-    if options.spares and (not Path(options.script).is_file() or zipfile.is_zipfile(options.script)):
-        raise ValueError(f"run: --spares goes with a Python file, and {options.script} is a folder or an archive")
+    if options.spares and not _is_source(Path(options.script)):
+        raise ValueError(f"run: --spares goes with a Python file, and {options.script} is none")
     command = [sys.executable, options.script, *options.arguments]
     tell = say_facts if options.json else say_it
     if options.meet is None:
@@ -73,6 +73,11 @@ def _run(options: argparse.Namespace) -> int:
     return _supervised(
         command, rendezvous, options.ranks, size, options.min, options.restarts, first, tell, options.spares
     )
+
+
+def _is_source(script: Path) -> bool:
+    """Whether it is no folder, archive or compiled file, which Python runs too."""
+    return script.is_file() and script.suffix != ".pyc" and not zipfile.is_zipfile(script)
 
 
 def run_here(

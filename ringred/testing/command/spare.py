@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -45,15 +46,18 @@ class Spares:
 
     def keep(self) -> None:
         """Starts as many as are missing. One that fails is not replaced."""
-        for one in [one for one in self._ready if one[0].poll() is not None]:
-            self._ready.remove(one)
-            said = _drop(*one).decode(errors="replace").strip().splitlines()
-            self._give_up(f"it ended with status {one[0].returncode}{f': {said[-1]}' if said else ''}")
+        for process, writer in [one for one in self._ready if one[0].poll() is not None]:
+            self._ready.remove((process, writer))
+            self._lost(process, writer)
         while len(self._ready) < self._wanted:
             try:
                 self._ready.append(self._start())
             except OSError as failure:
                 self._give_up(str(failure))
+
+    def _lost(self, process: subprocess.Popen[bytes], writer: int) -> None:
+        said = _drop(process, writer).decode(errors="replace").strip().splitlines()
+        self._give_up(f"it ended with status {process.returncode}{f': {said[-1]}' if said else ''}")
 
     def _give_up(self, why: str) -> None:
         self._wanted -= 1
@@ -79,16 +83,12 @@ class Spares:
         none."""
         while self._ready:
             process, writer = self._ready.pop(0)
-            if process.poll() is not None:
-                _drop(process, writer)
-                continue
-            try:
-                os.write(writer, json.dumps(dict(variables)).encode())  # less than any pipe holds
-            except BrokenPipeError:
-                _drop(process, writer)
-                continue
-            os.close(writer)
-            return process
+            if process.poll() is None:
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(writer, json.dumps(dict(variables)).encode())  # less than any pipe holds
+                    os.close(writer)
+                    return process
+            self._lost(process, writer)
         return None
 
     def end(self) -> None:

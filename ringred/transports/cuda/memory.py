@@ -61,6 +61,7 @@ class DeviceMemory:
         self.driver: Driver
         self.name: str
         self._lock = threading.Lock()
+        self._counting = threading.Lock()  # of the numbers below, and of the streams: never held for long
         self._chunks: list[_Chunk] = []
         self._opened: dict[tuple[int, int], int] = {}
         self._returned: deque[tuple[int, int, Any]] = deque()  # by finalizers, which may run at any time
@@ -119,19 +120,20 @@ class DeviceMemory:
     def plane(self, window: Window, block: int, layout: Layout) -> DevicePlane:
         """The plane of a transport with its control block there."""
         plane = DevicePlane(self, window, block, layout)
-        self._streams.add(plane.stream)
-        with self._lock:
+        with self._counting:
+            self._streams.add(plane.stream)
             self._users += 1
         return plane
 
     def forget(self, stream: Stream) -> None:
         """Blocks do not wait for this stream any more."""
-        self._streams.discard(stream)
+        with self._counting:
+            self._streams.discard(stream)
 
     def let_go(self, slots: tuple[int, int] | None) -> None:
         """Removes one plane, with its slots; None if peers may still look at this memory, which then is kept for ever.
         After the last plane the peers' memory is closed, and each own chunk freed once no tensor lies in it."""
-        with self._lock:
+        with self._counting:
             self._users -= 1
             left = self._users
         if slots is None:
@@ -200,18 +202,20 @@ class DeviceMemory:
                 blocks.give_back(start, start + -(-nbytes // _UNIT) * _UNIT)
         if self._returned and not self._frozen:
             noticed = [self._returned.popleft() for _ in range(len(self._returned))]
-            points = [stream.record() for stream in tuple(self._streams)]
+            with self._counting:
+                streams = list(self._streams)
+            points = [stream.record() for stream in streams]
             points += [self.driver.point(program) for program in {p for _, _, p in noticed if p is not None}]
             self._passing.append((points, [(offset, nbytes) for offset, nbytes, _ in noticed]))
 
     def freeze(self) -> None:
         """From here on no block is freed: a peer may still write to memory that was exposed to it."""
-        with self._lock:
+        with self._counting:
             self._frozen += 1
 
     def thaw(self) -> None:
         """Ends one `freeze`."""
-        with self._lock:
+        with self._counting:
             self._frozen -= 1
 
     def offset(self, address: int) -> int:
