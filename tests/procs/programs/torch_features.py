@@ -4,6 +4,7 @@ Needs torchrun. A second argument names one feature.
 """
 
 import json
+import shutil
 import sys
 import tempfile
 import warnings
@@ -208,6 +209,9 @@ def distributed_checkpoint():
     state = {"model": again.state_dict()}
     dcp.load(state, checkpoint_id=folders[0])
     again.load_state_dict(state["model"])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folders[0])
     return trained(again, torch.optim.SGD(again.parameters(), lr=0.1), steps=2)
 
 
