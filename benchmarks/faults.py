@@ -76,7 +76,7 @@ class Records:
             found = [record for record in self.after(since) if fits(record)]
             if found:
                 return min(found, key=lambda record: record["at"])
-            time.sleep(0.02)
+            time.sleep(0.02)  # lines of files that others write: nothing tells of them
         raise TimeoutError((self.folder / "log").read_text()[-3000:])
 
     def processes(self) -> list[int]:
@@ -111,7 +111,7 @@ def recovery(short: bool) -> dict[str, Any]:
             try:
                 for turn in tqdm(range(3 if short else KILLS), desc=transport):
                     log.first(time.time(), lambda r: r["size"] == 4)
-                    time.sleep(10.0 * spares)  # until the spare has imported what it can, as it mostly has
+                    time.sleep(10.0 * spares)  # a spare imports for some seconds, and says nothing when it is done
                     processes = log.processes()
                     died = time.time()
                     os.kill(processes[turn % len(processes)], signal.SIGKILL)
@@ -151,7 +151,7 @@ def torchrun(short: bool) -> dict[str, Any]:
         try:
             for turn in tqdm(range(3 if short else KILLS), desc="torchrun"):
                 lines.first(time.time())
-                time.sleep(2.0)
+                time.sleep(2.0)  # a checkpoint is behind them by then, as in any training that goes on
                 there = lines.processes()
                 died = time.time()
                 os.kill(there[turn % len(there)], signal.SIGKILL)
