@@ -35,6 +35,7 @@ from harness import context, write_json
 from peers import SYSTEMS
 
 from ringred.runtime.config import mpirun_environment
+from ringred.testing.ports import reserved_port
 
 HERE = Path(__file__).parent
 PATIENCE = 120.0  # seconds that one order may take
@@ -43,7 +44,7 @@ PATIENCE = 120.0  # seconds that one order may take
 class Group:
     """The processes of one system, one per rank, each with a connection."""
 
-    def __init__(self, spec: str, ranks: int, folder: Path, number: int) -> None:
+    def __init__(self, spec: str, ranks: int, folder: Path, number: int, port: int) -> None:
         self.spec, self.ranks = spec, ranks
         self.name, _, python = spec.partition("@")
         self.python = python or sys.executable
@@ -51,7 +52,7 @@ class Group:
         self.path, self.barrier = folder / f"s{number}", folder / f"b{number}"
         self.barrier.write_bytes(bytes(64 * ranks))
         self.connections: list[Any] = []
-        self.port = 0
+        self.port = port
         self.processes: list[subprocess.Popen[bytes]] = []
         self.output = (folder / f"out{number}").open("w+b")
 
@@ -80,10 +81,9 @@ class Group:
             bind = ["--bind-to", "none"] if "open" in version(mpirun).lower() else []
             self._spawn([str(mpirun), *bind, "-n", str(self.ranks), *worker], environment)
         else:
-            port = self.port = free_port()
             for rank in range(self.ranks):
                 own = {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_SIZE": str(self.ranks)}
-                own |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                own |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
                 self._spawn([*worker, str(rank)], environment | own)
         for _ in range(self.ranks):
             try:
@@ -143,12 +143,6 @@ def version(mpirun: Path) -> str:
     return subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def groups(specs: Sequence[str], ranks: int) -> Iterator[list[Group]]:
     """All systems, started and waiting for orders."""
@@ -157,7 +151,7 @@ def groups(specs: Sequence[str], ranks: int) -> Iterator[list[Group]]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         started = []
         for number, spec in enumerate(specs):
-            group = Group(spec, ranks, folder, number)
+            group = Group(spec, ranks, folder, number, stack.enter_context(reserved_port()))
             stack.callback(group.stop)
             group.start()
             started.append(group)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -44,20 +43,21 @@ STEPS: dict[str, tuple[int, float, bool]] = {
 
 def run(step: str, folder: Path) -> dict[str, Any]:
     """Starts a step's ranks; what they found, and how it ended."""
+    sys.path.insert(1, str(ROOT))  # where ringred is not installed
+    from ringred.testing.ports import reserved_port
+
     ranks, limit, _ = STEPS[step]
     out = folder / f"{step}.found"
     out.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RINGRED_TUNING": "off"}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "RINGRED_TUNING": "off"}
     shared |= {
         "GPU_CHECK_OUT": str(out),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     }
     began = time.monotonic()
-    with (folder / f"{step}.log").open("wb") as log:
+    with (folder / f"{step}.log").open("wb") as log, reserved_port() as port:
+        shared["MASTER_PORT"] = str(port)
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **(shared if ranks > 1 else {"GPU_CHECK_OUT": str(out)})}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import torch
 
 import ringred
 from ringred.testing.bench.measuring import Spread, interleaved, timed
+from ringred.testing.ports import reserved_port
 from ringred.topology.detect import machine
 
 __all__ = [
@@ -60,10 +60,7 @@ def context() -> dict[str, Any]:
 def on_ranks(script: str, ranks: int, environment: Mapping[str, str], order: Mapping[str, Any]) -> dict[str, Any]:
     """Starts `script` on `ranks` processes, which read `order` by `rank_order`; returns what rank 0 wrote, by
     `write_json`, to the order's "result"."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
         result = Path(folder) / "result.json"
         common = {
             **os.environ,

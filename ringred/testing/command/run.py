@@ -13,7 +13,8 @@ from typing import Any
 from ringred.errors import TransportUnavailable
 from ringred.runtime.config import run_environment
 from ringred.testing.command.parsing import add_json, count, say
-from ringred.testing.command.supervisor import Supervisor, Tell, free_port, say_facts, say_it
+from ringred.testing.command.supervisor import Supervisor, Tell, say_facts, say_it
+from ringred.testing.ports import reserved_port
 from ringred.transports.membership.card import Card, place
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.rendezvous import Rendezvous
@@ -105,14 +106,15 @@ def _supervised(
     spares: int,
 ) -> int:
     keeper_card, secret = rendezvous.keeper.as_text(), rendezvous.secret.hex()
-    environment = run_environment(ranks, least, keeper_card, secret, free_port())
 
     def members() -> list[int] | None:
         cards = rendezvous.members()
         return [card.process for card in cards if card.place == place()] if cards else None
 
     late = first >= size
-    return Supervisor(command, environment, first % size, ranks, size, restarts, members, late, tell, spares).run()
+    with reserved_port() as port:
+        environment = run_environment(ranks, least, keeper_card, secret, port)
+        return Supervisor(command, environment, first % size, ranks, size, restarts, members, late, tell, spares).run()
 
 
 def _meet(options: argparse.Namespace) -> int:

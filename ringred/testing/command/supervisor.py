@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from typing import Any, TypeAlias
 
 from ringred.testing.command.spare import Spares
 
-__all__ = ["Supervisor", "Tell", "free_port", "say_facts", "say_it"]
+__all__ = ["Supervisor", "Tell", "say_facts", "say_it"]
 
 Tell: TypeAlias = "Callable[[str, Mapping[str, Any]], None]"
 """Takes a sentence on what happened, and the same as facts."""
@@ -283,10 +282,3 @@ def _how(status: int) -> str:
 def _end_with_parent() -> None:
     """Of a rank: it ends when its supervisor does."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,10 +8,11 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+
+from ringred.testing.ports import reserved_port
 
 RANKS = 4
 
@@ -44,9 +45,11 @@ def rank_main():
 
 
 def once(generator):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with reserved_port() as port:
+        return killed(generator, port)
+
+
+def killed(generator, port):
     shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(

@@ -4,14 +4,16 @@ Without an argument it starts three ranks of itself, as somebody does who has no
 each rank to find the others by, and ports.
 """
 
+import contextlib
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import warnings
+
+from ringred.testing.ports import reserved_port
 
 RANKS = 3
 BACKENDS = ("gloo", "ringred")
@@ -87,11 +89,8 @@ def rank_main(folder, rank):
 
 
 def start():
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in CASES]
-    ports = json.dumps([listener.getsockname()[1] for listener in sockets])
-    for listener in sockets:
-        listener.close()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as held:
+        ports = json.dumps([held.enter_context(reserved_port()) for _ in CASES])
         ranks = [
             subprocess.Popen([sys.executable, __file__, folder, str(rank), ports], env=os.environ)
             for rank in range(RANKS)
