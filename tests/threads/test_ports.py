@@ -16,8 +16,5 @@ def test_a_store_listens_at_a_reserved_port() -> None:
 
 
 def test_a_reserved_port_is_nobody_elses() -> None:
-    with reserved_port() as port:
-        with pytest.raises(OSError, match="in use"), socket.socket() as other:
-            other.bind(("127.0.0.1", port))
-    with socket.socket() as other:
+    with reserved_port() as port, pytest.raises(OSError, match="in use"), socket.socket() as other:
         other.bind(("127.0.0.1", port))
