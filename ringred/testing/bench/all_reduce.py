@@ -16,7 +16,7 @@ from ringred.testing.bench.measuring import Progress, interleaved, slowest
 __all__ = ["GLOO", "bus_bandwidth", "measure"]
 
 GLOO = "gloo"
-_SAMPLE_SECONDS = 4e-3  # of calls in one measurement
+_SAMPLE_SECONDS = 20e-3  # of calls in one measurement
 _MOST_CALLS = 200
 
 
@@ -37,8 +37,8 @@ def measure(
     for nbytes in sizes:
         buffers = {name: torch.empty(max(1, nbytes // 4)) for name in systems}
         calls = {name: _call(comm, name, buffer) for name, buffer in buffers.items()}
-        count = _count(comm, calls)
-        measures = {name: _timer(call, buffers[name], count) for name, call in calls.items()}
+        counts = _counts(comm, calls)
+        measures = {name: _timer(call, buffers[name], counts[name]) for name, call in calls.items()}
         for name, spread in slowest(comm, interleaved(measures, rounds, progress)).items():
             rows.append(
                 {
@@ -62,26 +62,28 @@ def _call(comm: Communicator, system: str, buffer: Tensor) -> Callable[[], objec
 def _timer(call: Callable[[], object], buffer: Tensor, count: int) -> Callable[[], float]:
     def run() -> float:
         spent = 0.0
-        for turn in range(count):
+        for turn in range(-1, count):  # the first waits for ranks that the system before has let go later
             buffer.fill_(turn)
             began = time.perf_counter()
             call()
-            spent += time.perf_counter() - began
+            if turn >= 0:
+                spent += time.perf_counter() - began
             buffer[-1].item()
         return spent / count
 
     return run
 
 
-def _count(comm: Communicator, calls: dict[str, Callable[[], object]]) -> int:
-    """As many calls as take a sample's time on the slowest system; the same on all ranks."""
-    longest = 0.0
+def _counts(comm: Communicator, calls: dict[str, Callable[[], object]]) -> dict[str, int]:
+    """As many calls of each as take a sample's time; the same on all ranks."""
+    seconds = []
     for call in calls.values():
         for _ in range(2):
             call()
         began = time.perf_counter()
         call()
-        longest = max(longest, time.perf_counter() - began)
-    table = torch.tensor([longest], dtype=torch.float64)
+        seconds.append(time.perf_counter() - began)
+    table = torch.tensor(seconds, dtype=torch.float64)
     comm.all_reduce(table, "max", algorithm="one_shot")
-    return max(1, min(_MOST_CALLS, int(_SAMPLE_SECONDS / max(table.item(), 1e-9))))
+    counts = [int(_SAMPLE_SECONDS / max(longest, 1e-9)) for longest in table.tolist()]
+    return {name: max(1, min(_MOST_CALLS, count)) for name, count in zip(calls, counts, strict=True)}
