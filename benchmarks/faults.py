@@ -3,6 +3,7 @@ nothing fails.
 
 python benchmarks/faults.py recovery    # from the death of a rank to the next step, and to the one with a new rank
 python benchmarks/faults.py torchrun    # the same training by torch's DDP on Gloo, whose ranks torchrun starts anew
+python benchmarks/faults.py torchft     # the same under torchft, of the Python that TORCHFT_PYTHON names
 python benchmarks/faults.py chaos       # ten minutes with a failure every 5 s on average, and some undisturbed
 python benchmarks/faults.py cost        # a step with on_failure="shrink" and without, in the same run
 python benchmarks/faults.py kills       # 200 ranks killed at random moments: when the others raise
@@ -23,12 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from harness import Spread, context, write_json
 from tabulate import tabulate
 from tqdm import tqdm
+
+from ringred.testing.ports import reserved_port
 
 ROOT = Path(__file__).parents[1]
 RANKS_PROGRAM = str(Path(__file__).with_name("faults_ranks.py"))
@@ -166,6 +170,41 @@ def torchrun(short: bool) -> dict[str, Any]:
     return {"restarted": restarted, "again": again}
 
 
+def torchft(short: bool) -> dict[str, Any]:
+    """As `recovery`, under torchft; who is killed is started again at once."""
+    program = str(Path(__file__).with_name("faults_torchft.py"))
+    python = os.environ.get("TORCHFT_PYTHON", sys.executable)
+    lighthouse = [str(Path(python).with_name("torchft_lighthouse")), "--min_replicas", "1"]
+    lighthouse += ["--quorum_tick_ms", "100", "--join_timeout_ms", "1000", "--heartbeat_timeout_ms", "1000"]
+    shrunk, joined = [], []
+    with tempfile.TemporaryDirectory() as name, reserved_port() as port, ExitStack() as stack:
+        lines = Records(Path(name))
+        log = stack.enter_context((lines.folder / "log").open("wb"))
+        address = f"127.0.0.1:{port}"
+
+        def begin(*command: str) -> subprocess.Popen[bytes]:
+            job = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+            stack.callback(job.wait)
+            stack.callback(job.kill)
+            return job
+
+        begin(*lighthouse, "--bind", address)
+        replicas = [begin(python, program, name, str(n), f"http://{address}") for n in range(4)]
+        for turn in tqdm(range(3 if short else KILLS), desc="torchft"):
+            lines.first(time.time(), lambda r: r["size"] == 4)
+            time.sleep(2.0)
+            victim = turn % 4
+            died = time.time()
+            replicas[victim].kill()
+            replicas[victim] = begin(python, program, name, str(victim), f"http://{address}")
+            step = lines.first(died, lambda r: r["size"] == 3)
+            whole = lines.first(step["at"], lambda r: r["size"] == 4)
+            shrunk.append(step["at"] - died)
+            joined.append(whole["at"] - died)
+    show({"torchft on Gloo": {"shrunk": shrunk, "joined": joined}})
+    return {"shrunk": shrunk, "joined": joined}
+
+
 def stepping(folder: Path) -> list[int]:
     """The processes that have made a step within a second, and are there."""
     files = [path for path in folder.glob("*.jsonl") if path.stat().st_mtime > time.time() - 1.0]
@@ -267,7 +306,14 @@ def kills(short: bool) -> dict[str, Any]:
     return {"said": said.strip()}
 
 
-EXPERIMENTS = {"recovery": recovery, "torchrun": torchrun, "chaos": chaos, "cost": cost, "kills": kills}
+EXPERIMENTS = {
+    "recovery": recovery,
+    "torchrun": torchrun,
+    "torchft": torchft,
+    "chaos": chaos,
+    "cost": cost,
+    "kills": kills,
+}
 
 
 def main() -> None:

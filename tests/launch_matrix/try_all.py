@@ -1,0 +1,119 @@
+"""Starts a training, and ranks of which one is killed, in every way that there is, and says what came of each.
+
+    python tests/launch_matrix/try_all.py --mpi MPICH/bin/mpirun INTEL/bin/mpirun --json out/launch-matrix.json
+
+Ways: the mpirun of this environment and those of others (each beside a Python with mpi4py, torch and ringred),
+torchrun, `ringred run`; as this user and, if that is root, as nobody; with /dev/shm as it is and, as root, with 64 MiB
+of it; with as many ranks as cores and with more. The exit status is 1 if one of them fails, hangs, or leaves something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(1, str(ROOT))
+
+from tabulate import tabulate  # noqa: E402
+
+from tests.procs.launching import PROGRAMS, run_to_its_end  # noqa: E402
+
+HERE = Path(sys.executable).parent
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+SMALL = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m,mode=1777 tmpfs /dev/shm && exec "$@"', "sh"]
+LIMIT = 120.0
+
+
+class Way(NamedTuple):
+    """One way to start ranks."""
+
+    launcher: str
+    mpirun: Path | None
+    nobody: bool
+    small: bool
+    ranks: int
+
+    def command(self, *program: str) -> list[str]:
+        """What starts `program`."""
+        before = (SMALL if self.small else []) + (NOBODY if self.nobody else [])
+        if self.launcher == "ringred run":
+            return [*before, str(HERE / "ringred"), "run", "--ranks", str(self.ranks), "--restarts", "0", *program]
+        script = "mpirun" if self.mpirun else "torchrun"
+        return [*before, str(ROOT / "launch" / f"{script}.sh"), str(self.ranks), *program]
+
+    def environment(self, home: str) -> dict[str, str]:
+        """Its variables."""
+        path = f"{self.mpirun.parent if self.mpirun else HERE}:{os.environ['PATH']}"
+        return {"PATH": path, "HOME": home, "TMPDIR": home, "RINGRED_TIMEOUT": "20"}
+
+
+def ways(mpiruns: list[Path], ranks: list[int]) -> Iterator[Way]:
+    """All that can be tried here."""
+    launchers = [("mpirun", HERE / "mpirun"), *((str(path), path) for path in mpiruns)]
+    every: list[tuple[str, Path | None]] = [*launchers, ("torchrun", None), ("ringred run", None)]
+    root = (False, True) if os.geteuid() == 0 else (False,)
+    for (launcher, mpirun), nobody, small, count in product(every, root, root, ranks):
+        yield Way(launcher, mpirun, nobody, small, count)
+
+
+def trained(way: Way, home: str) -> str:
+    """What is wrong with a training, if anything is."""
+    found = Path(home) / "digits.json"
+    found.unlink(missing_ok=True)
+    program = [str(ROOT / "examples" / "train_digits.py"), "--epochs", "3", "--json", str(found)]
+    ended = run_to_its_end(way.command(*program), LIMIT, way.environment(home))
+    if ended.status:
+        return f"status {ended.status}: {ended.output[-1500:]}"
+    result = json.loads(found.read_text())
+    if result["ranks"] != way.ranks or result["accuracy"] < 0.8:
+        return f"{result['ranks']} ranks, accuracy {result['accuracy']}"
+    return f"left behind: {ended.left_behind}" if ended.left_behind else ""
+
+
+def died(way: Way, home: str) -> str:
+    """What is wrong with how a job ends of which one rank is killed, if anything is."""
+    ended = run_to_its_end(way.command(str(PROGRAMS / "dies.py"), "killed"), LIMIT, way.environment(home))
+    raised = [line for line in ended.output.splitlines() if " raised " in line and line.startswith("rank")]
+    if ended.output.count("is at work") != way.ranks:
+        return f"not all began: {ended.output[-1500:]}"
+    if ended.status == 0 or not all("PeerFailed" in line and "rank 1" in line.partition(":")[2] for line in raised):
+        return f"status {ended.status}: {ended.output[-1500:]}"
+    return f"left behind: {ended.left_behind}" if ended.left_behind else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mpi", type=Path, nargs="*", default=[], help="the mpirun of other environments")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[len(os.sched_getaffinity(0)), 6])
+    parser.add_argument("--json", type=Path, help="write what came of each way")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o777)
+        for way in ways(options.mpi, options.ranks):
+            row = {
+                "launcher": way.launcher,
+                "user": "nobody" if way.nobody else "root" if os.geteuid() == 0 else "this one",
+                "/dev/shm": "64 MiB" if way.small else "as it is",
+                "ranks": way.ranks,
+            }
+            row |= {"trains": trained(way, home) or "yes", "ends when one is killed": died(way, home) or "yes"}
+            print(row, flush=True)
+            rows.append(row)
+    print(tabulate([{key: str(value)[:60] for key, value in row.items()} for row in rows], headers="keys"))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(any(row[key] != "yes" for row in rows for key in ("trains", "ends when one is killed")))
+
+
+if __name__ == "__main__":
+    main()
