@@ -25,6 +25,10 @@ from tabulate import tabulate
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
+sys.path.insert(1, str(ROOT))  # where ringred is not installed
+
+from ringred.testing.ports import reserved_port  # noqa: E402
+
 STEPS: dict[str, tuple[int, float, bool]] = {
     # ranks, seconds it may take, whether the exit status depends on it
     "device": (1, 60, True),
@@ -43,9 +47,6 @@ STEPS: dict[str, tuple[int, float, bool]] = {
 
 def run(step: str, folder: Path) -> dict[str, Any]:
     """Starts a step's ranks; what they found, and how it ended."""
-    sys.path.insert(1, str(ROOT))  # where ringred is not installed
-    from ringred.testing.ports import reserved_port
-
     ranks, limit, _ = STEPS[step]
     out = folder / f"{step}.found"
     out.unlink(missing_ok=True)

@@ -1,11 +1,15 @@
 """A reserved port: a store can listen at it, and nothing else is given it."""
 
+import errno
 import socket
+import struct
 
 import pytest
 import torch.distributed as dist
 
 from ringred.testing.ports import reserved_port
+
+IP_LOCAL_PORT_RANGE = 51  # Linux 6.3: the ports from which this socket may be given one
 
 
 def test_a_store_listens_at_a_reserved_port() -> None:
@@ -15,6 +19,28 @@ def test_a_store_listens_at_a_reserved_port() -> None:
         assert store.get("key") == b"value"
 
 
-def test_a_reserved_port_is_nobody_elses() -> None:
-    with reserved_port() as port, pytest.raises(OSError, match="in use"), socket.socket() as other:
-        other.bind(("127.0.0.1", port))
+def asking(family: int, port: int) -> socket.socket:
+    """A socket that no other port than `port` can be given."""
+    made = socket.socket(family)
+    try:
+        made.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("I", port << 16 | port))
+    except OSError as failure:
+        pytest.skip(f"IP_LOCAL_PORT_RANGE: {failure}")
+    return made
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "", "::1"])
+def test_a_reserved_port_is_given_to_no_search_for_a_free_one(address: str) -> None:
+    if address == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
+    with reserved_port() as port, asking(socket.AF_INET6 if ":" in address else socket.AF_INET, port) as other:
+        with pytest.raises(OSError) as refused:  # noqa: PT011
+            other.bind((address, 0))
+        assert refused.value.errno == errno.EADDRINUSE
+
+
+def test_a_reserved_port_is_given_to_no_connection() -> None:
+    with reserved_port() as port, socket.create_server(("127.0.0.1", 0)) as server:
+        with asking(socket.AF_INET, port) as other, pytest.raises(OSError) as refused:  # noqa: PT011
+            other.connect(server.getsockname())
+        assert refused.value.errno == errno.EADDRNOTAVAIL

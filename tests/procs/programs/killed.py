@@ -44,12 +44,7 @@ def rank_main():
         os._exit(4)
 
 
-def once(generator):
-    with reserved_port() as port:
-        return killed(generator, port)
-
-
-def killed(generator, port):
+def seconds_until_all_raised(generator, port):
     shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
@@ -79,5 +74,6 @@ if sys.argv[1] == "rank":
     rank_main()
 else:
     chosen = random.Random(int(sys.argv[2]))
-    slowest = [once(chosen) for _ in range(int(sys.argv[1]))]
+    with reserved_port() as port:
+        slowest = [seconds_until_all_raised(chosen, port) for _ in range(int(sys.argv[1]))]
     print(f"killed {len(slowest)} times: survivors raised within {max(slowest):.3f} s", flush=True)
