@@ -80,12 +80,9 @@ def by_mpi(comm: Any, config: Config) -> Connected:
     gather = mpi.gatherer(comm)
     names = gather(host_name())
     transport = _nearest(gather, comm.Get_rank(), len(names), lambda: mpi.MpiTransport(comm), config, "mpi")
-
-    def reconnect(member: Member, view: View) -> Renewed:
-        mpi.end_without_others()
-        return again(config, member, view)
-
-    seat = _seat(gather, comm.Get_rank(), names, config, reconnect)
+    seat = _seat(gather, comm.Get_rank(), names, config)
+    if seat is not None:
+        seat = seat._replace(part_ways=mpi.end_without_others)
     return Connected(transport, host_indices(names), gather, _nothing, seat)
 
 
@@ -102,7 +99,7 @@ def by_store(store: Any, rank: int, size: int, config: Config, seated: bool = Tr
         return torch_p2p.TorchP2PTransport(store, rank, size, config.timeout, address)
 
     transport = _nearest(gather, rank, size, far, config, "torch_p2p")
-    seat = _seat(gather, rank, names, config, partial(again, config)) if seated else None
+    seat = _seat(gather, rank, names, config) if seated else None
 
     def leave() -> None:
         stores.leave(store, rank, size, config.timeout)
@@ -127,14 +124,12 @@ def _by_rendezvous(launch: Launch, config: Config) -> Connected:
     return connected._replace(seat=seat)
 
 
-def _seat(
-    gather: Gather, rank: int, names: Sequence[str], config: Config, reconnect: Callable[[Member, View], Renewed]
-) -> Seat | None:
+def _seat(gather: Gather, rank: int, names: Sequence[str], config: Config) -> Seat | None:
     """The seat of `rank`, whose job goes on over shared memory and Gloo when its ranks change, MPI's too: MPI's own
     messages are not to be relied on after a rank has died."""
     if len(names) == 1:
         return None
-    return take(gather, rank, names, config.interface, reconnect)
+    return take(gather, rank, names, config.interface, partial(again, config))
 
 
 def again(config: Config, member: Member, view: View) -> Renewed:

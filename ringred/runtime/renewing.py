@@ -40,6 +40,8 @@ class Renewing:
         self.recovery: Any = None  # what its models have in common, if they go on after failures
         if seat is not None:
             seat.member.hold()
+            comm: Any = self
+            comm.runner.followers.append(lambda failure: seat.part_ways())
             watch(self, stall_seconds)
 
     def _leave_seat(self) -> None:
@@ -92,6 +94,7 @@ class Renewing:
         if self.seat is None:
             raise RingredError(f"rank {self.rank}: {self.name}: expected a communicator of ranks that reach each other")
         seat, seconds = self.seat, comm.config.timeout if timeout is None else timeout
+        seat.part_ways()
         view, deadline = seat.view, time.monotonic() + seconds
         while True:
             joins = view.generation < 0

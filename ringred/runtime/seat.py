@@ -37,20 +37,27 @@ class Renewed(NamedTuple):
     gather: Gather
 
 
+def _stay() -> None:
+    """What most jobs do: their end waits for nobody."""
+
+
 class Seat(NamedTuple):
     """The rank's `member`, which others reach, the `view` that its communicator has, and `connect`, which connects the
     members of another view. The latter is collective among them. `rendezvous` is where those who join
-    ask, if any can."""
+    ask, if any can. `part_ways` is called once one of the communicators has failed or its members change: from there on
+    some may end before others."""
 
     member: Member
     view: View
     connect: Callable[[Member, View], Renewed]
     rendezvous: Rendezvous | None = None
+    part_ways: Callable[[], None] = _stay
 
     def part(self, name: str, ranks: Sequence[int], connect: Callable[[Member, View], Renewed] | None = None) -> Seat:
         """That of a communicator `name` of some of the ranks."""
         members = tuple(self.view.members[rank] for rank in ranks)
-        return Seat(self.member, self.member.adopt(View(name, 0, members, {})), connect or self.connect)
+        view = self.member.adopt(View(name, 0, members, {}))
+        return self._replace(view=view, connect=connect or self.connect, rendezvous=None)
 
 
 def take(

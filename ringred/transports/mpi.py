@@ -82,12 +82,12 @@ def abort_job(code: int) -> None:
 
 
 def end_without_others() -> None:
-    """From here on this process does not wait for the others in `MPI_Finalize`, as some have ended already.
+    """From here on this process does not wait for the others in `MPI_Finalize`: some may have ended already.
 
-    Open MPI waits there for all ranks of the job, and after a death that wait does not always end: 2 of 12 runs of four
-    ranks under `mpirun --enable-recovery` hung (5.0.11), none of 12 with this. Other libraries have no such variable.
+    Open MPI waits there for all ranks of the job, and after a death under `mpirun --enable-recovery` that wait does not
+    always end (benchmarks/results/faults.md). Other libraries have no such variable.
     """
-    with suppress(ValueError):
+    with suppress(ValueError, OSError):
         ctypes.c_bool.in_dll(ctypes.CDLL(MPI.__file__), "ompi_async_mpi_finalize").value = True
 
 
