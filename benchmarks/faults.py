@@ -171,11 +171,24 @@ def torchrun(short: bool) -> dict[str, Any]:
 
 
 def torchft(short: bool) -> dict[str, Any]:
-    """As `recovery`, under torchft; who is killed is started again at once."""
+    """As `recovery`, under torchft, with the lighthouse's timeouts as its README has them, and with shorter ones."""
+    times = {
+        "torchft, 10 and 30 s": with_torchft(3 if short else KILLS, 10.0, 5.0, 30.0),
+        "torchft, 1 and 10 s": with_torchft(3 if short else KILLS, 1.0, 1.0, 10.0),
+    }
+    show(times)
+    return times
+
+
+def with_torchft(kills: int, joins: float, beats: float, waits: float) -> dict[str, list[float]]:
+    """Seconds for each of `kills`: it waits `joins` seconds for replicas that are late, `beats` for a heartbeat, and
+    `waits` for all else. Who is killed is started again at once."""
     program = str(Path(__file__).with_name("faults_torchft.py"))
     python = os.environ.get("TORCHFT_PYTHON", sys.executable)
-    lighthouse = [str(Path(python).with_name("torchft_lighthouse")), "--min_replicas", "1"]
-    lighthouse += ["--quorum_tick_ms", "100", "--join_timeout_ms", "1000", "--heartbeat_timeout_ms", "1000"]
+    lighthouse = [str(Path(python).with_name("torchft_lighthouse")), "--min_replicas", "1", "--quorum_tick_ms", "100"]
+    lighthouse += ["--join_timeout_ms", f"{1000 * joins:.0f}", "--heartbeat_timeout_ms", f"{1000 * beats:.0f}"]
+    if not Path(lighthouse[0]).exists():
+        raise SystemExit(f"no {lighthouse[0]}: TORCHFT_PYTHON names a Python with torch, scikit-learn and torchft")
     shrunk, joined = [], []
     with tempfile.TemporaryDirectory() as name, reserved_port() as port, ExitStack() as stack:
         lines = Records(Path(name))
@@ -189,19 +202,19 @@ def torchft(short: bool) -> dict[str, Any]:
             return job
 
         begin(*lighthouse, "--bind", address)
-        replicas = [begin(python, program, name, str(n), f"http://{address}") for n in range(4)]
-        for turn in tqdm(range(3 if short else KILLS), desc="torchft"):
+        arguments = (f"http://{address}", str(waits))
+        replicas = [begin(python, program, name, str(n), *arguments) for n in range(4)]
+        for turn in tqdm(range(kills), desc=f"torchft, {joins:g} and {waits:g} s"):
             lines.first(time.time(), lambda r: r["size"] == 4)
             time.sleep(2.0)
             victim = turn % 4
             died = time.time()
             replicas[victim].kill()
-            replicas[victim] = begin(python, program, name, str(victim), f"http://{address}")
+            replicas[victim] = begin(python, program, name, str(victim), *arguments)
             step = lines.first(died, lambda r: r["size"] == 3)
             whole = lines.first(step["at"], lambda r: r["size"] == 4)
             shrunk.append(step["at"] - died)
             joined.append(whole["at"] - died)
-    show({"torchft on Gloo": {"shrunk": shrunk, "joined": joined}})
     return {"shrunk": shrunk, "joined": joined}
 
 

@@ -1,7 +1,7 @@
 """What `faults.py` compares with: one replica of the same training under torchft, which goes on without those that died
 and takes their successors in.
 
-python faults_torchft.py FOLDER REPLICA LIGHTHOUSE
+python faults_torchft.py FOLDER REPLICA LIGHTHOUSE SECONDS
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_digits import digits, make_model
 
 BATCH = 16
-PATIENCE = timedelta(seconds=10)
 
 
-def train(folder: Path, replica: int, lighthouse: str) -> None:
-    """Trains until it is ended, and writes a line for each step."""
+def train(folder: Path, replica: int, lighthouse: str, patience: timedelta) -> None:
+    """Trains until it is ended, and writes a line for each step. It waits at most `patience` for anything."""
     torch.set_num_threads(1)
     data, _ = digits()
     images, labels = data[:]
@@ -40,11 +39,11 @@ def train(folder: Path, replica: int, lighthouse: str) -> None:
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     manager = Manager(
-        pg=ProcessGroupGloo(timeout=PATIENCE),
+        pg=ProcessGroupGloo(timeout=patience),
         load_state_dict=load,
         state_dict=lambda: {"net": net.state_dict(), "optimizer": inner.state_dict()},
         min_replica_size=1,
-        timeout=PATIENCE,
+        timeout=patience,
         rank=0,
         world_size=1,
         store_addr="127.0.0.1",
@@ -71,4 +70,4 @@ def train(folder: Path, replica: int, lighthouse: str) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], timedelta(seconds=float(sys.argv[4])))

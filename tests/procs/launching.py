@@ -81,6 +81,12 @@ def run_to_its_end(command: list[str], limit: float, variables: dict[str, str]) 
     return Ended(job.returncode, output.decode(errors="replace").replace("\0", ""), seconds, at, left)
 
 
+def mistaken(output: str) -> list[str]:
+    """The lines in which ranks of `dies.py` say that they raised something else than that rank 1 failed."""
+    raised = [line for line in output.splitlines() if " raised " in line and line.startswith("rank")]
+    return [line for line in raised if "PeerFailed" not in line or "rank 1" not in line.partition(":")[2]]
+
+
 def end(job: subprocess.Popen[bytes]) -> bytes:
     """Ends `job` and all of its process group, by force if it must be, and returns what was printed meanwhile."""
     for how, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):

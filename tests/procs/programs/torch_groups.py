@@ -49,7 +49,12 @@ def of_environment(folder, case, rank):
 
 
 HOWS = (of_file, of_store, of_tcp, of_environment)
-CASES = tuple(itertools.product(HOWS, BACKENDS, STRAYS))
+# Both backends with every stray where variables tell of the job, and in turn elsewhere.
+CASES = tuple(
+    (how, backend, stray)
+    for (at, how), (number, stray) in itertools.product(enumerate(HOWS), enumerate(STRAYS))
+    for backend in (BACKENDS if how is of_environment else (BACKENDS[(at + number // 2) % 2],))
+)
 
 
 def port(case):
