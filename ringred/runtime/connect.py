@@ -81,7 +81,7 @@ def by_mpi(comm: Any, config: Config) -> Connected:
     names = gather(host_name())
     transport = _nearest(gather, comm.Get_rank(), len(names), lambda: mpi.MpiTransport(comm), config, "mpi")
     seat = _seat(gather, comm.Get_rank(), names, config)
-    if seat is not None:
+    if seat is not None and len(names) == mpi.world().Get_size():
         seat = seat._replace(part_ways=mpi.end_without_others)
     return Connected(transport, host_indices(names), gather, _nothing, seat)
 

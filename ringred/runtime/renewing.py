@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
+
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable
-from ringred.runtime.seat import Renewed, Seat, agreed_text
+from ringred.runtime.seat import Renewed, Seat, agreed_text, has_ended
 from ringred.runtime.stall import watch
 from ringred.transports.membership.agree import agree, join
 from ringred.transports.membership.caller import Gone, Silent
@@ -40,8 +42,6 @@ class Renewing:
         self.recovery: Any = None  # what its models have in common, if they go on after failures
         if seat is not None:
             seat.member.hold()
-            comm: Any = self
-            comm.runner.followers.append(lambda failure: seat.part_ways())
             watch(self, stall_seconds)
 
     def _leave_seat(self) -> None:
@@ -94,7 +94,6 @@ class Renewing:
         if self.seat is None:
             raise RingredError(f"rank {self.rank}: {self.name}: expected a communicator of ranks that reach each other")
         seat, seconds = self.seat, comm.config.timeout if timeout is None else timeout
-        seat.part_ways()
         view, deadline = seat.view, time.monotonic() + seconds
         while True:
             joins = view.generation < 0
@@ -104,6 +103,8 @@ class Renewing:
             try:
                 made = seated(comm, seat._replace(view=view), seat.connect(seat.member, view))
                 made.barrier()
+                if seat.part_ways is not None and _others_have_ended(made, seat):
+                    seat.part_ways()
             except (PeerFailed, CollectiveTimeout, TransportUnavailable):
                 if made is not None:
                     made.drop_seat()
@@ -115,6 +116,14 @@ class Renewing:
         self.successor = made
         comm.close()
         return cast("C", made)
+
+
+def _others_have_ended(made: Any, before: Seat) -> bool:
+    """Whether all ranks of `made` know that the members of `before` that it has not have ended. Collective."""
+    lost = [card for card in before.view.members if made.seat.view.rank_of(card.identity) is None]
+    known = torch.tensor([bool(lost) and all(has_ended(before.member, card) for card in lost)])
+    made.all_reduce(known, "min", algorithm="one_shot")
+    return bool(known.item())
 
 
 def _joined(seat: Seat, said: Mapping[str, Any], seconds: float) -> View:

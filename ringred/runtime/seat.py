@@ -20,7 +20,7 @@ from ringred.transports.membership.rendezvous import Rendezvous
 from ringred.transports.membership.view import View
 from ringred.transports.membership.wire import Malformed
 
-__all__ = ["LINEAGE", "Renewed", "Seat", "agreed_text", "check_alive", "own_address", "take"]
+__all__ = ["LINEAGE", "Renewed", "Seat", "agreed_text", "check_alive", "has_ended", "own_address", "take"]
 
 LINEAGE = "world"
 """The name of the communicator of all ranks of a job, whatever its generation."""
@@ -37,27 +37,23 @@ class Renewed(NamedTuple):
     gather: Gather
 
 
-def _stay() -> None:
-    """What most jobs do: their end waits for nobody."""
-
-
 class Seat(NamedTuple):
     """The rank's `member`, which others reach, the `view` that its communicator has, and `connect`, which connects the
-    members of another view. The latter is collective among them. `rendezvous` is where those who join
-    ask, if any can. `part_ways` is called once one of the communicators has failed or its members change: from there on
-    some may end before others."""
+    members of another view. The latter is collective among them. `rendezvous` is where those who join ask, if any can.
+    `part_ways`, if any, is called where members have ended and the others go on: their end is not to wait for those."""
 
     member: Member
     view: View
     connect: Callable[[Member, View], Renewed]
     rendezvous: Rendezvous | None = None
-    part_ways: Callable[[], None] = _stay
+    part_ways: Callable[[], None] | None = None
 
     def part(self, name: str, ranks: Sequence[int], connect: Callable[[Member, View], Renewed] | None = None) -> Seat:
         """That of a communicator `name` of some of the ranks."""
         members = tuple(self.view.members[rank] for rank in ranks)
         view = self.member.adopt(View(name, 0, members, {}))
-        return self._replace(view=view, connect=connect or self.connect, rendezvous=None)
+        part_ways = self.part_ways if len(members) == len(self.view.members) else None  # others know nothing of it
+        return Seat(self.member, view, connect or self.connect, part_ways=part_ways)
 
 
 def take(
@@ -122,14 +118,19 @@ def _reach_others(member: Member, view: View) -> None:
 def check_alive(member: Member, view: View) -> None:
     """Raises `PeerFailed` if a member of `view` has ended."""
     for rank, card in enumerate(view.members):
-        if card.identity == member.identity:
-            continue
-        try:
-            member.call(card, _LOOK_SECONDS).close()
-        except (Gone, Malformed):
-            raise PeerFailed(f"rank {rank} of {view.lineage} has ended ({card})") from None
-        except (Cut, Silent):
-            continue
+        if card.identity != member.identity and has_ended(member, card):
+            raise PeerFailed(f"rank {rank} of {view.lineage} has ended ({card})")
+
+
+def has_ended(member: Member, card: Card) -> bool:
+    """Whether it is certain that the process of `card` has ended."""
+    try:
+        member.call(card, _LOOK_SECONDS).close()
+    except (Gone, Malformed):
+        return True
+    except (Cut, Silent):
+        pass
+    return False
 
 
 def agreed_text(gather: Gather, mine: object) -> object:

@@ -82,7 +82,8 @@ def abort_job(code: int) -> None:
 
 
 def end_without_others() -> None:
-    """From here on this process does not wait for the others in `MPI_Finalize`: some may have ended already.
+    """From here on this process does not wait for the others in `MPI_Finalize`. All that live must say so, as who waits
+    then waits for them as well.
 
     Open MPI waits there for all ranks of the job, and after a death under `mpirun --enable-recovery` that wait does not
     always end (benchmarks/results/faults.md). Other libraries have no such variable.

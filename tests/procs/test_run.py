@@ -170,25 +170,14 @@ def test_two_hosts_meet_at_a_third(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transport", ["shm", "mpi"])
 def test_ranks_shrink_under_an_mpirun_that_lets_them(transport: str) -> None:
     """By default mpirun ends the job when a rank dies. Over MPI, ringred's own messages tell of the death."""
-    said = under_recovery(transport)
-    assert sorted((one["rank"], one["size"], one["sum"]) for one in said) == [(0, 3, 3.0), (1, 3, 3.0), (2, 3, 3.0)]
-    assert {one["to"] for one in said} == {"shm"}
-
-
-def test_ranks_that_do_not_shrink_do_not_wait_for_the_dead_either() -> None:
-    said = under_recovery("shm", "end")
-    assert sorted((one["rank"], one["size"]) for one in said) == [(0, 4), (2, 4), (3, 4)]
-
-
-def under_recovery(transport: str, *arguments: str) -> list[dict[str, Any]]:
-    """What the ranks say that live. None of them waits for the others in `MPI_Finalize`, which would hang at times."""
     variables = {"RINGRED_TRANSPORT": transport, "MPIRUN_ARGS": "--enable-recovery", "RINGRED_TIMEOUT": "60"}
-    job = launch("mpirun", 4, "shrinks.py", *arguments, limit=60, **variables)
+    job = launch("mpirun", 4, "shrinks.py", limit=60, **variables)
     said = [json.loads(line) for line in job.output.splitlines() if line.startswith("{")]
-    assert {(one["from"], one["waits"]) for one in said} == {(transport, False)}
+    assert sorted((one["rank"], one["size"], one["sum"]) for one in said) == [(0, 3, 3.0), (1, 3, 3.0), (2, 3, 3.0)]
+    # None waits for the others in `MPI_Finalize`, which would hang at times.
+    assert {(one["from"], one["to"], one["waits"]) for one in said} == {(transport, "shm", False)}
     assert all("rank 1" in one["why"] for one in said)
     assert job.left_behind == []
-    return said
 
 
 def test_the_example_goes_on_from_its_checkpoint_with_other_ranks(tmp_path: Path) -> None:

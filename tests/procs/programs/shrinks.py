@@ -1,10 +1,8 @@
-"""Rank 1 is killed in the middle of its all-reduces; the others shrink, or just end if the argument says so, and print
-what they are then."""
+"""Rank 1 is killed in the middle of its all-reduces; the others shrink, and print what they are then."""
 
 import ctypes
 import json
 import os
-import sys
 
 import torch
 from mpi4py import MPI
@@ -19,11 +17,9 @@ try:
         comm.all_reduce(torch.ones(1000), algorithm="ring")
 except ringred.PeerFailed as failure:
     said = {"why": str(failure), "from": comm.transport.name}
-    if sys.argv[1:] != ["end"]:
-        comm = comm.shrink()
+    comm = comm.shrink()
     total = torch.ones(3)
-    if not comm.runner.failed:
-        comm.all_reduce(total)
+    comm.all_reduce(total)
     waits = not ctypes.c_bool.in_dll(ctypes.CDLL(MPI.__file__), "ompi_async_mpi_finalize").value
     said |= {"rank": comm.rank, "size": comm.size, "sum": total[0].item(), "to": comm.transport.name, "waits": waits}
     os.write(1, (json.dumps(said) + "\n").encode())
