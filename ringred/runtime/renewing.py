@@ -103,8 +103,7 @@ class Renewing:
             try:
                 made = seated(comm, seat._replace(view=view), seat.connect(seat.member, view))
                 made.barrier()
-                if seat.part_ways is not None and _others_have_ended(made, seat):
-                    seat.part_ways()
+                _part_ways(made, seat)
             except (PeerFailed, CollectiveTimeout, TransportUnavailable):
                 if made is not None:
                     made.drop_seat()
@@ -118,12 +117,18 @@ class Renewing:
         return cast("C", made)
 
 
-def _others_have_ended(made: Any, before: Seat) -> bool:
-    """Whether all ranks of `made` know that the members of `before` that it has not have ended. Collective."""
+def _part_ways(made: Any, before: Seat) -> None:
+    """Has the ranks of `made` end without the members of `before` that it lost, if all know that those have ended; if
+    not, never: one that lives would wait for them. Collective."""
     lost = [card for card in before.view.members if made.seat.view.rank_of(card.identity) is None]
-    known = torch.tensor([bool(lost) and all(has_ended(before.member, card) for card in lost)])
+    if before.part_ways is None or not lost:
+        return
+    known = torch.tensor([all(has_ended(before.member, card) for card in lost)])
     made.all_reduce(known, "min", algorithm="one_shot")
-    return bool(known.item())
+    if known.item():
+        before.part_ways()
+    else:
+        made.seat = made.seat._replace(part_ways=None)
 
 
 def _joined(seat: Seat, said: Mapping[str, Any], seconds: float) -> View:

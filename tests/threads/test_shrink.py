@@ -128,6 +128,32 @@ def test_shrinking_without_a_failure_gives_the_same_ranks() -> None:
     assert run_ranks(body, 3, "shm") == [(0, 3), (1, 3), (2, 3)]
 
 
+def parting(comm: Communicator) -> list[str]:
+    """Is told when the rank of `comm` parts ways with those that have ended."""
+    told: list[str] = []
+    assert comm.seat is not None
+    comm.seat = comm.seat._replace(part_ways=lambda: told.append("parted"))
+    return told
+
+
+def test_those_that_live_part_ways_with_the_ended_once_all_ranks_shrink() -> None:
+    def body(comm: Communicator) -> list[str]:
+        told = parting(comm)
+        if comm.rank < 2:
+            some = comm.subset([0, 1], "some")
+            assert some.seat is not None
+            assert some.seat.part_ways is None  # the third would know nothing of it
+            some.close()
+        comm.duplicate().shrink().close()
+        assert told == []  # nobody has ended
+        after_failure(comm)
+        return told
+
+    results = run_ranks(body, 3, "shm", return_exceptions=True)
+    assert isinstance(results.pop(1), ZeroDivisionError)
+    assert results == [["parted"], ["parted"]]
+
+
 def test_a_part_of_the_ranks_shrinks_by_itself() -> None:
     def body(comm: Communicator) -> tuple[int, int, bool]:
         part = comm.split(comm.rank % 2)
@@ -152,10 +178,15 @@ def test_a_rank_that_does_not_come_is_left_out_and_told_so() -> None:
             with pytest.raises(PeerFailed, match="rank 2 of world was left out by those who went on"):
                 comm.shrink()
             return "late"
+        told = parting(comm)
         with pytest.raises(CollectiveTimeout):
             comm.barrier()
         left = comm.shrink()
         left.barrier()
+        # The late one lives, and would wait at its end for those that part ways.
+        assert told == []
+        assert left.seat is not None
+        assert left.seat.part_ways is None
         time.sleep(3.0)  # it is still there when the late one asks
         return left.size
 
