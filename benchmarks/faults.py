@@ -206,7 +206,7 @@ def with_torchft(kills: int, joins: float, beats: float, waits: float) -> dict[s
         replicas = [begin(python, program, name, str(n), *arguments) for n in range(4)]
         for turn in tqdm(range(kills), desc=f"torchft, {joins:g} and {waits:g} s"):
             lines.first(time.time(), lambda r: r["size"] == 4)
-            time.sleep(2.0)
+            time.sleep(2.0)  # all four have gone on together for a while, not only met
             victim = turn % 4
             died = time.time()
             replicas[victim].kill()

@@ -20,10 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(1, str(ROOT))
+from tabulate import tabulate
 
-from tabulate import tabulate  # noqa: E402
+ROOT = Path(__file__).parents[2]
+sys.path.insert(1, str(ROOT))  # where the package of the tests is
 
 from tests.procs.launching import PROGRAMS, Ended, mistaken, run_to_its_end  # noqa: E402
 

@@ -16,7 +16,7 @@ from ringred.testing.bench.measuring import Progress, interleaved, slowest
 __all__ = ["GLOO", "bus_bandwidth", "measure"]
 
 GLOO = "gloo"
-_SAMPLE_SECONDS = 20e-3  # of calls in one measurement
+_SAMPLE_SECONDS = 20e-3  # of calls in one measurement: several of a slow system too
 _MOST_CALLS = 5000
 
 
