@@ -55,7 +55,7 @@ setup(
     ext_modules=[
         Extension(
             "ringred.native._player",
-            [str(NATIVE / name) for name in ("module.c", "tape.c", "folds.c", "copy.c")],
+            [str(NATIVE / name) for name in ("module.c", "recall.c", "tape.c", "folds.c", "copy.c")],
             depends=[str(NATIVE / name) for name in ("halves.h", "layout.h", "waits.h")],
             extra_compile_args=["-O3", "-std=c11", "-D_GNU_SOURCE", "-ffp-contract=off", "-fvisibility=hidden"],
             extra_link_args=["-Wl,-s"],

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define VERSION 5 /* raised with every change of this file or of module.c, here and in __init__.py */
+#define VERSION 6 /* raised with every change of this file or of module.c, here and in __init__.py */
 
 /* Words of a control block, of 8 bytes. */
 enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT = 25 };
@@ -86,9 +86,11 @@ enum { SUM, PROD, MIN, MAX, BAND, BOR, BXOR, OPS };
 
 void stream(char *to, const char *from, int64_t nbytes);
 
+/* LAST_LOOK: a peer is gone, but what it wrote before still counts. BRIEFLY: returns LOOK instead of sleeping. */
+enum { LAST_LOOK = 1, BRIEFLY = 2 };
 /* Plays on, or begins: as the collective `contract`, which may take `timeout` ns. `times`, if not 0, get three words for
- * each fold and take: when it began to wait, had its data, and ended. */
-int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int last_look);
+ * each fold and take: when it began to wait, had its data, and ended. `how` is any of the above. */
+int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int how);
 /* Forgets a tape that was not played to its end. */
 void drop(Tape *tape);
 

@@ -4,6 +4,8 @@
 
 #include "layout.h"
 
+PyObject *recall_class(void); /* recall.c */
+
 static int numbers(PyObject *const *args, Py_ssize_t given, long long *out, Py_ssize_t least, Py_ssize_t most) {
     if (given < least || given > most) {
         PyErr_Format(PyExc_TypeError, "expected %zd to %zd arguments, got %zd", least, most, given);
@@ -17,7 +19,7 @@ static int numbers(PyObject *const *args, Py_ssize_t given, long long *out, Py_s
 }
 
 PyDoc_STRVAR(play_doc,
-             "play(rank, tape, contract, timeout_ns, times=0, last_look=0) -> how it ended\n\n"
+             "play(rank, tape, contract, timeout_ns, times=0, how=0) -> how it ended\n\n"
              "As in layout.h; `rank`, `tape` and `times` are addresses. Raises what a signal handler raises.");
 
 static PyObject *module_play(PyObject *self, PyObject *const *args, Py_ssize_t given) {
@@ -123,7 +125,11 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_player", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__player(void) {
-    PyObject *made = PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module), *recall = recall_class();
+    if (!made || !recall || PyModule_AddObject(made, "Recall", recall)) {
+        Py_XDECREF(recall);
+        Py_CLEAR(made);
+    }
 #ifdef Py_GIL_DISABLED
     /* A tape has one player at a time, whoever calls, and nothing else here changes. */
     if (made && PyUnstable_Module_SetGIL(made, Py_MOD_GIL_NOT_USED)) Py_CLEAR(made);

@@ -15,7 +15,7 @@ typedef struct {
     Link *links;
     Tape *tape;
     Request *requests;
-    int last_look; /* a peer is gone: what it wrote before still counts */
+    int how;
 } Player;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -164,13 +164,14 @@ static int until(Player *player, int64_t link, int64_t address, int64_t value) {
             else pause_core();
         }
     player->tape->fault_link = link;
+    if (player->how & BRIEFLY) return LOOK;
     for (int interrupted = 0;;) {
         set_word(rank->block, SLEEPING, 1);
         __atomic_thread_fence(__ATOMIC_SEQ_CST); /* a peer that writes after this sees that it must wake this rank */
         drain(player);
         int64_t left = player->tape->deadline - now();
         int result = word_of(address, 0) >= value                                    ? DONE
-                     : word_of(rank->block, ALARM) || player->last_look              ? LOOK
+                     : word_of(rank->block, ALARM) || player->how & LAST_LOOK        ? LOOK
                      : word_of((int64_t)&player->links[link].gone, 0)                ? LOOK
                      : word_of(player->links[link].block, CLOSED)                    ? LOOK
                      : left <= 0                                                     ? LATE
@@ -351,10 +352,10 @@ static void end(Rank *rank, Tape *tape) {
     tape->playing = 0;
 }
 
-int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int last_look) {
+int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int how) {
     int result = tape->playing ? DONE : begin(rank, tape, contract, timeout);
     if (result != DONE) return result;
-    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, last_look};
+    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, how};
     for (;;) {
         const int64_t *words = tape->words + tape->at;
         switch (words[0]) {

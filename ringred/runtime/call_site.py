@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ _LIBRARIES = (
 )
 
 
+@functools.cache
 def in_libraries(file: str) -> bool:
     """Whether a file is part of ringred, torch, or what calls the user's code."""
     return file.startswith(_LIBRARIES)

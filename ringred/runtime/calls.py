@@ -29,6 +29,11 @@ class Call(NamedTuple):
     digest: int
     purpose: str = ""
 
+    def numbered(self, number: int) -> str:
+        """The text of the `number`-th such call."""
+        head, _, rest = self.text.partition(" ")
+        return f"{head} #{number} {rest}"
+
     def for_purpose(self, purpose: str) -> Call:
         """The same call, which only meets calls for the same `purpose` on the other ranks."""
         text, value = f"{self.text} for {purpose}", self.digest ^ digest(purpose)

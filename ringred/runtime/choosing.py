@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ringred.runtime import explain, probe
 from ringred.runtime.planner import Planner
+from ringred.runtime.runner import Runner
 from ringred.runtime.select import choose, machine_model
 from ringred.topology.calibrate import Costs, Tuning
 from ringred.topology.model import Topology
@@ -27,6 +28,7 @@ class Choosing:
     hosts: tuple[int, ...]
     tuning: Tuning
     _planner: Planner
+    _runner: Runner
 
     def tune(self, tuning: Tuning) -> None:
         """Makes "auto" use the costs in `tuning`, the same on every rank; {} means the built-in costs."""
@@ -34,6 +36,7 @@ class Choosing:
         self._planner.models = self._models()
         self._planner.native = self.tuning.get("native")
         self._planner.forget()
+        self._runner.recall.forget()
 
     def choice(self, nbytes: int, collective: str = "all_reduce", memory: str = "tensor") -> str:
         """The algorithm that "auto" chooses for `nbytes` bytes in memory of kind `memory` (see `memory_of`)."""

@@ -6,9 +6,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-__all__ = ["Doing", "Enqueued", "hold"]
+from ringred.runtime.doing import Doing
+
+__all__ = ["Enqueued", "hold"]
 
 _kept: list[object] = []  # what devices that did not end may still use
 
@@ -21,14 +23,6 @@ def hold(held: object, point: Any, until: float) -> None:
                 _kept.append(held)
                 return
             time.sleep(0.001)  # after a failure only
-
-
-class Doing(NamedTuple):
-    """A call as errors name it: its number among the collectives, its text, and its place in the user's program."""
-
-    number: int
-    text: str
-    site: str
 
 
 class Enqueued:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ringred.errors import RingredError
-from ringred.runtime.enqueued import Doing, Enqueued, hold
+from ringred.runtime.doing import Doing
+from ringred.runtime.enqueued import Enqueued, hold
 from ringred.runtime.work import Progress
 from ringred.transports.base import Fault, Transport
 

@@ -116,18 +116,7 @@ class Operations:
         algorithm that adds every element in rank order, so that a sum has the same bits over any transport and however
         the data is divided.
         """
-        if async_op or grid is not None or not tensors.is_plain(tensor) or self._planner.on_device:
-            return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
-        # The key of `tensors.identity`, and its way, in fewer steps.
-        key = (symmetric.all_reduce, tensor.data_ptr(), tensor.numel(), tensor.dtype, op, algorithm, None)
-        try:
-            prepared = self._planner.ready.get(key)
-        except TypeError:  # `op` is no operation, and not even hashable
-            prepared = None
-        if prepared is None:
-            return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
-        self._runner.launch_again(prepared, holding=tensor)
-        return None
+        return self._launch(async_op, symmetric.all_reduce, tensor, op, algorithm, grid)
 
     def all_reduce_init(
         self,
@@ -293,6 +282,8 @@ class Operations:
         What is kept for the next time does not hold the memory of tensors: it is found again by their addresses, by
         somebody who holds them.
         """
+        if not async_op and self._runner.recall.play(prepare, *arguments):
+            return None
         planner = self._planner
         try:
             device = planner.device if planner.on_device else None
@@ -307,7 +298,7 @@ class Operations:
                     return there._launch(async_op, prepare, *arguments)
                 return self._runner.launch(self._prepare(prepare, *arguments), async_op)
             prepared = self._prepare(_remembered, key, prepare, arguments)
-        if async_op:
-            return self._runner.launch(prepared, async_op, holding=arguments)
-        self._runner.launch_again(prepared, holding=arguments)
-        return None
+        work = self._runner.launch(prepared, async_op, holding=arguments)
+        if not async_op and key is not None and planner.ready.get(key) is prepared:
+            self._runner.keep(prepared, prepare, arguments)
+        return work

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -15,22 +16,21 @@ from ringred.errors import CollectiveMismatch, PeerFailed, RingredError
 from ringred.runtime import tensors
 from ringred.runtime.call_site import call_site
 from ringred.runtime.calls import Call, Native, Post, Prepared
-from ringred.runtime.enqueued import Doing, Enqueued
+from ringred.runtime.doing import Current, Doing, Doings
+from ringred.runtime.enqueued import Enqueued
 from ringred.runtime.executor import Plan, run
 from ringred.runtime.failures import RAISED, Report, diagnose
 from ringred.runtime.on_device import OnDevice
+from ringred.runtime.recall import Never, contract, keep, recall
 from ringred.runtime.trace import Tracer
 from ringred.runtime.work import Progress, Work
 from ringred.transports.base import Fault, FaultKind, Request, Tape, Transport
 
-__all__ = ["Runner", "contract"]
+__all__ = ["Runner"]
 
 _OUTGOING = 32  # greatest number of asynchronous sends in flight
-_ONE_WAY = 64  # collectives that this rank may have left before others began, and that are remembered
 _SHORT_WAIT = 0.05  # the same, before this rank says what it saw
 _REPORT_WAIT = 0.5  # seconds to wait for the reports of other ranks when a collective failed
-_STRIDE = 0x9E3779B97F4A7C15
-_62_BITS = (1 << 62) - 1
 _LONGEST_NS = 1 << 61
 
 
@@ -46,23 +46,23 @@ class Runner:
         self, transport: Transport, timeout: float, name: str, blocking: bool = False, sites: bool = False
     ) -> None:
         self.transport, self._sites = transport, sites
+        self.order = threading.RLock()
+        self.doings = Doings()
+        if not sites:
+            self.doings.recall = recall(transport, self.order, self._resume, self.doings.noted)
+        self.recall = self.doings.recall
+        """Calls that were made before; who has found none there calls `launch`."""
         self.set_timeout(timeout)
-        self._attempt = None if transport.player is None or sites else transport.player.attempt
         self.device = OnDevice(transport, name, blocking, self._failed, self.abort)
         self.rank, self.size = transport.rank, transport.size
-        self.tracer: Tracer | None = None
+        self._tracer: Tracer | None = None
         self.closed = False
-        self.purpose = ""  # the purpose of the calls that are launched from now on, see `Call.for_purpose`
-        self.order = threading.RLock()
+        self._purpose = ""
         self._progress = Progress(f"ringred-{name}-{self.rank}")
         self._failing = threading.Lock()
-        self._sequence = 0
-        self._pair_sequence: dict[tuple[int, int], int] = {}
+        self._pairs: dict[tuple[int, int], array[int]] = {}
         self._outgoing: deque[list[Request]] = deque()
         self._started: deque[Work[None]] = deque()  # to find those that failed while nobody waited for them
-        self._current: tuple[int, Call, str | FrameType, bool] | None = None
-        self._last: tuple[int, Call] | None = None
-        self._one_way: deque[Doing] = deque(maxlen=_ONE_WAY)  # done perhaps before others began, since all last had
         self._failure: RingredError | None = None
         self._told = False  # whether a call has raised that
         self.followers: list[Callable[[BaseException], None]] = []
@@ -72,13 +72,31 @@ class Runner:
         lambda self: self._failure is not None, doc="Whether a call has failed: there are no others then."
     )
 
+    @property
+    def purpose(self) -> str:
+        """The purpose of the calls that are launched from now on, see `Call.for_purpose`."""
+        return self._purpose
+
+    @purpose.setter
+    def purpose(self, purpose: str) -> None:
+        self._purpose, self.recall.armed = purpose, False
+
+    @property
+    def tracer(self) -> Tracer | None:
+        """What records the calls from now on."""
+        return self._tracer
+
+    @tracer.setter
+    def tracer(self, tracer: Tracer | None) -> None:
+        self._tracer, self.recall.armed = tracer, False
+
     def play_by_python(self) -> None:
         """From here on no plan is played in one call: the transport sees every message."""
-        self._attempt = None
+        self.recall = self.doings.recall = Never()
 
     def set_timeout(self, seconds: float) -> None:
         """From now on, each call may take so long."""
-        self.timeout_ns = int(min(seconds * 1e9, _LONGEST_NS))
+        self.timeout_ns = self.recall.timeout_ns = int(min(seconds * 1e9, _LONGEST_NS))
         if hasattr(self.transport, "timeout"):  # what it waits for by itself
             self.transport.timeout = seconds
 
@@ -89,6 +107,7 @@ class Runner:
         """
         call, pair = prepared.call, prepared.pair
         with self.order:
+            self.recall.armed = False
             if self._failure is not None or self.closed:
                 self._refuse(call)
             if self.purpose:
@@ -100,9 +119,10 @@ class Runner:
                     f"rank {self.rank}: {call.text}: called from a callback on the progress thread, which would wait "
                     "for itself; use async_op=True there"
                 )
-            if self._current is not None and self._progress.idle():
+            if self.doings.current is not None and self._progress.idle():
+                under_way = self.doings.now().text
                 raise RingredError(
-                    f"rank {self.rank}: {call.text}: called in the middle of {self._doing()[1]}, from a signal handler?"
+                    f"rank {self.rank}: {call.text}: called in the middle of {under_way}, from a signal handler?"
                 )
             point = self.device.here()
             number = self._next(pair)
@@ -111,9 +131,10 @@ class Runner:
                 rest = self._run(prepared, number, sys._getframe(1), point=point, held=held)
                 if rest is not None:
                     rest.wait(None)
+                self._arm()
                 return None
             site = call_site(sys._getframe(1))
-            work: Work[None] = Work(f"rank {self.rank}: {_numbered(prepared.call, number)} at {site}")
+            work: Work[None] = Work(f"rank {self.rank}: {prepared.call.numbered(number)} at {site}")
 
             def job(held: object = tensors.holding(holding)) -> None:
                 work.rest = self._run(prepared, number, site, point=point, held=held)
@@ -130,52 +151,43 @@ class Runner:
         work.wait()
         return None
 
-    def launch_again(self, prepared: Prepared, holding: object) -> None:
-        """As `launch(prepared, holding=holding)`, in the fewest steps where a tape is all there is to play."""
-        call, plan, _, _, scaled, pair, one_way = prepared
-        if self._attempt is None or type(plan) is not Plan or plan.tape is None or scaled is not None:
-            self.launch(prepared, holding=holding)
-            return
-        with self.order:
-            if (
-                not (self._failure or self.closed or self.purpose or self.tracer or self._current)
-                and self._progress.idle()
-            ):
-                frame = sys._getframe(1)
-                number = self._next(pair)
-                self._current = (number, call, frame, pair is not None)
-                try:
-                    left = self._attempt(plan.tape.address, contract(call.digest, number), self.timeout_ns)
-                    if not left and (one_way or self._one_way):
-                        self._note(prepared, plan.tape.sends)
-                except BaseException as failure:
-                    assert self.transport.player is not None, "it was playing"
-                    self.transport.player.drop(plan.tape)
-                    self.abort(failure)
-                    raise
-                finally:
-                    self._last, self._current = (number, call), None
-                if left:
-                    began = plan.tape.words[Tape.DEADLINE] - self.timeout_ns if plan.tape.words[Tape.PLAYING] else None
-                    self._run(prepared, number, frame, began)
-                return
-        self.launch(prepared, holding=holding)
+    def keep(self, prepared: Prepared, prepare: object, arguments: tuple[Any, ...]) -> None:
+        """Keeps a call that was made, so that the next one of `prepare` with these arguments is recalled."""
+        counted = 0 if prepared.pair is None else self._count(prepared.pair).buffer_info()[0]
+        keep(self.recall, prepared, counted, prepare, arguments)
+
+    def _arm(self) -> None:
+        """Lets calls be recalled, while nothing else is under way. Another thread may say why not meanwhile."""
+        self.recall.armed = True
+        if self._failure is not None or self.closed or self._purpose or self._tracer or self.doings.current:
+            self.recall.armed = False
+
+    def _resume(self, prepared: Prepared, number: int) -> None:
+        """Goes on with a call that was recalled and did not end at once."""
+        plan: Any = prepared.plan
+        try:
+            words = plan.tape.words
+            began = words[Tape.DEADLINE] - self.timeout_ns if words[Tape.PLAYING] else None
+            self._run(prepared, number, sys._getframe(1), began)
+        except BaseException as failure:
+            assert self.transport.player is not None, "it was playing"
+            self.transport.player.drop(plan.tape)
+            self.abort(failure)
+            raise
+        self._arm()
 
     def _next(self, pair: tuple[int, int] | None) -> int:
         """The number of a new call."""
         if pair is None:
-            self._sequence += 1
-            return self._sequence
-        number = self._pair_sequence[pair] = self._pair_sequence.get(pair, 0) + 1
-        return number
+            self.recall.number += 1
+            return self.recall.number
+        count = self._count(pair)
+        count[0] += 1
+        return count[0]
 
-    def _note(self, prepared: Prepared, sent: bool) -> None:
-        """Remembers that a collective was done, perhaps before others began it, or that all have come so far."""
-        if prepared.one_way:
-            if sent:
-                self._one_way.append(self._doing())
-        elif self._one_way and prepared.pair is None:
-            self._one_way.clear()
+    def _count(self, pair: tuple[int, int]) -> array[int]:
+        """The number of the last call between two ranks."""
+        return self._pairs.setdefault(pair, array("q", [0]))
 
     def abort(self, cause: BaseException) -> None:
         """Tells every rank that this one failed with `cause` and takes no further part."""
@@ -183,8 +195,8 @@ class Runner:
             if self._failure is not None or self.closed:
                 return
             self._failure = PeerFailed(f"rank {self.rank}: gave this communicator up after {cause!r}")
-            self._told = True
-            number, call, site = self._doing()
+            self._told, self.recall.armed = True, False
+            number, call, site = self.doings.now()
             what = f"{type(cause).__name__}: {cause}"[:1000]
             self.transport.abort(Report(self.rank, RAISED, -1, number, call, site, 0.0, 0.0, what).dump())
         for follow in self.followers:
@@ -212,7 +224,7 @@ class Runner:
         with self.order:
             if self.closed:
                 return
-            self.closed = True
+            self.closed, self.recall.armed = True, False
         self._progress.close()
         self.device.close()
         mismatch: CollectiveMismatch | None = None
@@ -236,7 +248,7 @@ class Runner:
 
     def _settle(self) -> CollectiveMismatch | None:
         """Waits until the peers have received what this rank sent in its last collectives, if they may not have yet."""
-        if not self._one_way:
+        if not self.doings.left_others:
             return None
         began = time.monotonic()
         try:
@@ -264,28 +276,6 @@ class Runner:
             f"{where}: this communicator is unusable since an earlier failure: {self._failure}"
         ) from self._failure
 
-    def seen(self) -> tuple[object, Doing, bool]:
-        """The call that is under way, or the last one (without its place), as any thread may ask: what no other call
-        equals, what it is, and whether it is under way."""
-        current, last = self._current, self._last
-        if current is not None:
-            return (current[0], id(current)), self._told_of(current), True
-        done = self._told_of(None) if last is None else Doing(self._sequence, _numbered(last[1], last[0]), "")
-        return None, done, False
-
-    def _doing(self) -> Doing:
-        """The call that is under way."""
-        return self._told_of(self._current)
-
-    def _told_of(self, current: tuple[int, Call, str | FrameType, bool] | None) -> Doing:
-        if current is None:
-            return Doing(self._sequence, "no collective", "")
-        number, call, site, of_a_pair = current
-        text = _numbered(call, number)
-        # All ranks count collectives in the same way; a call between two ranks gets the number of the last collective.
-        turn = self._sequence if of_a_pair else number
-        return Doing(turn, text, site if isinstance(site, str) else call_site(site))
-
     def _run(
         self,
         prepared: Prepared,
@@ -299,7 +289,7 @@ class Runner:
         call, of_a_pair = prepared.call, prepared.pair is not None
         if self._failure is not None:
             self._refuse(call)
-        self._current = (number, call, site, of_a_pair)
+        self.doings.current = Current(number, call, site, of_a_pair)
         sent = self.transport.counters.bytes_sent if prepared.one_way else 0
         began = time.monotonic() if began_ns is None else began_ns / 1e9
         rest: Enqueued | None = None
@@ -315,11 +305,11 @@ class Runner:
                 for target, source in prepared.back:
                     target.copy_(source)
             deadline = began + self.timeout_ns / 1e9
-            rest = self.device.rest(point, begun, deadline, self._doing(), (prepared, held))
+            rest = self.device.rest(point, begun, deadline, self.doings.now(), (prepared, held))
             if self._failure is not None:  # the watch has found an earlier call failed meanwhile
                 self._refuse(call)
         except Fault as fault:
-            failed = self._failed(fault, time.monotonic() - began, self._doing())
+            failed = self._failed(fault, time.monotonic() - began, self.doings.now())
             self._told = True
             self.device.hold((prepared, held))
             raise failed from fault
@@ -327,19 +317,19 @@ class Runner:
             self.device.hold((prepared, held))
             raise
         except BaseException as failure:
-            named = self.device.named(failure, self._doing())
+            named = self.device.named(failure, self.doings.now())
             self.abort(named)
             self.device.hold((prepared, held))
             if named is not failure:
                 raise named from failure
             raise
         else:
-            self._note(prepared, prepared.one_way and self.transport.counters.bytes_sent > sent)
+            self.doings.note(prepared, number, site, prepared.one_way and self.transport.counters.bytes_sent > sent)
             if self.tracer is not None:
-                _, text, where = self._doing()
+                _, text, where = self.doings.now()
                 self.tracer.span("collective", text, int(began * 1e9), time.monotonic_ns(), site=where)
         finally:
-            self._last, self._current = (number, call), None
+            self.doings.ended()
         return rest
 
     def _play(self, prepared: Prepared, contract: int, turn: int) -> None:
@@ -368,33 +358,22 @@ class Runner:
             if self._failure is not None:
                 return self._failure
             failure = self._failure = self._diagnosed(fault, waited, doing)
+            self.recall.armed = False
         for follow in self.followers:
             follow(failure)
         return failure
 
     def _diagnosed(self, fault: Fault, waited: float, doing: Doing | None = None) -> RingredError:
         """Publishes this rank's report, reads those of the other ranks and combines them into one exception."""
-        number, call, site = doing or self._doing()
-        if self._one_way:
+        number, call, site = doing or self.doings.now()
+        if self.doings.left_others:
             # Peers fail in the first collective that they see differently; this rank may have left that one.
             patience = _SHORT_WAIT if fault.kind == FaultKind.MISMATCH else 0.0  # whoever sees it too says so at once
             said = self.transport.reports(patience).values()
             heard = [report for report in map(Report.load, said) if report is not None]
-            turns = {report.number for report in heard}
-            last = self._one_way[-1] if doing is None else doing
-            number, call, site = next((done for done in self._one_way if done.number in turns), last)
+            number, call, site = self.doings.differed({report.number for report in heard}, doing)
         timeout = self.timeout_ns / 1e9
         mine = Report(self.rank, fault.kind, fault.peer, number, call, site, waited, timeout, fault.detail[:1000])
         self.transport.abort(mine.dump())
         loaded = {rank: Report.load(text) for rank, text in self.transport.reports(_REPORT_WAIT).items()}
         return diagnose(mine, {rank: report for rank, report in loaded.items() if report is not None}, self.size)
-
-
-def contract(digest: int, number: int) -> int:
-    """The 62 bits that must be equal on all ranks in their `number`-th call, whose arguments `digest` represents."""
-    return digest + number * _STRIDE & _62_BITS
-
-
-def _numbered(call: Call, number: int) -> str:
-    head, _, rest = call.text.partition(" ")
-    return f"{head} #{number} {rest}"

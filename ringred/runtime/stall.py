@@ -91,7 +91,7 @@ def _look_once(pause: float) -> float:
             _probe(comm)
     watched = {comm: seconds for comm, seconds in watched.items() if seconds}
     for comm, seconds in watched.items():
-        call, _, under_way = comm.runner.seen()
+        call, _, under_way = comm.runner.doings.seen()
         if (
             under_way
             and _waits.of(comm, call) >= seconds - min(2 * pause, seconds / _LOOKS)
@@ -105,7 +105,7 @@ def _look_once(pause: float) -> float:
 def _probe(comm: Any) -> None:
     """Where the transport does not notice that a peer has ended, as MPI does not: looks whether all that a call waits
     for are there, once a second, and ends it if not."""
-    call, _, under_way = comm.runner.seen()
+    call, _, under_way = comm.runner.doings.seen()
     now = time.monotonic()
     if under_way and _waits.of(comm, call) >= _PROBE_SECONDS and now - _blind[comm] >= _PROBE_SECONDS:
         _blind[comm] = now
@@ -127,7 +127,7 @@ def verdict(comm: Observed, told: Sequence[dict[str, Any]]) -> str | None:
     rank waits in it and says so itself."""
     assert comm.seat is not None, "only who is reached by others asks them"
     lineage, generation = comm.seat.view.lineage, comm.seat.view.generation
-    call, doing, under_way = comm.runner.seen()
+    call, doing, under_way = comm.runner.doings.seen()
     if not under_way:
         return None
     there = [call_of(one, lineage, generation) for one in told]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ringred.runtime.call_site import in_libraries
-from ringred.runtime.enqueued import Doing
+from ringred.runtime.doing import Doings
 from ringred.runtime.seat import Seat
 from ringred.topology.detect import host_name
 from ringred.transports.membership.caller import Cut, Gone, Silent
@@ -32,8 +32,7 @@ _FRAMES = 12  # of a stack
 class Runs(Protocol):
     """A runner, as this module sees one."""
 
-    def seen(self) -> tuple[object, Doing, bool]:
-        """Its call."""
+    doings: Doings
 
 
 class Observed(Protocol):
@@ -64,7 +63,7 @@ class Waits:
         with self._lock:
             before, self._since = self._since, {}
             for comm in comms:
-                call, _, under_way = comm.runner.seen()
+                call, _, under_way = comm.runner.doings.seen()
                 if under_way:
                     known = before.get(id(comm))
                     same = known is not None and known[0] == call
@@ -83,7 +82,7 @@ def describe(member: Member, comms: Iterable[Observed], waits: Waits) -> dict[st
     calls = []
     for comm in mine:
         assert comm.seat is not None, "those without are left out"
-        call, doing, under_way = comm.runner.seen()
+        call, doing, under_way = comm.runner.doings.seen()
         calls.append(
             {
                 "communicator": comm.name,

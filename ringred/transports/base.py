@@ -123,11 +123,12 @@ class Player(Protocol):
 
     links: Mapping[int, int]
     """The number of the link to each peer."""
-    attempt: Callable[[int, int, int], int]
-    """Plays the tape at an address, for a contract and a timeout in ns; 0 if it is done, else `play` goes on."""
 
     def ready(self) -> bool:
         """Whether nothing is under way that it does not know of."""
+
+    def recall(self, *how: Any) -> Any:
+        """A memory of calls, which plays their tapes again; see runtime/recall.py."""
 
     def drop(self, tape: Tape) -> None:
         """Forgets where a tape was that is not played to its end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ringred import native
 from ringred.transports.base import Fault, FaultKind, Tape
@@ -46,7 +47,7 @@ class ShmPlayer:
         self._check, self._left = check, left
         self.links: Mapping[int, int] = {link.rank: number for number, link in enumerate(links)}
         self._play = partial(native.player.play, state.address)
-        self.attempt: Callable[[int, int, int], int] = self._play
+        self.recall: Callable[..., Any] = partial(native.player.Recall, self, state.address)
 
     def ready(self) -> bool:
         """Whether no send waits for room that was started without the player."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringred.runtime.runner import contract
+from ringred.runtime.recall import contract
 from ringred.transports.base import mixed
 
 

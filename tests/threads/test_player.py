@@ -177,7 +177,8 @@ def test_the_player_is_what_plays(monkeypatch: pytest.MonkeyPatch) -> None:
         comm.barrier()
         return len(played)
 
-    assert run_ranks(body, 2, "shm") == [2, 2], "the first all-reduce and the barrier; the others are played at once"
+    least = min(run_ranks(body, 2, "shm"))
+    assert least >= 2, "the first all-reduce and the barrier; the others are recalled, and perhaps waited for there"
     assert run_ranks(body, 2, "shm:python") == [-1, -1]
 
 
@@ -271,7 +272,7 @@ def main():
     comm = Communicator(make(0))
     other.join()
     def interrupt():
-        while comm._runner._current is None:
+        while comm.runner.doings.current is None:
             time.sleep(0.01)
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
