@@ -18,7 +18,7 @@ from ringred.transports.shm_player import engine
 
 __all__ = ["Choosing"]
 
-_MEMORIES = ("tensor", "window")
+_MEMORIES = ("tensor", "window", "short tensor", "short window")
 
 
 class Choosing:
@@ -40,13 +40,14 @@ class Choosing:
 
     def choice(self, nbytes: int, collective: str = "all_reduce", memory: str = "tensor") -> str:
         """The algorithm that "auto" chooses for `nbytes` bytes in memory of kind `memory` (see `memory_of`)."""
-        return choose(collective, nbytes, self._planner.models[memory], native=self._native_costs(collective))[0].name
+        model = self._planner.model(memory, nbytes)
+        return choose(collective, nbytes, model, native=self._native_costs(collective))[0].name
 
     def predicted_seconds(self, nbytes: int) -> float:
         """The cost model's time of an all-reduce of `nbytes` bytes in memory of `empty`, by the algorithm that
         "auto" takes."""
         native = self._native_costs("all_reduce")
-        return choose("all_reduce", nbytes, self._planner.models["window"], native=native)[1].seconds
+        return choose("all_reduce", nbytes, self._planner.model("window", nbytes), native=native)[1].seconds
 
     def memory_of(self, tensor: Tensor) -> str:
         """The kind of memory that `tensor` lies in: "window" if it came from `empty` and peers share it."""
@@ -66,7 +67,7 @@ class Choosing:
         return explain.table(
             collective,
             nbytes,
-            self._planner.models[memory],
+            self._planner.model(memory, nbytes),
             self._native_costs(collective),
             ("measured on this machine" if self.tuning else "built-in costs")
             + (f", run by {engine(self.transport.player)}" if self.transport.windows else ""),

@@ -14,7 +14,7 @@ from ringred.errors import GridError, UnknownAlgorithm, UnsupportedTensor
 from ringred.runtime.calls import Call, Copies, Native, Prepared, digest
 from ringred.runtime.executor import Piece, Plan, bind
 from ringred.runtime.folds import Folder, ReduceOp
-from ringred.runtime.select import AUTOMATIC, RANK_ORDER, choose, segments_for, share_bounds
+from ringred.runtime.select import AUTOMATIC, RANK_ORDER, choose, costs_of, segments_for, share_bounds
 from ringred.runtime.tensors import Flat
 from ringred.schedule.ir import Recv
 from ringred.schedule.lower import lower
@@ -159,8 +159,12 @@ class Planner:
                 )
             return lookup(collective, "torus"), shape
         native = self.native if self.can_native is not None and self.can_native(dtype) else None
-        entry, best = choose(collective, nbytes, self.models[memory], root, native, rank_order)
+        entry, best = choose(collective, nbytes, self.model(memory, nbytes), root, native, rank_order)
         return entry, best.grid
+
+    def model(self, memory: str, nbytes: int) -> Topology:
+        """The costs of a collective on `nbytes` bytes in `memory`."""
+        return self.models[costs_of(memory, nbytes)]
 
     def memory_of(self, tensor: Tensor) -> str:
         """The kind of memory that `tensor` lies in, which "auto" takes into account: "window" or "tensor"."""

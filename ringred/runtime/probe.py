@@ -6,6 +6,7 @@ the next start.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -20,7 +21,7 @@ from ringred.runtime.config import Config
 from ringred.runtime.select import CROWDED, share_bounds
 from ringred.schedule.cost import Link, simulate
 from ringred.topology import calibrate
-from ringred.topology.calibrate import KINDS, Costs, Sample, Tuning, fit, rounded
+from ringred.topology.calibrate import KINDS, SHORT_BYTES, Costs, Sample, Tuning, fit, rounded
 from ringred.topology.detect import machine
 from ringred.transports.base import Gather, Transport
 
@@ -28,8 +29,10 @@ __all__ = ["Measured", "measure", "probe", "seconds_of", "tune"]
 
 _ALGORITHMS = ("one_shot", "direct")
 _IN_TURN = "halving_doubling"  # for more than two ranks: sends to one peer after another, the others to all at once
-_BYTES = (64, 16 << 10, 64 << 10, 1 << 20, 4 << 20)
+_BYTES = (64, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 1 << 20, 4 << 20)
 _SHORT, _LONG = 15, 5  # number of calls for sizes up to 64 KiB, and above
+_COMPILED = 60  # those up to `SHORT_BYTES` where the compiled player takes microseconds for each
+_WARMING = 40  # calls before them, after which each of the slots was used
 _MANY_RANKS = 16  # with more ranks, one call each, because every rank sends to all
 
 
@@ -81,7 +84,7 @@ def tune(comm: Measured, gather: Gather, on: str = "") -> None:
     played = "" if comm.transport.player is None else ", compiled"
     key = (
         f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}{played}{on}, {comm.size} ranks on "
-        f"{len(set(comm.hosts))} hosts; torch {torch.__version__}"
+        f"{len(set(comm.hosts))} hosts; torch {torch.__version__}; {len(KINDS)} kinds"
     )
     known = None if path is None or comm.size == 1 else calibrate.load(path, key)
     # Ranks may have different files and settings; all ranks use those of rank 0.
@@ -112,27 +115,29 @@ def probe(comm: Measured) -> Tuning:
         if inside.size > 1:
             _inside(inside, found)
         if between.size > 1:
-            found["between"] = _fitted(between, "tensor")
+            found["between"] = fit([sample for _, sample in _samples(between, "tensor")])
         inside.close()
         between.close()
     return _agreed(comm, found)
 
 
 def _inside(comm: Measured, found: dict[str, Costs]) -> None:
-    found["tensor"] = _fitted(comm, "tensor")
-    if comm.transport.windows:
-        found["window"] = _fitted(comm, "window")
+    for memory in ("tensor", "window") if comm.transport.windows else ("tensor",):
+        samples = _samples(comm, memory)
+        found[f"short {memory}"] = fit([sample for nbytes, sample in samples if nbytes <= SHORT_BYTES])
+        found[memory] = fit([sample for nbytes, sample in samples if nbytes >= SHORT_BYTES // 2])
     if hasattr(comm.transport, "can_all_reduce"):
         times = [seconds_of(comm, _tensor(comm, nbytes, "tensor"), "native", _calls(comm, nbytes)) for nbytes in _BYTES]
         found["native"] = fit([Sample(1, nbytes, 0, 0, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])
 
 
-def _fitted(comm: Measured, memory: str) -> Costs:
-    measured = [(name, nbytes) for name in _ALGORITHMS for nbytes in _BYTES]
-    if comm.size > 2:
-        measured += [(_IN_TURN, nbytes) for nbytes in _BYTES]
+def _samples(comm: Measured, memory: str) -> list[tuple[int, Sample]]:
+    """Measured all-reduces of tensors in `memory`, with their bytes."""
+    if comm.transport.windows and comm.size <= _MANY_RANKS:  # shared memory is slow until it was used once
+        seconds_of(comm, _tensor(comm, SHORT_BYTES, memory), "one_shot", _WARMING)
+    names = (*_ALGORITHMS, _IN_TURN) if comm.size > 2 else _ALGORITHMS
     samples = []
-    for name, nbytes in measured:
+    for nbytes, name in itertools.product(_BYTES, names):
         entry = lookup("all_reduce", name)
         group = entry.group(comm.size)
         steps, bounds = entry.steps(group), share_bounds(nbytes, entry.units(group))
@@ -143,13 +148,16 @@ def _fitted(comm: Measured, memory: str) -> Costs:
             link: Link = (alpha, beta, latency, CROWDED * beta) if between else (alpha, beta, latency)
             return simulate(comm.size, steps, bounds, lambda sender, receiver: link, gamma).seconds  # noqa: B023
 
-        samples.append(Sample(priced(1, 0, 0, 0), priced(0, 1, 0, 0), priced(0, 0, 1, 0), priced(0, 0, 0, 1), 1, took))
-    return fit(samples)
+        parts = priced(1, 0, 0, 0), priced(0, 1, 0, 0), priced(0, 0, 1, 0), priced(0, 0, 0, 1)
+        samples.append((nbytes, Sample(*parts, 1, took)))
+    return samples
 
 
 def _calls(comm: Measured, nbytes: int) -> int:
     if comm.size > _MANY_RANKS:
         return 1
+    if comm.transport.player is not None and nbytes <= SHORT_BYTES:
+        return _COMPILED
     return _SHORT if nbytes <= 64 << 10 else _LONG
 
 

@@ -9,7 +9,7 @@ from ringred.collectives.registry import Algorithm, algorithms, lookup
 from ringred.errors import UnknownAlgorithm
 from ringred.schedule.cost import Cost, simulate
 from ringred.schedule.ir import Group
-from ringred.topology.calibrate import Costs, Tuning
+from ringred.topology.calibrate import SHORT_BYTES, Costs, Tuning
 from ringred.topology.detect import local_grid
 from ringred.topology.model import Topology, hosts
 
@@ -20,6 +20,7 @@ __all__ = [
     "Candidate",
     "candidates",
     "choose",
+    "costs_of",
     "decided_as",
     "machine_model",
     "predict",
@@ -64,16 +65,23 @@ def segments_for(nbytes: int, segment_bytes: int) -> int:
 def machine_model(
     transport: str, host_of_rank: tuple[int, ...], tuning: Tuning | None = None, memory: str = "tensor"
 ) -> Topology:
-    """The cost model for choosing algorithms: links within a host for tensors in `memory`, and links between hosts.
+    """The cost model for choosing algorithms: links within a host for tensors in `memory` (a kind of `costs_of`), and
+    links between hosts.
 
     `transport` may name two, as in "shm+mpi": within a host and between hosts. `tuning` holds measured costs, if any.
     """
     near = transport.partition("+")[0]
     known = dict(_BUILT_IN.get(near, _BUILT_IN["torch_p2p"])) | dict(tuning or {})
-    alpha, beta, gamma, latency, call = inside = known.get(memory, known["tensor"])
+    whole = known.get(memory.removeprefix("short "), known["tensor"])
+    alpha, beta, gamma, latency, call = inside = known.get(memory, whole)
     far = inside if len(set(host_of_rank)) == 1 else known.get("between", _BETWEEN_HOSTS)
     between = far[0], far[1], far[3], CROWDED * far[1]
     return hosts(host_of_rank, (alpha, beta, latency), between, gamma, transport, call)
+
+
+def costs_of(memory: str, nbytes: int) -> str:
+    """The kind of costs of a collective on `nbytes` bytes in `memory`."""
+    return f"short {memory}" if nbytes <= SHORT_BYTES else memory
 
 
 def predict(entry: Algorithm, group: Group, nbytes: int, topology: Topology, segment_bytes: int | None = None) -> Cost:

@@ -15,17 +15,19 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-__all__ = ["KINDS", "Costs", "Sample", "Tuning", "fit", "load", "rounded", "store"]
+__all__ = ["KINDS", "SHORT_BYTES", "Costs", "Sample", "Tuning", "fit", "load", "rounded", "store"]
 
 Costs: TypeAlias = tuple[float, float, float, float, float]
 """α in seconds a message, β in seconds a byte, γ in seconds a reduced byte, λ in seconds (see `schedule.cost`), and the
 seconds of a call that depend on nothing: without them, what has fewer messages would look faster than it is."""
 
 Tuning: TypeAlias = Mapping[str, Costs]
-"""Costs by kind: "tensor" and "window" are memory within a host, "between" is between hosts, and "native" is the
-transport's own collective, where α is the cost of the whole call."""
+"""Costs by kind: "tensor" and "window" are memory within a host, "short tensor" and "short window" the same for up to
+`SHORT_BYTES`, which stay in the caches next to a core; "between" is between hosts, and "native" is the transport's own
+collective, where α is the cost of the whole call."""
 
-KINDS = ("tensor", "window", "native", "between")
+KINDS = ("tensor", "window", "short tensor", "short window", "native", "between")
+SHORT_BYTES = 128 << 10
 _LEAST_LATENCY = 0.05  # of what a call takes beside its messages
 _KEPT = 64  # greatest number of entries (a machine and a job) in one file
 
