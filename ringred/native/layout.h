@@ -23,7 +23,7 @@ typedef struct {
     int64_t block;                 /* the address of its control block */
     int64_t contract;              /* of the collective under way */
     int64_t exposed, exposed_end;  /* memory into which peers may put, as addresses */
-    int64_t crowded;               /* more ranks than cores: who waits gives way */
+    int64_t gives_way;             /* ns for which it gives way between looks; 0 if it has a core of its own */
     int64_t links;
     int64_t forked;                /* this process is a child of the rank's own */
     int64_t queued;                /* sends of Python's that wait for room */

@@ -96,7 +96,7 @@ static int entered(Player *player, Link *link) {
     link->awaited = contract;
     for (int64_t patience = now() + SPIN_NS; now() < patience;) {
         if (word_of(link->block, EXPOSED_CONTRACT) == contract) return 1;
-        if (player->rank->crowded) sched_yield();
+        if (player->rank->gives_way) sched_yield();
         else pause_core();
     }
     return 0;
@@ -157,10 +157,10 @@ static int until(Player *player, int64_t link, int64_t address, int64_t value) {
     Rank *rank = player->rank;
     if (word_of(address, 0) >= value) return DONE;
     drain(player);
-    for (int64_t spin = now() + SPIN_NS; now() < spin;)
-        for (int look = 0; look < (rank->crowded ? 1 : LOOKS); look++) {
+    for (int64_t spin = now() + (rank->gives_way ? rank->gives_way : SPIN_NS); now() < spin;)
+        for (int look = 0; look < (rank->gives_way ? 1 : LOOKS); look++) {
             if (word_of(address, 0) >= value) return DONE;
-            if (rank->crowded) sched_yield();
+            if (rank->gives_way) sched_yield();
             else pause_core();
         }
     player->tape->fault_link = link;

@@ -49,7 +49,9 @@ FLAG_STRIDE = 64  # bytes from one flag to the next: two a peer, one of the memo
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
 
 # Words of a rank's own state: first its own, then those of each link.
-OWN_WINDOW, OWN_END, OWN_BLOCK, OWN_CONTRACT, EXPOSED, EXPOSED_END, CROWDED, LINKS, FORKED, QUEUED, COUNTERS = range(11)
+OWN_WINDOW, OWN_END, OWN_BLOCK, OWN_CONTRACT, EXPOSED, EXPOSED_END, GIVES_WAY, LINKS, FORKED, QUEUED, COUNTERS = range(
+    11
+)
 WINDOW, WINDOW_END, BLOCK, ACKED_WORD, TAKEN_WORD, ENTRIES_IN, ENTRIES_OUT, SMALL, LARGE = range(9)
 SENT, ACKED, TAKEN, AWAITED, SMALL_NEXT, LARGE_NEXT, SMALL_USED = range(9, 16)
 LARGE_USED = SMALL_USED + SMALL_SLOTS
@@ -82,13 +84,13 @@ class Layout:
 class State:
     """The words of one rank's own state: `own`, and those of each of `links` links."""
 
-    def __init__(self, window: Window, block: int, crowded: bool, links: int) -> None:
+    def __init__(self, window: Window, block: int, gives_way: int, links: int) -> None:
         words = array("q", bytes(8 * (OWN_WORDS + LINK_WORDS * links)))
         self.address, _ = words.buffer_info()
         self._words = memoryview(words)
         self.own = self._words[:OWN_WORDS]
         self.own[OWN_WINDOW], self.own[OWN_END] = window.address, window.address + window.nbytes
-        self.own[OWN_BLOCK], self.own[CROWDED], self.own[LINKS] = window.address + block, crowded, links
+        self.own[OWN_BLOCK], self.own[GIVES_WAY], self.own[LINKS] = window.address + block, gives_way, links
 
     def of(self, number: int) -> memoryview[int]:
         """The words of a link."""

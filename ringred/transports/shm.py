@@ -47,7 +47,7 @@ from ringred.transports.planes import HostPlane, Plane
 from ringred.transports.shm_player import ShmPlayer
 from ringred.transports.shm_receiving import Receiver
 from ringred.transports.shm_reports import Reports
-from ringred.transports.shm_sending import SPIN_NS, Sender
+from ringred.transports.shm_sending import SPIN_NS, Sender, gives_way_ns
 
 if TYPE_CHECKING:
     from ringred.transports.cuda.driver import Driver, Event
@@ -99,8 +99,8 @@ class ShmTransport:
         except OSError as failure:
             self._heap.give_back(self._block, self._nbytes)
             raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
-        self._crowded = len(members) > neighbours.cores(members)
-        self._state = State(self.window, self._block, self._crowded, len(members) - 1)
+        self._gives_way = gives_way_ns(len(members), neighbours.cores(members))
+        self._state = State(self.window, self._block, self._gives_way, len(members) - 1)
         self._plane: Plane
         self.queue: DevicePlane | None = None
         if device is None:
@@ -127,7 +127,7 @@ class ShmTransport:
         self._reports = Reports(self.rank, self.window, self._block, self._links.values(), self._layout)
         self.begun = (0, 0)  # contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
-        self._sender = Sender(self.window, self._block, self._links, self._plane, self._crowded, self._state)
+        self._sender = Sender(self.window, self._block, self._links, self._plane, self._gives_way, self._state)
         self._receiver = Receiver(self.window, self._links, self._plane, self._until, self._sender.received)
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
         self.irecv, self.release = self._receiver.irecv, self._receiver.release
@@ -220,11 +220,11 @@ class ShmTransport:
         """Returns once the word `at`, which only grows, has reached `value`; else raises `Fault`."""
         if self._sender.queued:
             self.drain()
-        spin_end = time.monotonic_ns() + SPIN_NS
+        spin_end = time.monotonic_ns() + (self._gives_way or SPIN_NS)
         while time.monotonic_ns() < spin_end:
             if words[at] >= value:
                 return
-            if self._crowded:
+            if self._gives_way:
                 futex.give_way()
         own, sleeping = self._words, self._at + SLEEPING
         address = self._base + self._block + 8 * SLEEPING

@@ -40,16 +40,23 @@ from ringred.transports.links import (
 from ringred.transports.planes import Plane
 from ringred.transports.windows import Window
 
-__all__ = ["SPIN_NS", "Sender"]
+__all__ = ["SPIN_NS", "Sender", "gives_way_ns"]
 
 SPIN_NS = 20_000
-"""How long a rank looks again and again before it sleeps."""
+"""How long a rank that has a core of its own looks again and again before it sleeps."""
+_TURN_NS = 50_000
+
+
+def gives_way_ns(ranks: int, cores: int) -> int:
+    """How long a rank that shares its core looks, and gives way between looks, before it sleeps: until the others of
+    the core have had a few turns. 0 where each has a core."""
+    return _TURN_NS * -(-ranks // cores) if ranks > cores else 0
 
 
 class Sender:
     """Sends what one rank has for its peers; the rank's control block is at offset `block` of its `window`.
 
-    `crowded`: there are more ranks than cores, so a rank that waits gives way.
+    `gives_way` is not 0 where a rank that waits gives way.
     """
 
     def __init__(
@@ -58,10 +65,10 @@ class Sender:
         block: int,
         links: Mapping[int, Link],
         plane: Plane,
-        crowded: bool,
+        gives_way: int,
         state: State,
     ) -> None:
-        self._links, self._plane, self._crowded = links, plane, crowded
+        self._links, self._plane, self._gives_way = links, plane, gives_way
         self._own = state.own
         self._words, self._at = window.words, block // 8
         self.counters = Counters()
@@ -213,7 +220,7 @@ class Sender:
         while words[at] != self._contract:
             if time.monotonic_ns() >= patience:
                 return False
-            if self._crowded:
+            if self._gives_way:
                 futex.give_way()
         order()
         return True

@@ -36,7 +36,7 @@ static Rank *made(int me) {
     rank->window = rank->block = (int64_t)windows[me];
     rank->window_end = rank->window + window_bytes;
     rank->links = ranks - 1;
-    rank->crowded = 1;
+    rank->gives_way = 20000;
     rank->counters = (int64_t)calloc(4, 8);
     Link *link = (Link *)(rank + 1);
     for (int peer = 0; peer < ranks; peer++) {
