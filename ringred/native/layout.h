@@ -16,6 +16,7 @@ enum { AT = 0, PUT = 1, PART = 2 };
 enum { SMALL_BYTES = 512, SMALL_SLOTS = 16, SMALL_STRIDE = SMALL_BYTES + 64 };
 enum { SLOT_BYTES = 64 << 10, SLOTS = 32, PART_BYTES = 512 << 10 };
 #define NOWHERE (INT64_C(1) << 62)
+#define CONTRACT_BITS (UINT64_MAX >> 2)
 
 /* A rank's own state, in words that Python reads and writes too. */
 typedef struct {

@@ -1,4 +1,4 @@
-/* The extension module ringred.native._player: plays tapes without the GIL. All arguments are plain numbers and addresses. */
+/* The extension module ringred.native._player: plays tapes without the GIL. Its functions take numbers and addresses. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -131,7 +131,7 @@ PyMODINIT_FUNC PyInit__player(void) {
         Py_CLEAR(made);
     }
 #ifdef Py_GIL_DISABLED
-    /* A tape has one player at a time, whoever calls, and nothing else here changes. */
+    /* A tape has one player at a time, whoever calls, and a Recall changes in the order of calls. */
     if (made && PyUnstable_Module_SetGIL(made, Py_MOD_GIL_NOT_USED)) Py_CLEAR(made);
 #endif
     return made;

@@ -7,25 +7,26 @@
 #include "layout.h"
 PyObject *recall_class(void);
 
-enum { KEY_WORDS = 32, PLACES = 256, TRIES = 4 };
+enum { KEY_WORDS = 256, PLACES = 128, TRIES = 4 };
 
-/* All that a call depends on: of a tensor its address, length and dtype, of anything else which object it is. */
+/* All that a call depends on: of a tensor its address, length and dtype, of a number its value, of anything else which
+ * object it is. */
 typedef struct {
     int64_t length, words[KEY_WORDS];
 } Key;
 
 typedef struct {
-    Key key;
-    PyObject *prepared, *others; /* the call, and its tape and the objects of the key, which stay as long as this */
-    Tape *tape;
-    int64_t *number; /* of the last such call */
-    int64_t digest;
-    int left; /* this rank may be done before the others have begun */
+    PyObject *prepared, *tape, *objects; /* the call, what it plays, and the objects of the key, which stay as long */
+    int64_t address, digest;             /* of the tape, and of what all ranks have to ask for alike */
+    int64_t *number;                     /* of the last such call */
+    int left;                            /* this rank may be done before the others have begun */
+    int64_t length, words[];
 } Known;
 
-/* What a Recall holds: whose the rank's state is, the order's methods, the class of plain tensors, what Python does when
- * a call did not end at once, or has to be noted, and the call that was recalled last. */
-enum { PLAYER, ACQUIRE, RELEASE, TENSOR, RESUME, NOTE, LAST, HELD };
+/* What a Recall holds: whose the rank's state is, the order's methods, the class of plain tensors, what is under way
+ * (doing.py), what Python does when a call did not end at once, failed in that, or has to be noted, and the call that was
+ * recalled last. */
+enum { PLAYER, ACQUIRE, RELEASE, TENSOR, DOINGS, RESUME, ABANDON, NOTE, LAST, HELD };
 
 typedef struct {
     PyObject_HEAD
@@ -33,7 +34,7 @@ typedef struct {
     PyObject *held[HELD];
     unsigned long long stride;
     long long number, recalled, timeout_ns;
-    char armed, one_way;
+    char armed, stale, one_way;
     Known *table[PLACES];
 } Recall;
 
@@ -59,51 +60,70 @@ static int add_attribute(Key *key, PyObject *tensor, PyObject *name, PyObject *e
     return expected ? got == expected : got && add_word(key, (int64_t)got);
 }
 
-static int add_number(Key *key, PyObject *tensor, PyObject *name) {
-    PyObject *got = PyObject_CallMethodObjArgs(tensor, name, NULL);
-    if (!got) return 0;
-    long long number = PyLong_AsLongLong(got);
-    Py_DECREF(got);
-    return add_word(key, number);
+static int add_value(Key *key, PyObject *number) {
+    long long value = PyLong_AsLongLong(number);
+    return !(value == -1 && PyErr_Occurred()) && add_word(key, value);
 }
 
-/* As tensors.identity: where it is plain memory, which these words describe fully. Memory that has no address, of a sparse
- * tensor, raises. */
+static int add_number(Key *key, PyObject *tensor, PyObject *name) {
+    PyObject *got = PyObject_CallMethodObjArgs(tensor, name, NULL);
+    int added = got && add_value(key, got);
+    Py_XDECREF(got);
+    return added;
+}
+
+/* Where it is plain memory, which these words describe fully. Memory that has no address, of a sparse tensor, raises. */
 static int add_tensor(Key *key, PyObject *tensor) {
     return add_number(key, tensor, data_ptr) && add_number(key, tensor, numel) && add_attribute(key, tensor, dtype, NULL)
            && add_attribute(key, tensor, is_cpu, Py_True) && method_says(tensor, is_contiguous, Py_True)
            && method_says(tensor, is_conj, Py_False) && method_says(tensor, is_neg, Py_False);
 }
 
-static int add(Recall *self, Key *key, PyObject *one, PyObject *others) {
+static int add(Recall *self, Key *key, PyObject *one) {
     if ((PyObject *)Py_TYPE(one) == self->held[TENSOR]) return add_tensor(key, one);
-    if (!PyList_CheckExact(one) && !PyTuple_CheckExact(one))
-        return add_word(key, (int64_t)one) && (!others || PyList_Append(others, one) == 0);
+    if (PyLong_CheckExact(one)) return add_value(key, one);
+    if (!PyList_Check(one) && !PyTuple_Check(one)) return add_word(key, (int64_t)one);
+    if (!PyList_CheckExact(one) && !PyTuple_CheckExact(one)) return 0;
     Py_ssize_t length = PySequence_Size(one);
     if (!add_word(key, length)) return 0;
     for (Py_ssize_t at = 0; at < length; at++) {
         PyObject *item = PySequence_GetItem(one, at);
-        int added = item && add(self, key, item, others);
+        int added = item && add(self, key, item);
         Py_XDECREF(item);
         if (!added) return 0;
     }
     return 1;
 }
 
-/* Whether these arguments can be recalled at all; the objects among them get into `others`. */
-static int key_of(Recall *self, Key *key, PyObject *const *args, Py_ssize_t given, PyObject *others) {
+/* The key of a call, as tensors.identity makes it. 0 if it has none, -1 if what torch was asked raised what nobody may
+ * catch, as Ctrl-C does. */
+static int key_of(Recall *self, Key *key, PyObject *const *args, Py_ssize_t given) {
     key->length = 0;
     for (Py_ssize_t at = 0; at < given; at++)
-        if (!add(self, key, args[at], others)) {
+        if (!add(self, key, args[at])) {
+            if (!PyErr_Occurred()) return 0;
+            if (!PyErr_ExceptionMatches(PyExc_Exception)) return -1;
             PyErr_Clear();
             return 0;
         }
     return 1;
 }
 
+/* The same of what tensors.identity made. */
+static int key_from(Key *key, PyObject *identity) {
+    key->length = 0;
+    for (Py_ssize_t at = 0; at < PyTuple_Size(identity); at++) {
+        PyObject *one = PyTuple_GetItem(identity, at);
+        if (!(PyLong_CheckExact(one) ? add_value(key, one) : add_word(key, (int64_t)one))) {
+            PyErr_Clear();
+            return 0;
+        }
+    }
+    return 1;
+}
+
 static int is_of(const Known *known, const Key *key) {
-    return known && known->key.length == key->length
-           && !memcmp(known->key.words, key->words, 8 * (size_t)key->length);
+    return known && known->length == key->length && !memcmp(known->words, key->words, 8 * (size_t)key->length);
 }
 
 /* Where a key is in the table, or where it may be put. */
@@ -125,8 +145,14 @@ static void let_go(Known **place) {
     *place = NULL;
     if (!known) return;
     Py_XDECREF(known->prepared);
-    Py_XDECREF(known->others);
+    Py_XDECREF(known->tape);
+    Py_XDECREF(known->objects);
     PyMem_Free(known);
+}
+
+static void forget(Recall *self) {
+    self->stale = 0;
+    for (int at = 0; at < PLACES; at++) let_go(self->table + at);
 }
 
 /* ---------------------------------------------------------------- calls */
@@ -151,26 +177,49 @@ static PyObject *released(Recall *self, PyObject *result) {
     return NULL;
 }
 
-static PyObject *again(Recall *self, Known *known) {
-    PyObject *prepared = known->prepared, *after = known->left || self->one_way ? self->held[NOTE] : NULL;
+/* Says what is under way, so that nothing else begins, and has Python go on with it. What is raised before it could ends
+ * the call as well. */
+static int resumed(Recall *self, PyObject *prepared, long long number, int of_a_pair) {
+    PyObject *frame = (PyObject *)PyEval_GetFrame(), *call = PySequence_GetItem(prepared, 0);
+    PyObject *current = call ? Py_BuildValue("(LOOO)", number, call, frame ? frame : Py_None, of_a_pair ? Py_True : Py_False)
+                             : NULL;
+    Py_XDECREF(call);
+    self->armed = 0;
+    int told = current && !PyObject_SetAttrString(self->held[DOINGS], "current", current);
+    Py_XDECREF(current);
+    PyObject *done = told ? PyObject_CallFunctionObjArgs(self->held[RESUME], prepared, NULL) : NULL;
+    Py_XDECREF(done);
+    if (done) return 1;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    PyObject *ended = PyObject_CallFunctionObjArgs(self->held[ABANDON], prepared, value, NULL);
+    if (!ended) PyErr_WriteUnraisable(self->held[ABANDON]);
+    Py_XDECREF(ended);
+    PyErr_Restore(type, value, traceback);
+    return 0;
+}
+
+static PyObject *replayed(Recall *self, const Known *known) {
+    PyObject *prepared = known->prepared, *before = self->held[LAST];
+    int left = known->left, of_a_pair = known->number != (int64_t *)&self->number;
     long long number = ++*known->number;
-    int64_t contract = (int64_t)(((uint64_t)known->digest + (uint64_t)number * self->stride) & (NOWHERE - 1));
+    uint64_t contract = (uint64_t)known->digest + (uint64_t)number * self->stride; /* contract() of runtime/recall.py */
     int ended;
     Py_BEGIN_ALLOW_THREADS
-    ended = play(self->rank, known->tape, contract, self->timeout_ns, 0, BRIEFLY);
+    ended = play(self->rank, (Tape *)known->address, (int64_t)(contract & CONTRACT_BITS), self->timeout_ns, 0, BRIEFLY);
     Py_END_ALLOW_THREADS
-    self->recalled = number;
-    PyObject *before = self->held[LAST];
     Py_INCREF(prepared);
     self->held[LAST] = prepared;
+    self->recalled = number;
     Py_XDECREF(before);
     if (ended != DONE) {
-        self->armed = 0;
-        after = self->held[RESUME];
+        if (!resumed(self, prepared, number, of_a_pair)) return NULL;
+    } else if (left || self->one_way) {
+        PyObject *noted = PyObject_CallFunction(self->held[NOTE], "OLO", prepared, number, left ? Py_True : Py_False);
+        if (!noted) return NULL;
+        Py_DECREF(noted);
     }
-    PyObject *said = after ? PyObject_CallFunction(after, "OL", prepared, number) : NULL;
-    if (after && !said) return NULL;
-    Py_XDECREF(said);
     Py_RETURN_TRUE;
 }
 
@@ -181,53 +230,42 @@ PyDoc_STRVAR(recall_play_doc,
 static PyObject *recall_play(Recall *self, PyObject *const *args, Py_ssize_t given) {
     if (!self->armed) Py_RETURN_FALSE;
     if (!called(self->held[ACQUIRE])) return NULL;
+    if (self->stale) forget(self);
     Key key;
-    Known *known = self->armed && key_of(self, &key, args, given, NULL) ? *place_of(self, &key) : NULL;
-    if (is_of(known, &key)) return released(self, again(self, known));
+    int found = self->armed ? key_of(self, &key, args, given) : 0;
+    if (found < 0) return released(self, NULL);
+    Known *known = found && self->armed ? *place_of(self, &key) : NULL; /* torch may have run Python meanwhile */
+    if (is_of(known, &key)) return released(self, replayed(self, known));
     Py_INCREF(Py_False);
     return released(self, Py_False);
 }
 
 PyDoc_STRVAR(recall_keep_doc,
-             "keep(prepared, tape, address, digest, number, left, prepare, *arguments)\n\n"
-             "Keeps a call for `play`. `address` is that of `tape`, `number` that of the number of the last such call, 0 for\n"
-             "a collective; `left` says that this rank may be done before the others have begun.");
+             "keep(prepared, tape, address, digest, number, left, identity)\n\n"
+             "Keeps a call for `play`, holding the order. `address` is that of `tape`, `number` that of the number of the last\n"
+             "such call, 0 for a collective; `left` says that this rank may be done before the others have begun.");
 
-static PyObject *recall_keep(Recall *self, PyObject *const *args, Py_ssize_t given) {
-    enum { NUMBERS = 4, BEFORE = 2 + NUMBERS };
-    long long in[NUMBERS];
-    if (given < BEFORE) return PyErr_Format(PyExc_TypeError, "expected %d arguments or more, got %zd", BEFORE, given);
-    for (int at = 0; at < NUMBERS; at++) {
-        in[at] = PyLong_AsLongLong(args[2 + at]);
-        if (in[at] == -1 && PyErr_Occurred()) return NULL;
-    }
-    Known *known = PyMem_Calloc(1, sizeof(Known));
-    if (!known) return PyErr_NoMemory();
-    Py_INCREF(args[0]);
-    *known = (Known){.prepared = args[0], .others = PyList_New(0), .tape = (Tape *)in[0], .digest = in[1], .left = (int)in[3]};
-    known->number = in[2] ? (int64_t *)in[2] : (int64_t *)&self->number;
-    if (!known->others || PyList_Append(known->others, args[1]) || !called(self->held[ACQUIRE])) {
-        let_go(&known);
+static PyObject *recall_keep(Recall *self, PyObject *args) {
+    PyObject *prepared, *tape, *identity;
+    long long address, digest, number;
+    int left;
+    if (!PyArg_ParseTuple(args, "OOLLLpO!", &prepared, &tape, &address, &digest, &number, &left, &PyTuple_Type, &identity))
         return NULL;
-    }
-    if (key_of(self, &known->key, args + BEFORE, given - BEFORE, known->others)) {
-        Known **place = place_of(self, &known->key), *before = *place;
-        *place = known;
-        known = before;
-    }
-    let_go(&known);
-    Py_INCREF(Py_None);
-    return released(self, Py_None);
-}
-
-PyDoc_STRVAR(recall_forget_doc, "forget()\n\nForgets all calls.");
-
-static PyObject *recall_forget(Recall *self, PyObject *unused) {
-    (void)unused;
-    if (!called(self->held[ACQUIRE])) return NULL;
-    for (int at = 0; at < PLACES; at++) let_go(self->table + at);
-    Py_INCREF(Py_None);
-    return released(self, Py_None);
+    if (self->stale) forget(self);
+    Key key;
+    if (!key_from(&key, identity)) Py_RETURN_NONE;
+    Known *known = PyMem_Calloc(1, sizeof(Known) + 8 * (size_t)key.length);
+    if (!known) return PyErr_NoMemory();
+    *known = (Known){prepared, tape, identity, address, digest, (int64_t *)number, left, key.length};
+    if (!number) known->number = (int64_t *)&self->number;
+    memcpy(known->words, key.words, 8 * (size_t)key.length);
+    Py_INCREF(prepared);
+    Py_INCREF(tape);
+    Py_INCREF(identity);
+    Known **place = place_of(self, &key), *before = *place;
+    *place = known;
+    let_go(&before);
+    Py_RETURN_NONE;
 }
 
 /* ---------------------------------------------------------------- the class */
@@ -239,7 +277,8 @@ static int recall_traverse(Recall *self, visitproc visit, void *arg) {
         Known *known = self->table[at];
         if (!known) continue;
         Py_VISIT(known->prepared);
-        Py_VISIT(known->others);
+        Py_VISIT(known->tape);
+        Py_VISIT(known->objects);
     }
     return 0;
 }
@@ -247,7 +286,7 @@ static int recall_traverse(Recall *self, visitproc visit, void *arg) {
 static int recall_clear(Recall *self) {
     self->armed = 0;
     for (int at = 0; at < HELD; at++) Py_CLEAR(self->held[at]);
-    for (int at = 0; at < PLACES; at++) let_go(self->table + at);
+    forget(self);
     return 0;
 }
 
@@ -264,8 +303,8 @@ static PyObject *recall_new(PyTypeObject *type, PyObject *args, PyObject *named)
     long long rank;
     unsigned long long stride;
     PyObject *held[HELD] = {NULL};
-    if (!PyArg_ParseTuple(args, "OLOOOOOK", held + PLAYER, &rank, held + ACQUIRE, held + RELEASE, held + TENSOR,
-                          held + RESUME, held + NOTE, &stride))
+    if (!PyArg_ParseTuple(args, "OLOOOOOOOK", held + PLAYER, &rank, held + ACQUIRE, held + RELEASE, held + TENSOR,
+                          held + DOINGS, held + RESUME, held + ABANDON, held + NOTE, &stride))
         return NULL;
     Recall *self = (Recall *)PyType_GenericAlloc(type, 0);
     if (!self) return NULL;
@@ -277,13 +316,13 @@ static PyObject *recall_new(PyTypeObject *type, PyObject *args, PyObject *named)
 
 static PyMethodDef recall_methods[] = {
     {"play", (PyCFunction)(void (*)(void))recall_play, METH_FASTCALL, recall_play_doc},
-    {"keep", (PyCFunction)(void (*)(void))recall_keep, METH_FASTCALL, recall_keep_doc},
-    {"forget", (PyCFunction)(void (*)(void))recall_forget, METH_NOARGS, recall_forget_doc},
+    {"keep", (PyCFunction)recall_keep, METH_VARARGS, recall_keep_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef recall_members[] = {
     {"armed", T_BOOL, offsetof(Recall, armed), 0, "Whether calls are played here; Python makes it true."},
+    {"stale", T_BOOL, offsetof(Recall, stale), 0, "Whether all calls are to be forgotten."},
     {"one_way", T_BOOL, offsetof(Recall, one_way), 0, "Whether Python is told of each call by `note`."},
     {"number", T_LONGLONG, offsetof(Recall, number), 0, "The number of the last collective."},
     {"recalled", T_LONGLONG, offsetof(Recall, recalled), 0, "The number of the last call that was played here."},
@@ -293,9 +332,10 @@ static PyMemberDef recall_members[] = {
 };
 
 PyDoc_STRVAR(recall_doc,
-             "Recall(player, rank, acquire, release, Tensor, resume, note, stride)\n\n"
+             "Recall(player, rank, acquire, release, Tensor, doings, resume, abandon, note, stride)\n\n"
              "`rank` is the address of the rank's state, which `player` keeps; `acquire` and `release` are of the order of calls.\n"
-             "What does not end at once is left to `resume(prepared, number)`; `note` gets the same of what it has to know.");
+             "What does not end at once becomes `doings.current` and is left to `resume(prepared)`; `abandon(prepared, failure)`\n"
+             "is called if that raises; `note(prepared, number, left)` is told of what it has to know.");
 
 static PyType_Slot recall_slots[] = {
     {Py_tp_new, recall_new},         {Py_tp_dealloc, recall_dealloc}, {Py_tp_traverse, recall_traverse},

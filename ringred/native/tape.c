@@ -210,21 +210,18 @@ static int take(Player *player, Request *request, int wanted) {
             player->tape->fault_got = nbytes;
             return MISMATCH;
         }
-        if (request->lend && kind != AT && !request->staging && nbytes) {
+        int lent = kind == AT && request->lend && !request->staging && wanted && nbytes;
+        if (request->lend && !lent && !request->staging && nbytes) {
             request->staging = (int64_t)malloc((size_t)nbytes);
             if (!request->staging) return NO_MEMORY;
         }
         link->taken = number;
-        if (kind == AT && request->lend && !request->staging && wanted && nbytes) {
+        if (lent) {
             request->view = link->window + offset;
             request->number = number;
             return DONE;
         }
         if (kind != PUT && nbytes) {
-            if (request->lend && !request->staging) {
-                request->staging = (int64_t)malloc((size_t)nbytes);
-                if (!request->staging) return NO_MEMORY;
-            }
             int64_t part = kind == PART || request->done ? least(nbytes - request->done, PART_BYTES) : nbytes;
             char *target = (char *)(request->staging ? request->staging : request->address) + request->done;
             memcpy(target, (char *)link->window + offset, (size_t)part);

@@ -36,7 +36,7 @@ class Choosing:
         self._planner.models = self._models()
         self._planner.native = self.tuning.get("native")
         self._planner.forget()
-        self._runner.recall.forget()
+        self._runner.recall.stale = True
 
     def choice(self, nbytes: int, collective: str = "all_reduce", memory: str = "tensor") -> str:
         """The algorithm that "auto" chooses for `nbytes` bytes in memory of kind `memory` (see `memory_of`)."""

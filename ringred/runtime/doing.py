@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Set
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ringred.runtime.call_site import call_site
 from ringred.runtime.calls import Call, Prepared
@@ -25,13 +25,8 @@ class Doing(NamedTuple):
     site: str
 
 
-class Current(NamedTuple):
-    """A call that is under way, with the frame that made it."""
-
-    number: int
-    call: Call
-    site: str | FrameType
-    of_a_pair: bool
+Current: TypeAlias = tuple[int, Call, "str | FrameType", bool]
+"""A call that is under way: its number, itself, the frame that made it or its place, and whether it is of two ranks."""
 
 
 class Doings:
@@ -47,7 +42,7 @@ class Doings:
         """The current call is over."""
         current = self.current
         assert current is not None, "it began"
-        self._last, self.current, self.recall.recalled = (current.number, current.call), None, 0
+        self._last, self.current, self.recall.recalled = current[:2], None, 0
 
     def now(self) -> Doing:
         """The call that is under way."""
@@ -58,7 +53,7 @@ class Doings:
         equals, what it is, and whether it is under way."""
         current, last, recalled = self.current, self._last, self.recall.recalled
         if current is not None:
-            return (current.number, id(current)), self._told_of(current), True
+            return (current[0], id(current)), self._told_of(current), True
         if recalled:
             last = recalled, self.recall.last.call
         done = self._told_of(None) if last is None else Doing(self.recall.number, last[1].numbered(last[0]), "")
@@ -69,14 +64,14 @@ class Doings:
         if prepared.one_way:
             if sent:
                 place = site if isinstance(site, str) else call_site(site)
-                self._one_way.append(Current(number, prepared.call, place, False))
+                self._one_way.append((number, prepared.call, place, False))
         elif self._one_way and prepared.pair is None:
             self._one_way.clear()
         self.recall.one_way = bool(self._one_way)
 
-    def noted(self, prepared: Prepared, number: int) -> None:
-        """As `note`, of a call that was recalled."""
-        self.note(prepared, number, sys._getframe(1), True)
+    def noted(self, prepared: Prepared, number: int, left: bool) -> None:
+        """As `note`, of a call that was recalled, and that this rank may have `left` before others began it."""
+        self.note(prepared, number, sys._getframe(1), left)
 
     @property
     def left_others(self) -> bool:

@@ -180,10 +180,12 @@ def _played(plan: Plan, player: Player, contract: int, timeout_ns: int, tracer: 
     for operation in plan.operations:
         if operation[0] == _FOLD:
             _, _, _, _, _, step, peers = operation
-            tracer.span("wait", f"step {step}: from {peers}", times[at], times[at + 1])
-            tracer.span("fold", f"step {step}: fold", times[at + 1], times[at + 2])
+            if times[at]:  # else it was done before the trace began
+                tracer.span("wait", f"step {step}: from {peers}", times[at], times[at + 1])
+                tracer.span("fold", f"step {step}: fold", times[at + 1], times[at + 2])
         elif operation[0] == _TAKE:
-            tracer.span("wait", f"step {operation[2]}: from {operation[3]}", times[at], times[at + 1])
+            if times[at]:
+                tracer.span("wait", f"step {operation[2]}: from {operation[3]}", times[at], times[at + 1])
         else:
             continue
         at += 3

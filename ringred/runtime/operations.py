@@ -298,7 +298,5 @@ class Operations:
                     return there._launch(async_op, prepare, *arguments)
                 return self._runner.launch(self._prepare(prepare, *arguments), async_op)
             prepared = self._prepare(_remembered, key, prepare, arguments)
-        work = self._runner.launch(prepared, async_op, holding=arguments)
-        if not async_op and key is not None and planner.ready.get(key) is prepared:
-            self._runner.keep(prepared, prepare, arguments)
-        return work
+        kept = key if key is not None and planner.ready.get(key) is prepared else None
+        return self._runner.launch(prepared, async_op, holding=arguments, identity=kept)

@@ -12,7 +12,7 @@ from ringred.runtime.calls import Prepared
 from ringred.runtime.executor import Plan
 from ringred.transports.base import Tape, Transport
 
-__all__ = ["Never", "Recall", "contract", "keep", "recall"]
+__all__ = ["Never", "Recall", "contract", "recall", "remember"]
 
 _STRIDE = 0x9E3779B97F4A7C15
 _62_BITS = (1 << 62) - 1
@@ -28,6 +28,8 @@ class Recall(Protocol):
 
     armed: bool
     """Whether calls may be recalled: nothing is under way, and nothing but the call itself has to be done."""
+    stale: bool
+    """Whether all calls are to be forgotten."""
     one_way: bool
     """Whether the runner is told of each call."""
     number: int
@@ -46,16 +48,16 @@ class Recall(Protocol):
     def keep(self, *what: Any) -> None:
         """Keeps a call, see native/recall.c."""
 
-    def forget(self) -> None:
-        """Forgets all calls."""
-
 
 class Never:
     """Recalls nothing, and counts."""
 
-    armed = one_way = False
-    number = recalled = timeout_ns = 0
+    armed = stale = one_way = False
+    recalled = timeout_ns = 0
     last: Any = None
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
 
     def play(self, prepare: object, /, *arguments: object) -> bool:
         return False
@@ -63,28 +65,20 @@ class Never:
     def keep(self, *what: Any) -> None:
         pass
 
-    def forget(self) -> None:
-        pass
 
-
-def recall(
-    transport: Transport,
-    order: RLock,
-    resume: Callable[[Prepared, int], None],
-    note: Callable[[Prepared, int], None],
-) -> Recall:
-    """The memory of a runner's calls. It leaves to `resume` those that do not end at once, and tells `note` of those
-    that have to be noted, each with its number."""
+def recall(transport: Transport, order: RLock, doings: object, *calls: Callable[..., None]) -> Recall:
+    """The memory of a runner's calls. What does not end at once is made the current one of `doings`, and left to the
+    first of `calls`; the others are the `abandon` and `note` of native/recall.c."""
     if transport.player is None:
         return Never()
-    made: Recall = transport.player.recall(order.acquire, order.release, Tensor, resume, note, _STRIDE)
+    made: Recall = transport.player.recall(order.acquire, order.release, Tensor, doings, *calls, _STRIDE)
     return made
 
 
-def keep(memory: Recall, prepared: Prepared, counted: int, prepare: object, arguments: tuple[Any, ...]) -> None:
-    """Keeps a call that was remembered and played, where its tape is all there is to play. `counted` is the address of
-    the number of the last such call; 0: that of collectives."""
+def remember(memory: Recall, prepared: Prepared, counted: int, identity: tuple[Any, ...]) -> None:
+    """Keeps a call that was played, where its tape is all there is to play. `counted` is the address of the number of
+    the last such call; 0: that of collectives."""
     plan = prepared.plan
     if type(plan) is Plan and isinstance(plan.tape, Tape) and prepared.scaled is None:
-        left = prepared.one_way and plan.tape.sends
-        memory.keep(prepared, plan.tape, plan.tape.address, prepared.call.digest, counted, left, prepare, *arguments)
+        tape, left = plan.tape, prepared.one_way and plan.tape.sends
+        memory.keep(prepared, tape, tape.address, prepared.call.digest, counted, left, identity)

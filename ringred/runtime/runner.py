@@ -16,12 +16,12 @@ from ringred.errors import CollectiveMismatch, PeerFailed, RingredError
 from ringred.runtime import tensors
 from ringred.runtime.call_site import call_site
 from ringred.runtime.calls import Call, Native, Post, Prepared
-from ringred.runtime.doing import Current, Doing, Doings
+from ringred.runtime.doing import Doing, Doings
 from ringred.runtime.enqueued import Enqueued
 from ringred.runtime.executor import Plan, run
 from ringred.runtime.failures import RAISED, Report, diagnose
 from ringred.runtime.on_device import OnDevice
-from ringred.runtime.recall import Never, contract, keep, recall
+from ringred.runtime.recall import Never, contract, recall, remember
 from ringred.runtime.trace import Tracer
 from ringred.runtime.work import Progress, Work
 from ringred.transports.base import Fault, FaultKind, Request, Tape, Transport
@@ -49,7 +49,8 @@ class Runner:
         self.order = threading.RLock()
         self.doings = Doings()
         if not sites:
-            self.doings.recall = recall(transport, self.order, self._resume, self.doings.noted)
+            calls = self._resume, self._abandon, self.doings.noted
+            self.doings.recall = recall(transport, self.order, self.doings, *calls)
         self.recall = self.doings.recall
         """Calls that were made before; who has found none there calls `launch`."""
         self.set_timeout(timeout)
@@ -92,7 +93,7 @@ class Runner:
 
     def play_by_python(self) -> None:
         """From here on no plan is played in one call: the transport sees every message."""
-        self.recall = self.doings.recall = Never()
+        self.recall = self.doings.recall = Never(self.recall.number)
 
     def set_timeout(self, seconds: float) -> None:
         """From now on, each call may take so long."""
@@ -100,12 +101,19 @@ class Runner:
         if hasattr(self.transport, "timeout"):  # what it waits for by itself
             self.transport.timeout = seconds
 
-    def launch(self, prepared: Prepared, async_op: bool = False, holding: object = None) -> Work[None] | None:
+    def launch(
+        self,
+        prepared: Prepared,
+        async_op: bool = False,
+        holding: object = None,
+        identity: tuple[Any, ...] | None = None,
+    ) -> Work[None] | None:
         """Runs `prepared` after all calls before it: here if nothing is in flight, else on the progress thread.
 
-        `holding` is kept until it is done, even if nobody waits.
+        `holding` is kept until it is done, even if nobody waits. If all that the call depends on is in its `identity`,
+        the next such one is recalled.
         """
-        call, pair = prepared.call, prepared.pair
+        given, call, pair = prepared, prepared.call, prepared.pair
         with self.order:
             self.recall.armed = False
             if self._failure is not None or self.closed:
@@ -131,6 +139,8 @@ class Runner:
                 rest = self._run(prepared, number, sys._getframe(1), point=point, held=held)
                 if rest is not None:
                     rest.wait(None)
+                if identity is not None:
+                    remember(self.recall, given, 0 if pair is None else self._count(pair).buffer_info()[0], identity)
                 self._arm()
                 return None
             site = call_site(sys._getframe(1))
@@ -151,30 +161,29 @@ class Runner:
         work.wait()
         return None
 
-    def keep(self, prepared: Prepared, prepare: object, arguments: tuple[Any, ...]) -> None:
-        """Keeps a call that was made, so that the next one of `prepare` with these arguments is recalled."""
-        counted = 0 if prepared.pair is None else self._count(prepared.pair).buffer_info()[0]
-        keep(self.recall, prepared, counted, prepare, arguments)
-
     def _arm(self) -> None:
         """Lets calls be recalled, while nothing else is under way. Another thread may say why not meanwhile."""
         self.recall.armed = True
         if self._failure is not None or self.closed or self._purpose or self._tracer or self.doings.current:
             self.recall.armed = False
 
-    def _resume(self, prepared: Prepared, number: int) -> None:
-        """Goes on with a call that was recalled and did not end at once."""
+    def _resume(self, prepared: Prepared) -> None:
+        """Goes on with a call that was recalled and did not end at once, which is the current one."""
         plan: Any = prepared.plan
-        try:
-            words = plan.tape.words
-            began = words[Tape.DEADLINE] - self.timeout_ns if words[Tape.PLAYING] else None
-            self._run(prepared, number, sys._getframe(1), began)
-        except BaseException as failure:
+        words, current = plan.tape.words, self.doings.current
+        assert current is not None, "who recalled it has said so"
+        began = words[Tape.DEADLINE] - self.timeout_ns if words[Tape.PLAYING] else None
+        self._run(prepared, current[0], current[2], began)
+        self._arm()
+
+    def _abandon(self, prepared: Prepared, failure: BaseException) -> None:
+        """Ends a call that was recalled, and that an exception kept from going on."""
+        if self.doings.current is not None:
             assert self.transport.player is not None, "it was playing"
+            plan: Any = prepared.plan
             self.transport.player.drop(plan.tape)
             self.abort(failure)
-            raise
-        self._arm()
+            self.doings.ended()
 
     def _next(self, pair: tuple[int, int] | None) -> int:
         """The number of a new call."""
@@ -289,7 +298,7 @@ class Runner:
         call, of_a_pair = prepared.call, prepared.pair is not None
         if self._failure is not None:
             self._refuse(call)
-        self.doings.current = Current(number, call, site, of_a_pair)
+        self.doings.current = number, call, site, of_a_pair
         sent = self.transport.counters.bytes_sent if prepared.one_way else 0
         began = time.monotonic() if began_ns is None else began_ns / 1e9
         rest: Enqueued | None = None

@@ -92,8 +92,8 @@ class Tape:
     """A plan's instructions as numbers, `words` (runtime/tape.py), with what the player notes while it plays them.
 
     `exposed` are the bounds, as addresses, of the memory into which peers may put; `moved` the messages and bytes that
-    it sends and receives, and `sends` whether it sends any; `timed` how many instructions are timed, and `element` the
-    bytes of an element.
+    it sends and receives, `sends` whether it sends any bytes; `timed` how many instructions are timed; `element` the
+    bytes of one.
     """
 
     __slots__ = ("address", "element", "requests", "sends", "timed", "words")
@@ -115,7 +115,7 @@ class Tape:
         head = [0, self.requests.buffer_info()[0], requests, *exposed, *moved]
         self.words = array("q", [*head, *[0] * (self.HEAD - len(head)), *words])
         self.address = self.words.buffer_info()[0]
-        self.sends, self.timed, self.element = moved[0] > 0, timed, element
+        self.sends, self.timed, self.element = moved[1] > 0, timed, element
 
 
 class Player(Protocol):

@@ -15,6 +15,7 @@ __all__ = ["ShmPlayer", "engine", "unusable"]
 
 _LEVELS = ("plain C", "AVX2", "AVX-512")
 _DONE, _LOOK, _LATE, _MISMATCH = range(4)
+_LAST_LOOK = 1
 
 
 def unusable() -> str | None:
@@ -58,7 +59,7 @@ class ShmPlayer:
         noted = 0 if times is None else times.buffer_info()[0]
         gone, why = -1, ""
         try:
-            while (ended := self._play(tape.address, contract, timeout_ns, noted, gone >= 0)) != _DONE:
+            while (ended := self._play(tape.address, contract, timeout_ns, noted, _LAST_LOOK * (gone >= 0))) != _DONE:
                 at = tape.words[Tape.FAULT_LINK]
                 link = self._links[at]
                 if ended == _MISMATCH:

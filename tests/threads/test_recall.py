@@ -310,11 +310,12 @@ def test_a_communicator_goes_with_what_it_remembers() -> None:
 
 def test_arguments_that_no_call_has_are_refused() -> None:
     assert native.player is not None
-    recall = native.player.Recall(None, 0, bool, bool, Tensor, bool, bool, 1)
+    recall = native.player.Recall(None, 0, bool, bool, Tensor, None, bool, bool, bool, 1)
     assert recall.play(print, torch.ones(3)) is False
-    with pytest.raises(TypeError, match="expected 6 arguments or more, got 1"):
-        recall.keep(None)
-    with pytest.raises(TypeError):
-        recall.keep(None, None, "here", 0, 0, 0, print)
+    for wrong in ((), (None, None, "here", 0, 0, False, ()), (None, None, 0, 0, 0, False, [])):
+        with pytest.raises(TypeError):
+            recall.keep(*wrong)
     with pytest.raises(TypeError):
         native.player.Recall()
+    recall.keep(None, None, 0, 0, 0, False, (print, 1 << 80))
+    recall.keep(None, None, 0, 0, 0, False, tuple(range(1000)))
