@@ -124,8 +124,10 @@ def probe(comm: Measured) -> Tuning:
 def _inside(comm: Measured, found: dict[str, Costs]) -> None:
     for memory in ("tensor", "window") if comm.transport.windows else ("tensor",):
         samples = _samples(comm, memory)
-        found[f"short {memory}"] = fit([sample for nbytes, sample in samples if nbytes <= SHORT_BYTES])
-        found[memory] = fit([sample for nbytes, sample in samples if nbytes >= SHORT_BYTES // 2])
+        short = [sample for nbytes, sample in samples if nbytes <= SHORT_BYTES]
+        long = [sample for nbytes, sample in samples if nbytes >= SHORT_BYTES // 2]
+        found[f"short {memory}"] = fit(short, within_host=True)
+        found[memory] = fit(long, within_host=True)
     if hasattr(comm.transport, "can_all_reduce"):
         times = [seconds_of(comm, _tensor(comm, nbytes, "tensor"), "native", _calls(comm, nbytes)) for nbytes in _BYTES]
         found["native"] = fit([Sample(1, nbytes, 0, 0, 0, took) for nbytes, took in zip(_BYTES, times, strict=True)])

@@ -119,7 +119,7 @@ def candidates(
     host_grid = local_grid([place[-1] for place in topology.place]) if len(topology.distance) > 1 else None
     # A tree that divides its data into segments by itself must not look faster because of that: the executor divides
     # the data of every algorithm.
-    cut = segment_bytes if size <= _FEW_RANKS and nbytes > segment_bytes else None
+    cut = segment_bytes if size <= _FEW_RANKS and segments_for(nbytes, segment_bytes) > 1 else None
     found = []
     for entry in algorithms(collective).values():
         if rank_order and not entry.rank_order:

@@ -29,6 +29,7 @@ collective, where α is the cost of the whole call."""
 KINDS = ("tensor", "window", "short tensor", "short window", "native", "between")
 SHORT_BYTES = 128 << 10
 _LEAST_LATENCY = 0.05  # of what a call takes beside its messages
+_LEAST_REDUCING = 0.1  # of what a byte takes within a host
 _KEPT = 64  # greatest number of entries (a machine and a job) in one file
 
 
@@ -44,11 +45,12 @@ class Sample(NamedTuple):
     seconds: float
 
 
-def fit(samples: Sequence[Sample]) -> Costs:
+def fit(samples: Sequence[Sample], *, within_host: bool = False) -> Costs:
     """The costs that explain `samples` best, by relative error; none is negative.
 
     Costs that no sample can separate (γ and β, if every byte that is sent is also reduced) share their total. Of what a
-    call takes at least, a part counts as λ: noise must not make many rounds look as cheap as one.
+    call takes at least, a part counts as λ: noise must not make many rounds look as cheap as one. Within a host a part
+    of what a byte takes counts as γ: noise must not make it look free to reduce twice as many.
     """
     rows = np.array([sample[:-1] for sample in samples], dtype=np.float64).reshape(-1, 5)
     times = np.array([sample.seconds for sample in samples], dtype=np.float64)
@@ -62,6 +64,9 @@ def fit(samples: Sequence[Sample]) -> Costs:
         del used[int(found.argmin())]
     costs = dict(zip(used, map(float, found), strict=True)) if used else {}
     alpha, beta, gamma, latency, call = (costs.get(column, 0.0) for column in range(5))
+    if within_host:
+        unpriced = max(0.0, (beta + gamma) * _LEAST_REDUCING - gamma)
+        beta, gamma = beta - unpriced, gamma + unpriced
     missing = max(0.0, call * _LEAST_LATENCY - alpha - latency)
     return alpha, beta, gamma, latency + missing, call - missing
 

@@ -52,6 +52,22 @@ def test_many_rounds_never_look_as_cheap_as_one() -> None:
     assert (latency, call) == pytest.approx((2e-6, 3.8e-5))
 
 
+def test_reducing_never_looks_free_within_a_host() -> None:
+    noisy = [
+        Sample(1, nbytes, reduced, 1, 1, 1e-6 + nbytes * 1e-10) for nbytes in (1 << 16, 1 << 22) for reduced in (1, 2)
+    ]
+    _, beta, gamma, *_ = fit(noisy)
+    assert (beta, gamma) == pytest.approx((1e-10, 0.0))
+    _, beta, gamma, *_ = fit(noisy, within_host=True)
+    assert (beta, gamma) == pytest.approx((0.9e-10, 0.1e-10))
+
+
+def test_all_at_once_does_not_look_faster_where_a_share_is_just_one_segment() -> None:
+    model = machine_model("shm", (0, 0), {"tensor": (7e-7, 3e-11, 3e-11, 7e-7, 0.0)})
+    for megabytes in (1, 2, 4, 8):
+        assert choose("all_reduce", megabytes << 20, model)[0].name == "direct"
+
+
 def test_no_cost_is_negative_whatever_was_measured() -> None:
     strange = [Sample(1, 1000, 1000, 1, 1, 1e-5), Sample(1, 10000, 10000, 1, 1, 5e-6), Sample(2, 10, 5, 2, 1, 1e-6)]
     assert all(cost >= 0 for cost in fit(strange))
