@@ -213,13 +213,17 @@ static PyObject *replayed(Recall *self, const Known *known) {
     self->held[LAST] = prepared;
     self->recalled = number;
     Py_XDECREF(before);
+    int well = 1;
+    Py_INCREF(prepared); /* a signal handler may make other calls, and have this one forgotten */
     if (ended != DONE) {
-        if (!resumed(self, prepared, number, of_a_pair)) return NULL;
+        well = resumed(self, prepared, number, of_a_pair);
     } else if (left || self->one_way) {
         PyObject *noted = PyObject_CallFunction(self->held[NOTE], "OLO", prepared, number, left ? Py_True : Py_False);
-        if (!noted) return NULL;
-        Py_DECREF(noted);
+        well = noted != NULL;
+        Py_XDECREF(noted);
     }
+    Py_DECREF(prepared);
+    if (!well) return NULL;
     Py_RETURN_TRUE;
 }
 
