@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ringred import native
 from ringred.communicator import Communicator
 from ringred.errors import CollectiveMismatch, PeerFailed
+from ringred.runtime.doing import Doing
 from ringred.testing import run_ranks
 
 pytestmark = pytest.mark.skipif(native.player is None, reason=f"no compiled player: {native.reason}")
@@ -26,7 +28,8 @@ BOTH = pytest.mark.parametrize("transport", ["shm", "shm:python"])
 @contextmanager
 def counted(comm: Communicator) -> Iterator[list[bool]]:
     """Whether each call within was recalled."""
-    recall, told = comm.runner.recall, list[bool]()
+    runner: Any = comm.runner
+    recall, told = runner.recall, list[bool]()
 
     class Counting:
         def __getattr__(self, name: str) -> object:
@@ -39,11 +42,11 @@ def counted(comm: Communicator) -> Iterator[list[bool]]:
             told.append(recall.play(*what))
             return told[-1]
 
-    comm.runner.recall = Counting()  # type: ignore[assignment]
+    runner.recall = Counting()
     try:
         yield told
     finally:
-        comm.runner.recall = recall
+        runner.recall = recall
 
 
 def each_collective(comm: Communicator) -> list[Callable[[], object]]:
@@ -274,18 +277,18 @@ def test_nothing_is_recalled_after_abort_and_close(transport: str) -> None:
 
 @BOTH
 def test_a_rank_that_comes_late_is_waited_for_and_told_of(transport: str) -> None:
-    def body(comm: Communicator) -> tuple[float, list[object]]:
-        tensor, told = torch.zeros(2), list[object]()
+    def body(comm: Communicator) -> tuple[float, list[tuple[Doing, bool]]]:
+        tensor, told = torch.zeros(2), list[tuple[Doing, bool]]()
         for turn in range(4):
             tensor.fill_(turn)
-            time.sleep(0.05 * ((comm.rank + turn) % comm.size))
+            time.sleep(0.05 * ((comm.rank + turn) % comm.size))  # each is the first, and waits, in its turn
             comm.all_reduce(tensor)
             told.append(comm.runner.doings.seen()[1:])
         return tensor.sum().item(), told
 
     for total, told in run_ranks(body, 3, transport):
         assert total == 18.0
-        for number, (doing, under_way) in enumerate(told, start=1):  # type: ignore[misc, assignment]
+        for number, (doing, under_way) in enumerate(told, start=1):
             assert (doing.number, under_way) == (number, False)
             assert doing.text.startswith(f"all_reduce #{number} (sum")
 

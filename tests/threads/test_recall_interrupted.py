@@ -77,7 +77,7 @@ def at_once(comm: Communicator, call: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=fire)
     thread.start()
-    time.sleep(0.01)
+    time.sleep(0.01)  # it watches the number before the call begins
     try:
         call()
     finally:
@@ -219,7 +219,7 @@ def test_a_list_that_changes_while_its_first_call_waits_is_another_call(transpor
 
         timer = threading.Timer(0.1, change)
         timer.start()
-        time.sleep(0.3 * comm.rank)
+        time.sleep(0.3 * comm.rank)  # rank 0 waits in its call when the list changes
         comm.all_gather(list(before) if comm.rank else outputs, mine)
         timer.join()
         for _ in range(2):
@@ -235,7 +235,7 @@ def test_a_first_call_that_is_done_does_not_wait_for_another_thread_s(transport:
         """Rank 1 comes to the second call only when rank 0's first one has returned."""
         if comm.rank == 0:
             for done in returned:
-                first = threading.Thread(target=lambda: (comm.all_reduce(torch.ones(64)), done.set()))  # noqa: B023
+                first = threading.Thread(target=first_call, args=(comm, done))
                 first.start()
                 while first.is_alive() and not comm.runner.doings.current:
                     pass
@@ -247,6 +247,10 @@ def test_a_first_call_that_is_done_does_not_wait_for_another_thread_s(transport:
             done.wait(20)
             comm.barrier()
         return True
+
+    def first_call(comm: Communicator, done: threading.Event) -> None:
+        comm.all_reduce(torch.ones(64))
+        done.set()
 
     returned = [threading.Event() for _ in range(30)]
     assert run_ranks(body, 2, transport, timeout=10) == [True, True]
@@ -278,7 +282,7 @@ def test_a_trace_that_begins_while_a_recalled_call_waits_has_no_span_from_before
         comm.barrier()
         timer = threading.Timer(0.1, lambda: comm.start_trace(str(tmp_path / "trace.json")))
         timer.start()
-        time.sleep(0.3 * comm.rank)
+        time.sleep(0.3 * comm.rank)  # rank 0 waits in its call when the trace begins
         began = time.time() * 1e6
         comm.all_reduce(tensor, algorithm="ring")
         timer.join()
