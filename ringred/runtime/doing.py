@@ -12,7 +12,7 @@ from ringred.runtime.call_site import call_site
 from ringred.runtime.calls import Call, Prepared
 from ringred.runtime.recall import Never, Recall
 
-__all__ = ["Current", "Doing", "Doings"]
+__all__ = ["Doing", "Doings"]
 
 _ONE_WAY = 64  # collectives that this rank may have left before others began, and that are remembered
 
