@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define VERSION 6 /* raised with every change of this file or of module.c, here and in __init__.py */
+#define VERSION 7 /* raised with every change of this file or of module.c, here and in __init__.py */
 
 /* Words of a control block, of 8 bytes. */
 enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT = 25 };
@@ -29,7 +29,8 @@ typedef struct {
     int64_t forked;                /* this process is a child of the rank's own */
     int64_t queued;                /* sends of Python's that wait for room */
     int64_t counters;              /* the address of four: messages and bytes sent, messages and bytes received */
-    int64_t unused[5];
+    int64_t shared, shared_next;   /* the offset of its slots for messages to several peers, and which of them is next */
+    int64_t unused[3];
 } Rank;
 
 typedef struct {
@@ -42,7 +43,7 @@ typedef struct {
     int64_t sent, acked, taken;      /* numbers of the last message sent, consumed there, taken here */
     int64_t awaited;                 /* the contract of the last collective that the peer was waited for to begin */
     int64_t small_next, large_next;
-    int64_t small_used[SMALL_SLOTS], large_used[SLOTS];
+    int64_t small_used[SMALL_SLOTS], large_used[SLOTS], shared_used[SLOTS];
     int64_t gone; /* Python knows that the peer is */
     int64_t sends, last_send, receives, last_receive; /* requests that wait their turn, while a tape plays */
     int64_t unused[4];

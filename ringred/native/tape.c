@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "layout.h"
-#include "waits.h"
+#include "slots.h"
 
 enum { FUSED_BYTES = 16 << 10, MOST_FUSED = 16 }; /* a result is copied while it is in the first-level cache */
 
@@ -16,6 +15,8 @@ typedef struct {
     Tape *tape;
     Request *requests;
     int how;
+    const int64_t *sharing; /* the SEND whose data lies in shared slots already, and where */
+    int64_t shared_at;
 } Player;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -30,30 +31,6 @@ static void post(Player *player, Link *link, int64_t number, int64_t nbytes, int
     set_word(entry, NUMBER, number); /* last: the descriptor is now complete */
     link->sent = number;
     wake(link->block);
-}
-
-static int consumed(Link *link, int64_t number) {
-    if (number > link->acked) link->acked = word_of(link->acked_at, 0);
-    return number <= link->acked;
-}
-
-/* Takes slots for a message, or part of one, that gets this number: their offset in this rank's window; -1 if the peer
- * has not read what was last in them. */
-static int64_t room(Link *link, int64_t number, int64_t nbytes) {
-    if (nbytes <= SMALL_BYTES) {
-        int64_t at = link->small_next;
-        if (!consumed(link, link->small_used[at])) return -1;
-        link->small_used[at] = number;
-        link->small_next = (at + 1) % SMALL_SLOTS;
-        return link->small + at * SMALL_STRIDE;
-    }
-    int64_t count = (nbytes + SLOT_BYTES - 1) / SLOT_BYTES;
-    int64_t first = link->large_next + count > SLOTS ? 0 : link->large_next;
-    for (int64_t at = first; at < first + count; at++)
-        if (!consumed(link, link->large_used[at])) return -1;
-    for (int64_t at = first; at < first + count; at++) link->large_used[at] = number;
-    link->large_next = (first + count) % SLOTS;
-    return link->large + first * SLOT_BYTES;
 }
 
 /* Posts as much of a send as there is room for; whether that is all. */
@@ -111,28 +88,49 @@ static char *put_target(Player *player, Link *link, int64_t address, int64_t nby
     return (char *)link->window + offset;
 }
 
+/* Whether the next instruction sends the same data to another peer. */
+static int sends_again(const int64_t *words) {
+    const int64_t *next = words + 6;
+    return next[0] == SEND && next[2] != words[2] && next[3] == words[3] && next[4] == words[4];
+}
+
+/* Takes slots for a message: its own, or those of one copy for several peers. Where in this rank's window, or -1; `copied`
+ * says whether the copy is made already. */
+static int64_t placed(Player *player, Link *link, const int64_t *words, int *copied) {
+    Rank *rank = player->rank;
+    int64_t nbytes = words[4], number = link->sent + 1, offset = -1;
+    *copied = words == player->sharing;
+    if (*copied) offset = player->shared_at;
+    else if (sends_again(words)) offset = shared_room(rank, nbytes);
+    if (offset < 0) return room(link, number, nbytes);
+    share(rank, link, number, offset, nbytes);
+    if (sends_again(words)) player->sharing = words + 6, player->shared_at = offset;
+    return offset;
+}
+
 /* SEND, request, link, address, bytes, flags.
- * What is to be sent, and where its data is to be copied before it is posted; 0 if nowhere yet. */
-static char *begin_send(Player *player, const int64_t *words) {
+ * Whether its data has a place now; `target` is where it is to be copied before it is posted, or 0. */
+static int begin_send(Player *player, const int64_t *words, char **target) {
     Request *request = player->requests + words[1];
     Link *link = player->links + words[2];
     Rank *rank = player->rank;
     int64_t address = words[3], nbytes = words[4], put = words[5] & 1, buffered = words[5] & 2;
     *request = (Request){.link = words[2], .address = address, .nbytes = nbytes, .place = -1, .until = -1, .next = -1};
+    *target = 0;
     if (nbytes <= SMALL_BYTES) return 0;
-    char *target = put ? put_target(player, link, address, nbytes) : 0;
-    if (target) {
+    if (put && (*target = put_target(player, link, address, nbytes)) != 0) {
         request->place = PUT;
     } else if (!buffered && address >= rank->window && address < rank->window_end) {
         request->place = (address - rank->window) << 2 | AT;
     } else if (nbytes <= PART_BYTES && link->sends < 0) {
-        int64_t offset = room(link, link->sent + 1, nbytes);
+        int copied;
+        int64_t offset = placed(player, link, words, &copied);
         if (offset < 0) return 0;
         request->place = offset << 2 | AT;
         request->done = nbytes;
-        target = (char *)rank->window + offset;
+        if (!copied) *target = (char *)rank->window + offset;
     }
-    return target;
+    return request->place >= 0;
 }
 
 static void send(Player *player, const int64_t *words) {
@@ -141,7 +139,8 @@ static void send(Player *player, const int64_t *words) {
     if (player->tape->put) {
         player->tape->put--;
     } else {
-        char *target = begin_send(player, words);
+        char *target;
+        begin_send(player, words, &target);
         if (target) memcpy(target, (char *)request->address, (size_t)request->nbytes);
     }
     if (link->sends < 0 && start(player, request)) return;
@@ -292,7 +291,7 @@ static int again(const int64_t *first, const int64_t *next) {
 /* FOLD, out, elements, element size, kernel, divisor (the bits of a double), own operand, n, requests...
  * Where sends of the result follow, it is copied to where they need it block by block. */
 static void fold(Player *player, const int64_t *words) {
-    int64_t elements = words[2], size = words[3], own = words[6], n = words[7], sends = 0;
+    int64_t elements = words[2], size = words[3], own = words[6], n = words[7], sends = 0, copies = 0;
     Fold kernel = (Fold)words[4];
     double divisor;
     memcpy(&divisor, words + 5, 8);
@@ -302,17 +301,18 @@ static void fold(Player *player, const int64_t *words) {
     for (int64_t k = 0, request = 8; k <= n; k++)
         operands[k] = k == own ? out : (char *)player->requests[words[request++]].view;
     const int64_t *first = words + 8 + n, *next = first; /* a second message to one peer has no number yet */
-    while (sends < MOST_FUSED && next[0] == SEND && next[3] == words[1] && next[4] == elements * size
-           && !again(first, next) && (targets[sends] = begin_send(player, next)) != 0) {
+    while (copies < MOST_FUSED && next[0] == SEND && next[3] == words[1] && next[4] == elements * size
+           && !again(first, next) && begin_send(player, next, targets + copies)) {
+        if (targets[copies]) copies++;
         sends++;
         next += 6;
     }
-    int64_t block = sends ? FUSED_BYTES / size : elements;
+    int64_t block = copies ? FUSED_BYTES / size : elements;
     for (int64_t start = 0; start < elements; start += block) {
         int64_t count = least(block, elements - start);
         for (int64_t k = 0; k <= n; k++) parts[k] = operands[k] + start * size;
         kernel(out + start * size, parts, n + 1, count, divisor);
-        for (int64_t k = 0; k < sends; k++)
+        for (int64_t k = 0; k < copies; k++)
             memcpy(targets[k] + start * size, out + start * size, (size_t)(count * size));
     }
     player->tape->put = sends;
@@ -352,7 +352,7 @@ static void end(Rank *rank, Tape *tape) {
 int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int how) {
     int result = tape->playing ? DONE : begin(rank, tape, contract, timeout);
     if (result != DONE) return result;
-    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, how};
+    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, how, 0, 0};
     for (;;) {
         const int64_t *words = tape->words + tape->at;
         switch (words[0]) {

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from ringred import native
 from ringred.collectives.registry import lookup
 from ringred.runtime.config import Config
 from ringred.runtime.select import CROWDED, share_bounds
@@ -81,7 +82,7 @@ def tune(comm: Measured, gather: Gather, on: str = "") -> None:
     `on` names the device."""
     path = comm.config.tuning
     here = machine()
-    played = "" if comm.transport.player is None else ", compiled"
+    played = "" if comm.transport.player is None else f", compiled {native.VERSION}"
     key = (
         f"{here.processor}, {here.usable_cores} cores; {comm.transport.name}{played}{on}, {comm.size} ranks on "
         f"{len(set(comm.hosts))} hosts; torch {torch.__version__}; {len(KINDS)} kinds"

@@ -49,14 +49,13 @@ FLAG_STRIDE = 64  # bytes from one flag to the next: two a peer, one of the memo
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
 
 # Words of a rank's own state: first its own, then those of each link.
-OWN_WINDOW, OWN_END, OWN_BLOCK, OWN_CONTRACT, EXPOSED, EXPOSED_END, GIVES_WAY, LINKS, FORKED, QUEUED, COUNTERS = range(
-    11
-)
+OWN_WINDOW, OWN_END, OWN_BLOCK, OWN_CONTRACT, EXPOSED, EXPOSED_END, GIVES_WAY, LINKS = range(8)
+FORKED, QUEUED, COUNTERS, SHARED = range(8, 12)
 WINDOW, WINDOW_END, BLOCK, ACKED_WORD, TAKEN_WORD, ENTRIES_IN, ENTRIES_OUT, SMALL, LARGE = range(9)
 SENT, ACKED, TAKEN, AWAITED, SMALL_NEXT, LARGE_NEXT, SMALL_USED = range(9, 16)
 LARGE_USED = SMALL_USED + SMALL_SLOTS
-GONE = LARGE_USED + SLOTS
-OWN_WORDS, LINK_WORDS = 16, 72
+GONE = LARGE_USED + 2 * SLOTS  # between them those of the slots that are shared
+OWN_WORDS, LINK_WORDS = 16, 104
 LAYOUT: tuple[int, ...] = (native.VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES)
 LAYOUT += (SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES, OWN_WORDS, LINK_WORDS)
 """What the compiled player has to agree on: a version, and these numbers."""
@@ -77,7 +76,8 @@ class Layout:
         self.slots_nbytes = self._large + size * SLOTS * slot_bytes
 
     def slots(self, index: int) -> tuple[int, int]:
-        """Where the small and the large slots for one peer begin."""
+        """Where the small and the large slots for one peer begin. A rank's large slots for itself are shared: there the
+        compiled player makes one copy of a message that goes to several peers."""
         return index * SMALL_SLOTS * SMALL_STRIDE, self._large + index * SLOTS * self._slot_bytes
 
 

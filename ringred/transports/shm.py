@@ -131,8 +131,8 @@ class ShmTransport:
         self._receiver = Receiver(self.window, self._links, self._plane, self._until, self._sender.received)
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
         self.irecv, self.release = self._receiver.irecv, self._receiver.release
-        links = list(self._links.values())
-        self.player = ShmPlayer(self._state, links, self._check, self._left) if compiled else None
+        links, shared = list(self._links.values()), self._plane.slots(own)[1]
+        self.player = ShmPlayer(self._state, links, shared, self._check, self._left) if compiled else None
         neighbours.hold(self)
         for member in list(neighbours.gone):  # whoever went before that is not told of
             self.peer_lost(member)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ringred import native
 from ringred.transports.base import Fault, FaultKind, Tape
-from ringred.transports.links import LAYOUT, QUEUED, Link, State
+from ringred.transports.links import LAYOUT, QUEUED, SHARED, Link, State
 
 __all__ = ["ShmPlayer", "engine", "unusable"]
 
@@ -35,16 +35,23 @@ def engine(player: object) -> str:
 
 
 class ShmPlayer:
-    """The player of a transport with this `state` and these `links`, in the order of their words.
+    """The player of a transport with this `state` and these `links`, in the order of their words. Its slots for
+    messages to several peers are at offset `shared`.
 
     `check` raises `Fault` if no collective can begin; `left` says why a peer is gone, or None.
     """
 
     def __init__(
-        self, state: State, links: Sequence[Link], check: Callable[[], None], left: Callable[[Link], str | None]
+        self,
+        state: State,
+        links: Sequence[Link],
+        shared: int,
+        check: Callable[[], None],
+        left: Callable[[Link], str | None],
     ) -> None:
         assert native.player is not None, "a player is only made where there is one"
         self._own, self._links = state.own, list(links)
+        self._own[SHARED] = shared
         self._check, self._left = check, left
         self.links: Mapping[int, int] = {link.rank: number for number, link in enumerate(links)}
         self._play = partial(native.player.play, state.address)

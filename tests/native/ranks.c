@@ -3,7 +3,8 @@
  *     ranks RANKS TURNS SEED
  *
  * Each turn draws how many elements, in a window or not, and whether the results may be put. All is built by hand here as
- * links.py and tape.py build it: rank r owns share r, gets it from everybody, folds it, and gives it to everybody. */
+ * links.py and tape.py build it: rank r owns share r, gets it from everybody, folds it, and gives it to everybody, in
+ * pieces that take more slots than there are. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,6 +14,7 @@
 #include "waits.h"
 
 enum { MOST_RANKS = 8, MOST_ELEMENTS = 1500000, CONSUMED = 32, REPORT_BYTES = 16 << 10, HEAD = sizeof(Tape) / 8 };
+enum { PIECE_ELEMENTS = 33000, MOST_PIECES = MOST_ELEMENTS / 2 / PIECE_ELEMENTS + 1 };
 
 static int ranks, turns;
 static unsigned seed;
@@ -22,6 +24,8 @@ static pthread_barrier_t met;
 static int failures;
 
 static unsigned drawn(unsigned *state) { return *state = *state * 1103515245u + 12345u, *state >> 8; }
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void layout(void) {
     entries_at = 8 * (CONSUMED + 8 * ranks);
@@ -37,6 +41,7 @@ static Rank *made(int me) {
     rank->window_end = rank->window + window_bytes;
     rank->links = ranks - 1;
     rank->gives_way = 20000;
+    rank->shared = large_at + (int64_t)me * SLOTS * SLOT_BYTES;
     rank->counters = (int64_t)calloc(4, 8);
     Link *link = (Link *)(rank + 1);
     for (int peer = 0; peer < ranks; peer++) {
@@ -57,12 +62,13 @@ static Rank *made(int me) {
 
 /* The tape of rank `me` for an all-reduce of `data`, whose share r is the elements bounds[r] to bounds[r + 1]. */
 static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int put) {
-    Tape *tape = calloc((size_t)(HEAD + 64 * ranks), 8);
-    tape->count = 4 * ranks;
+    Tape *tape = calloc((size_t)(HEAD + 32 * (MOST_PIECES + 2) * ranks), 8);
+    tape->count = 2 * (MOST_PIECES + 1) * ranks;
     tape->requests = (int64_t)calloc((size_t)tape->count, sizeof(Request));
     if (window) tape->exposed = (int64_t)data, tape->exposed_end = (int64_t)(data + bounds[ranks]);
-    int64_t *word = tape->words, request = 0, received[MOST_RANKS], sent[2 * MOST_RANKS], sends = 0;
+    int64_t *word = tape->words, request = 0, received[MOST_RANKS], sent[(MOST_PIECES + 1) * MOST_RANKS], sends = 0;
 #define SHARE(r) (int64_t)(data + bounds[r]), 4 * (bounds[(r) + 1] - bounds[r])
+#define PIECE(r, at) (int64_t)(data + (at)), 4 * least(PIECE_ELEMENTS, bounds[(r) + 1] - (at))
 #define LINK(peer) ((peer) - ((peer) > me))
 #define EMIT(...)                                          \
     do {                                                   \
@@ -81,17 +87,20 @@ static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int
         }
     EMIT(FOLD, (int64_t)(data + bounds[me]), bounds[me + 1] - bounds[me], 4, (int64_t)fold_of(F32, SUM, 2), 0, me, ranks - 1);
     for (int at = 0; at < ranks - 1; at++) *word++ = received[at];
-    for (int peer = 0; peer < ranks; peer++)
-        if (peer != me) {
-            EMIT(SEND, sent[sends++] = request, LINK(peer), SHARE(me), put);
-            request++;
-        }
+    for (int64_t at = bounds[me]; at < bounds[me + 1]; at += PIECE_ELEMENTS)
+        for (int peer = 0; peer < ranks; peer++)
+            if (peer != me) {
+                EMIT(SEND, sent[sends++] = request, LINK(peer), PIECE(me, at), put);
+                request++;
+            }
     for (int peer = 0; peer < ranks; peer++)
         if (peer != me) {
             if (!window) EMIT(WAIT_SENT, sent[LINK(peer)]);
-            EMIT(RECEIVE, request, LINK(peer), SHARE(peer), 0);
-            EMIT(TAKE, request);
-            request++;
+            for (int64_t at = bounds[peer]; at < bounds[peer + 1]; at += PIECE_ELEMENTS) {
+                EMIT(RECEIVE, request, LINK(peer), PIECE(peer, at), 0);
+                EMIT(TAKE, request);
+                request++;
+            }
         }
     for (int at = 0; at < sends; at++) EMIT(WAIT_SENT, sent[at]);
     EMIT(END);

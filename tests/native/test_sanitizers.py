@@ -60,7 +60,17 @@ MUTANTS = {
         "memcpy(target, (char *)link->window",
         "consume(link, number), memcpy(target, (char *)link->window",
     ),
-    "slots are used again at once": ("tape.c", "if (!consumed(link, link->large_used[at])) return -1;", ";"),
+    "slots are used again at once": ("slots.h", "if (!consumed(link, link->large_used[at])) return -1;", ";"),
+    "shared slots are used again at once": (
+        "slots.h",
+        "if (!consumed(links + peer, links[peer].shared_used[at])) return -1;",
+        "(void)links;",
+    ),
+    "only the first reader of a shared copy is waited for": (
+        "slots.h",
+        "shared_used[at] = number;",
+        "shared_used[at] = link == (const Link *)(rank + 1) ? number : 0;",
+    ),
     "a send is not waited for": ("tape.c", "if (consumed(link, request->until)) return DONE;", "return DONE;"),
     "a lent message is given back before it is folded": (
         "tape.c",

@@ -22,6 +22,7 @@ from ringred.runtime.folds import SUPPORTED, Folder, ReduceOp
 from ringred.runtime.tape import kernel
 from ringred.testing import run_ranks
 from ringred.transports import links, shm_player
+from ringred.transports.shm import ShmTransport
 
 pytestmark = pytest.mark.skipif(native.player is None, reason=f"no compiled player: {native.reason}")
 
@@ -180,6 +181,39 @@ def test_the_player_is_what_plays(monkeypatch: pytest.MonkeyPatch) -> None:
     least = min(run_ranks(body, 2, "shm"))
     assert least >= 2, "the first all-reduce and the barrier; the others are recalled, and perhaps waited for there"
     assert run_ranks(body, 2, "shm:python") == [-1, -1]
+
+
+def test_there_is_one_copy_of_what_goes_to_several_peers() -> None:
+    def body(comm: Communicator) -> tuple[int, int]:
+        transport = comm.transport
+        assert isinstance(transport, ShmTransport)
+        comm.all_reduce(torch.ones(5000), algorithm="one_shot")
+        words = transport.window.words
+        entries = [
+            link.entries_out + 4 * (link.state[links.SENT] % links.ENTRIES) for link in transport._links.values()
+        ]
+        places = {words[entry + links.PLACE] for entry in entries if words[entry + links.LENGTH] == 20_000}
+        return len(entries), len(places)
+
+    assert run_ranks(body, 4, "shm") == [(3, 1)] * 4
+    assert run_ranks(body, 4, "shm:python") == [(3, 3)] * 4
+
+
+@pytest.mark.parametrize("late", range(3))
+def test_a_copy_that_is_shared_stays_until_the_last_has_read_it(late: int) -> None:
+    """Twice as much as there are slots, and a rank that comes when all are full."""
+
+    def body(comm: Communicator) -> bool:
+        right = True
+        for turn in range(4):
+            if comm.rank == late:
+                time.sleep(0.03)
+            found, expected = torch.empty(3 << 20), torch.arange(3 << 20) + turn
+            comm.all_gather(found, expected.float()[comm.rank << 20 : comm.rank + 1 << 20], algorithm="direct")
+            right &= torch.equal(found, expected.float())
+        return right
+
+    assert run_ranks(body, 3, "shm") == [True] * 3
 
 
 def test_a_trace_has_the_same_spans(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+/* Slots: memory of the sender's window in which a message lies until its receivers have read it. */
+#ifndef RINGRED_SLOTS_H
+#define RINGRED_SLOTS_H
+
+#include "layout.h"
+#include "waits.h"
+
+static inline int consumed(Link *link, int64_t number) {
+    if (number > link->acked) link->acked = word_of(link->acked_at, 0);
+    return number <= link->acked;
+}
+
+/* The first of the next `count` large slots that lie in a row. */
+static inline int64_t in_a_row(int64_t next, int64_t count) { return next + count > SLOTS ? 0 : next; }
+
+static inline int64_t large_slots(int64_t nbytes) { return (nbytes + SLOT_BYTES - 1) / SLOT_BYTES; }
+
+/* Takes slots for a message, or part of one, that gets this number: their offset in this rank's window; -1 if the peer
+ * has not read what was last in them. */
+static int64_t room(Link *link, int64_t number, int64_t nbytes) {
+    if (nbytes <= SMALL_BYTES) {
+        int64_t at = link->small_next;
+        if (!consumed(link, link->small_used[at])) return -1;
+        link->small_used[at] = number;
+        link->small_next = (at + 1) % SMALL_SLOTS;
+        return link->small + at * SMALL_STRIDE;
+    }
+    int64_t count = large_slots(nbytes), first = in_a_row(link->large_next, count);
+    for (int64_t at = first; at < first + count; at++)
+        if (!consumed(link, link->large_used[at])) return -1;
+    for (int64_t at = first; at < first + count; at++) link->large_used[at] = number;
+    link->large_next = (first + count) % SLOTS;
+    return link->large + first * SLOT_BYTES;
+}
+
+/* Takes slots for a message that goes to several peers, who all read this one copy: their offset; -1 if one of the peers
+ * has not read what was last in them. Nobody ever waits for these, as a peer that reads late would hold up the others. */
+static int64_t shared_room(Rank *rank, int64_t nbytes) {
+    Link *links = (Link *)(rank + 1);
+    int64_t count = large_slots(nbytes), first = in_a_row(rank->shared_next, count);
+    for (int64_t peer = 0; peer < rank->links; peer++)
+        for (int64_t at = first; at < first + count; at++)
+            if (!consumed(links + peer, links[peer].shared_used[at])) return -1;
+    rank->shared_next = (first + count) % SLOTS;
+    return rank->shared + first * SLOT_BYTES;
+}
+
+/* Notes that the message of this number, too, lies in the shared slots at `offset`. */
+static void share(const Rank *rank, Link *link, int64_t number, int64_t offset, int64_t nbytes) {
+    int64_t first = (offset - rank->shared) / SLOT_BYTES;
+    for (int64_t at = first; at < first + large_slots(nbytes); at++) link->shared_used[at] = number;
+}
+
+#endif
