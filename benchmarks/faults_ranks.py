@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_digits import digits, make_model
 
 BLOCK = 20  # steps
+COPIES = 3
 
 
 def train(folder: Path, seconds: float) -> None:
@@ -72,8 +74,9 @@ def train(folder: Path, seconds: float) -> None:
 
 
 def cost(out: Path, steps: int) -> None:
-    """Blocks of steps of two wrappers of the same model, in turn: a rank that is done with a step before the others
-    has only to wait for them in the next one."""
+    """Blocks of steps of both wrappers of the same model, in turn: a rank that is done with a step before the others
+    has only to wait for them in the next one. There are several copies of each, as copies of one kind differ by where
+    their memory lies."""
     comm = ringred.init()
     torch.set_num_threads(1)
     models = {
@@ -81,25 +84,25 @@ def cost(out: Path, steps: int) -> None:
         "digits CNN, batch 16": (make_model(), (16, 1, 8, 8)),
         "MLP of 2 layers of 64, batch 8": (nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), (8, 64)),
     }
-    found = {}
+    order, found = random.Random(0), {}  # the same on all ranks
     for name, (net, shape) in models.items():
-        wrapped = {
-            how: ringred.DistributedDataParallel(copy.deepcopy(net), on_failure=how) for how in ("raise", "shrink")
-        }
+        hows = ("raise", "shrink") * COPIES
+        wrapped = [ringred.DistributedDataParallel(copy.deepcopy(net), on_failure=how) for how in hows]
         x = torch.randn(shape)
-        times: dict[str, list[float]] = {how: [] for how in wrapped}
+        times: list[list[float]] = [[] for _ in wrapped]
         for turn in range(steps // BLOCK + 1):
-            for how in ("raise", "shrink") if turn % 2 else ("shrink", "raise"):
+            for at in order.sample(range(len(wrapped)), len(wrapped)):
                 comm.barrier()
                 began = time.perf_counter()
                 for _ in range(BLOCK):
-                    wrapped[how].zero_grad()
-                    wrapped[how](x).square().mean().backward()
+                    wrapped[at].zero_grad()
+                    wrapped[at](x).square().mean().backward()
                 comm.barrier()
                 if turn:
-                    times[how].append((time.perf_counter() - began) / BLOCK * 1e3)
-        more = statistics.median(b / a - 1 for a, b in zip(times["raise"], times["shrink"], strict=True))
-        found[name] = {**times, "more": 100 * more}
+                    times[at].append((time.perf_counter() - began) / BLOCK * 1e3)
+        found[name] = {
+            how: [statistics.mean(turn) for turn in zip(*times[at::2], strict=True)] for at, how in enumerate(hows[:2])
+        }
     if comm.rank == 0:
         out.write_text(json.dumps(found))
 

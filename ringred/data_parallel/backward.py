@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ringred.buckets import Bucket, SparseBucket
-from ringred.communicator import Communicator
 from ringred.data_parallel.layout import Layout
-from ringred.data_parallel.recovery import RECOVERABLE, Commit
+from ringred.data_parallel.recovery import RECOVERABLE
 from ringred.data_parallel.reductions import Failed, InFlight, Nothing
 from ringred.errors import NonFiniteGradient, UnsupportedTensor
 from ringred.runtime.folds import ReduceOp
@@ -41,7 +39,7 @@ class Backward:
 
     `left` counts the gradients that are still to come for each parameter. `used` are the places of the parameters that
     had a gradient since the last reduction; with `asks_for_use` the ranks combine theirs. `on_launched` is called once
-    the reductions of all buckets have been started, and `commits` behind them.
+    the reductions of all buckets have been started.
     """
 
     def __init__(
@@ -53,7 +51,6 @@ class Backward:
         *,
         asks_for_use: bool,
         on_launched: Callable[[], None],
-        commits: Callable[[Communicator], Commit | None] | None = None,
     ) -> None:
         self.layout, self.forward, self.left = layout, forward, list(firings)
         self.touched = False  # a gradient has come
@@ -64,9 +61,6 @@ class Backward:
         self.works: list[InFlight] = []
         self.used_somewhere: Tensor | None = None
         self._used, self._asks_for_use, self._on_launched = used, asks_for_use, on_launched
-        self._commits = commits
-        self.commit: Commit | None = None
-        """What ends once all ranks have all results."""
         self._behind: list[InFlight] = []
         self._scale_failed: BaseException | None = None
         self._found: Tensor | None = None
@@ -182,9 +176,6 @@ class Backward:
             found = self._found = torch.empty(3 * self.layout.comm.size, dtype=torch.int64)
             mine = torch.tensor(self._non_finite)
             self._behind.append(self._started(lambda: self.layout.comm.all_gather(found, mine, async_op=True)))
-        if self._commits is not None:
-            with contextlib.suppress(*RECOVERABLE):  # heard of when what was launched before is waited for
-                self.commit = self._commits(self.layout.comm)
 
     def _start(self, number: int, op: ReduceOp) -> InFlight:
         return self.layout.reduction(number, op).start(f"bucket {number} of {self.purpose}")

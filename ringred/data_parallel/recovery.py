@@ -30,7 +30,7 @@ from ringred.runtime.folds import ReduceOp
 from ringred.runtime.persistent import PersistentAllReduce
 from ringred.transports.membership.view import View
 
-__all__ = ["RECOVERABLE", "Change", "Commit", "Party", "Recovery"]
+__all__ = ["RECOVERABLE", "Change", "Party", "Recovery"]
 
 RECOVERABLE = (PeerFailed, CollectiveTimeout)
 """What the ranks that are left can go on after."""
@@ -45,20 +45,6 @@ class Change(NamedTuple):
     size: int
     was: Sequence[int | None]
     told: Sequence[Any]
-
-
-class Commit(NamedTuple):
-    """A collective that ends once all ranks have come to it; `awaited` is then whether somebody waits to join."""
-
-    work: Waited
-    awaited: torch.Tensor
-
-
-class Waited(Protocol):
-    """What can be waited for."""
-
-    def wait(self) -> Any:
-        """Returns once it is done; raises what it failed with."""
 
 
 class Party(Protocol):
@@ -123,24 +109,16 @@ class Recovery:
         """This rank is through a phase."""
         self._phases += 1
 
-    def start_commit(self, comm: Communicator) -> Commit | None:
-        """Starts what is done once all ranks have what they reduced before it on `comm`. Collective; None if these are
-        not the ranks of now, so that it has to be reduced again."""
-        if comm is not self.comm:
-            return None
+    def _commit(self) -> None:
+        """Returns once all ranks have what they reduced before it. Collective."""
         waits = self.comm.awaited_by_guests() or self.comm.size < self.comm.config.least_ranks
         if self._prepared is None or self._prepared[0] is not self.comm:
             flag = self.comm.empty(1, torch.int64)
             self._prepared = self.comm, flag, self.comm.all_reduce_init(flag, ReduceOp.MAX)
         _, awaited, prepared = self._prepared
         awaited.fill_(self.hands_over and waits)
-        return Commit(prepared.start("the end of a backward"), awaited)
-
-    def _commit(self, commit: Commit | None) -> None:
-        started = commit or self.start_commit(self.comm)
-        assert started is not None, "these are the ranks of now"
-        started.work.wait()
-        self._awaited = bool(started.awaited.item())
+        prepared.run("the end of a backward")
+        self._awaited = bool(awaited.item())
         self.passed()
 
     def backward_done(self) -> None:
@@ -190,18 +168,18 @@ class Recovery:
         self.passed()
         return False
 
-    def carried(self, attempt: A, comm: Communicator, again: Callable[[], A], wait: Callable[[A], Commit | None]) -> A:
+    def carried(self, attempt: A, comm: Communicator, again: Callable[[], A], wait: Callable[[A], None]) -> A:
         """`attempt`, collectives that have begun over `comm`, or what `again` began in its place over other ranks, once
-        `wait` has returned on all of them, with the commit that was started behind them, if any was."""
+        `wait` has returned on all of them."""
         while True:
             try:
                 if comm is not self.comm and not self.behind():
                     comm, attempt = self.comm, again()
-                commit = wait(attempt)
+                wait(attempt)
                 if self.behind():  # others know that all have it
                     self.passed()
                 else:
-                    self._commit(commit)
+                    self._commit()
                 return attempt
             except RECOVERABLE as failure:
                 self.renew(failure)

@@ -46,7 +46,6 @@ class Reducer:
         self.comm, self.members, self.settings, self.name = comm, members, settings, name
         self.layout = Layout(comm, members, settings, plan)
         self.recovery = Recovery.of(comm) if settings.recovers else None
-        self._elsewhere = bool(members.sparse) or members.parameters[0].device.type != "cpu"
         self.weighed_again: Callable[[], Callable[[], float]] | None = None  # weighs once more, over the ranks of now
         self.rebuilt = plan is not None or (settings.find_unused and not settings.static_graph)
         self.clock = Clock(comm.runner_on(members.parameters[0].device).device.here)
@@ -135,8 +134,6 @@ class Reducer:
             self._used,
             asks_for_use=self._used_always is None if settings.static_graph else settings.find_unused,
             on_launched=launched or weakly(self, Reducer._finish_at_the_end),
-            # What is reduced on another communicator or on a device may be done later than what is behind it here.
-            commits=None if self.recovery is None or self._elsewhere else self.recovery.start_commit,
         )
 
     # ------------------------------------------------------------------ backward

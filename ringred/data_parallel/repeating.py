@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
 from ringred.data_parallel.backward import Backward, Forward
-from ringred.data_parallel.recovery import RECOVERABLE, Commit, Recovery
+from ringred.data_parallel.recovery import Recovery
 
 __all__ = ["carried_through"]
 
@@ -37,17 +36,10 @@ def carried_through(reducer: Reduces, now: Backward, recovery: Recovery) -> Back
     return recovery.carried(now, now.layout.comm, again, _waited)
 
 
-def _waited(attempt: Backward) -> Commit | None:
-    try:
-        attempt.wait()
-    except RECOVERABLE:
-        if attempt.commit is not None:
-            with contextlib.suppress(*RECOVERABLE):  # it says the same
-                attempt.commit.work.wait()
-        raise
+def _waited(attempt: Backward) -> None:
+    attempt.wait()
     if attempt.layout.members.parameters[0].device.type != "cpu":
         attempt.layout.comm.synchronize()  # else it was only enqueued
-    return attempt.commit
 
 
 def _nothing() -> None:

@@ -14,11 +14,12 @@ __all__ = ["PersistentAllReduce"]
 
 
 class PersistentAllReduce:
-    """An all-reduce whose plan is made: `start()` runs it on the values that its tensor then holds."""
+    """An all-reduce whose plan is made: `start()` and `run()` run it on the values that its tensor then holds."""
 
     def __init__(self, runner: Runner, prepared: Prepared, tensor: Tensor) -> None:
         self._runner, self._prepared, self._tensor = runner, prepared, tensor.detach()
         self._address = self._tensor.data_ptr()
+        self._purpose, self._purposed = "", prepared
 
     @property
     def algorithm(self) -> str:
@@ -27,14 +28,21 @@ class PersistentAllReduce:
 
     def start(self, purpose: str = "") -> Work[None]:
         """Starts it on the progress thread. `purpose` is as in `Communicator.for_purpose`."""
-        prepared = self._prepared
-        if self._tensor.data_ptr() != self._address:
-            self._moved()
-        if purpose:
-            prepared = prepared._replace(call=prepared.call.for_purpose(purpose))
-        work = self._runner.launch(prepared, async_op=True)
+        work = self._runner.launch(self._for(purpose), async_op=True)
         assert work is not None, "asynchronous calls return their work"
         return work
+
+    def run(self, purpose: str = "") -> None:
+        """Runs it, and returns once it is done."""
+        self._runner.launch(self._for(purpose))
+
+    def _for(self, purpose: str) -> Prepared:
+        if self._tensor.data_ptr() != self._address:
+            self._moved()
+        if purpose != self._purpose:
+            call = self._prepared.call
+            self._purpose, self._purposed = purpose, self._prepared._replace(call=call.for_purpose(purpose))
+        return self._purposed if purpose else self._prepared
 
     def _moved(self) -> None:
         """The tensor's storage has other memory now: `share_memory_()` was called, or it was freed and made anew."""

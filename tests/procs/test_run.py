@@ -16,7 +16,7 @@ import pytest
 from ringred.testing.command.spare import Spares
 from tests.procs.launching import PROGRAMS, ROOT, end, launch, processes_with, run_to_its_end
 
-pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.procs, pytest.mark.alone, pytest.mark.timeout(240)]
 
 PROGRAM = str(PROGRAMS / "goes_on.py")
 COMMAND = [sys.executable, "-m", "ringred.testing.command", "run"]
