@@ -32,6 +32,7 @@ __all__ = [
     "mpirun_environment",
     "restart_count",
     "run_environment",
+    "store_outlives_ranks",
     "take_variables",
 ]
 
@@ -130,6 +131,12 @@ def restart_count(environment: Mapping[str, str] | None = None) -> str:
     """How many times torchrun has restarted the ranks."""
     env = os.environ if environment is None else environment
     return env.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def store_outlives_ranks(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun's agent serves the store by which its ranks meet, so that the death of none ends it."""
+    env = os.environ if environment is None else environment
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:

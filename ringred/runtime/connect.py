@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ringred.errors import TransportUnavailable
-from ringred.runtime.config import Config, Launch, detect_launch, mpi_environment
-from ringred.runtime.seat import LINEAGE, Renewed, Seat, check_alive, own_address, take
+from ringred.runtime.config import Config, Launch, detect_launch, mpi_environment, store_outlives_ranks
+from ringred.runtime.seat import Renewed, Seat, check_alive, own_address, take
 from ringred.topology.detect import host_indices, host_name
 from ringred.transports import routed
 from ringred.transports.base import Gather, Transport
@@ -22,7 +22,7 @@ from ringred.transports.local import Hub
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.rendezvous import Rendezvous
-from ringred.transports.membership.view import View
+from ringred.transports.membership.view import LINEAGE, View
 
 __all__ = [
     "Connected",
@@ -100,6 +100,8 @@ def by_store(store: Any, rank: int, size: int, config: Config, seated: bool = Tr
 
     transport = _nearest(gather, rank, size, far, config, "torch_p2p")
     seat = _seat(gather, rank, names, config) if seated else None
+    if seat is not None and store_outlives_ranks():
+        seat.member.approved = stores.told(store)
 
     def leave() -> None:
         stores.leave(store, rank, size, config.timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -134,8 +135,9 @@ def _part_ways(made: Any, before: Seat) -> None:
 def _joined(seat: Seat, said: Mapping[str, Any], seconds: float) -> View:
     """The view into which this process is let."""
     assert seat.rendezvous is not None, "who joins was told where"
+    lineage = seat.view.lineage
     try:
-        return join(seat.member, seat.view.lineage, seat.rendezvous.members, said, seconds)
+        return join(seat.member, lineage, partial(seat.rendezvous.members, lineage), said, seconds)
     except (Gone, Silent) as failure:
         raise TransportUnavailable(
             f"this process was to join a job that is over, or does not go on: {failure}"

@@ -17,13 +17,11 @@ from ringred.transports.membership.caller import Cut, Gone, Silent
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.rendezvous import Rendezvous
-from ringred.transports.membership.view import View
+from ringred.transports.membership.view import LINEAGE, View
 from ringred.transports.membership.wire import Malformed
 
-__all__ = ["LINEAGE", "Renewed", "Seat", "agreed_text", "check_alive", "has_ended", "own_address", "take"]
+__all__ = ["Renewed", "Seat", "agreed_text", "check_alive", "has_ended", "own_address", "take"]
 
-LINEAGE = "world"
-"""The name of the communicator of all ranks of a job, whatever its generation."""
 _REACHED = 256  # members of other hosts, at most, that are reached at the start
 _CALLS = 32  # at once
 _LOOK_SECONDS = 1.0  # in which a living member answers

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
+import json
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,10 +14,13 @@ import torch.distributed as _distributed
 
 from ringred.errors import TransportUnavailable
 from ringred.transports.base import Gather
+from ringred.transports.membership.view import View
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
-__all__ = ["Part", "corner", "gatherer", "group_store", "leave", "rendezvous"]
+__all__ = ["Part", "corner", "gatherer", "group_store", "leave", "rendezvous", "told"]
+
+_TELLING_SECONDS = 5.0
 
 
 def rendezvous(timeout: float, restart: str) -> Any:
@@ -88,3 +95,26 @@ def leave(store: Any, rank: int, size: int, timeout: float) -> None:
         raise TransportUnavailable(
             f"rank {rank}: not all of {size} ranks joined within {timeout:g} s: {failure}"
         ) from failure
+
+
+def told(store: Any) -> Callable[[View], View]:
+    """As `Rendezvous.tell`, by a store that no rank serves: a view counts if it is the first of its generation."""
+
+    def tell(view: View) -> View:
+        answer: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+        name, text = f"view {view.generation} of {view.lineage}", json.dumps(view.as_fields())
+
+        def ask() -> None:
+            try:
+                answer.set_result(store.compare_set(name, "", text))
+            except RuntimeError as failure:
+                answer.set_exception(failure)
+
+        # Where the host that serves it is cut off, torch waits for as long as a rendezvous may take.
+        threading.Thread(target=ask, name="ringred-telling", daemon=True).start()
+        try:
+            return View.from_fields(json.loads(answer.result(_TELLING_SECONDS)))
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            return view
+
+    return tell

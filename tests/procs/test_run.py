@@ -167,6 +167,16 @@ def test_two_hosts_meet_at_a_third(tmp_path: Path) -> None:
     assert meet.returncode == 0
 
 
+def test_a_rank_of_torchrun_that_wakes_after_the_others_have_gone_does_not_go_on_alone() -> None:
+    job = launch("torchrun", 3, "wakes.py", limit=60, RINGRED_TIMEOUT="1")
+    said = sorted(
+        (json.loads(line) for line in job.output.splitlines() if line.startswith("{")), key=lambda one: int(one["was"])
+    )
+    assert [one["size"] for one in said] == [2, 2, 0], job.output[-3000:]
+    assert said[2]["why"] == "rank 2 was left out: others of world have gone on, and were not asked"
+    assert job.left_behind == []
+
+
 @pytest.mark.parametrize("transport", ["shm", "mpi"])
 def test_ranks_shrink_under_an_mpirun_that_lets_them(transport: str) -> None:
     """By default mpirun ends the job when a rank dies. Over MPI, ringred's own messages tell of the death."""

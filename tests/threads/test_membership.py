@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from ringred.transports.membership.caller import Connection, Cut, Gone, Silent
 from ringred.transports.membership.member import Member
+from ringred.transports.membership.view import View
 from ringred.transports.membership.wire import (
     GREETING_BYTES,
     HELLO_BYTES,
@@ -25,6 +27,7 @@ from ringred.transports.membership.wire import (
     answer_hello,
     greet,
 )
+from ringred.transports.stores import told
 
 ROOT = Path(__file__).parents[2]
 SECRET = b"the secret of this job, 32 bytes"
@@ -225,7 +228,6 @@ def _is_listening(name: str) -> bool:
 def test_of_two_deciders_one_after_the_other_the_first_view_counts() -> None:
     """One left word of its view and ended before others had it: they get that view, and not another of its number."""
     from ringred.transports.membership.rendezvous import Rendezvous
-    from ringred.transports.membership.view import View
 
     keeper, first, second = (Member(SECRET) for _ in range(3))
     try:
@@ -236,7 +238,22 @@ def test_of_two_deciders_one_after_the_other_the_first_view_counts() -> None:
         assert rendezvous.tell(decided) == decided
         assert rendezvous.tell(View("world", 1, (second.card,), {})) == decided
         assert rendezvous.tell(View("world", 2, (second.card,), {})).generation == 2
-        assert [card.identity for card in rendezvous.members()] == [second.identity]
+        part = View("part", 3, (first.card,), {})
+        assert rendezvous.tell(part) == part
+        assert [card.identity for card in rendezvous.members("world")] == [second.identity]
     finally:
         for member in (keeper, first, second):
             member.close()
+
+
+def test_a_store_of_torchs_says_who_has_gone_on_until_it_is_gone(member: Member) -> None:
+    served = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    tell = told(TCPStore("127.0.0.1", served.port, is_master=False))
+    alone, all_of_them = View("world", 1, (), {}), View("world", 1, (member.card,), {"x": {"phases": 3}})
+    assert tell(all_of_them) == all_of_them
+    assert tell(alone) == all_of_them
+    assert tell(View("part", 1, (), {})).members == ()
+    del served
+    began = time.monotonic()
+    assert tell(alone) == alone
+    assert time.monotonic() - began < 10

@@ -18,6 +18,7 @@ from ringred.testing.ports import reserved_port
 from ringred.transports.membership.card import Card, place
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.rendezvous import Rendezvous
+from ringred.transports.membership.view import LINEAGE
 
 __all__ = ["add_run", "run_here"]
 
@@ -108,7 +109,7 @@ def _supervised(
     keeper_card, secret = rendezvous.keeper.as_text(), rendezvous.secret.hex()
 
     def members() -> list[int] | None:
-        cards = rendezvous.members()
+        cards = rendezvous.members(LINEAGE)
         return [card.process for card in cards if card.place == place()] if cards else None
 
     late = first >= size

@@ -15,7 +15,6 @@ __all__ = ["BOARD", "Rendezvous"]
 
 BOARD = "rendezvous"
 _SECONDS = 5.0
-_VIEW = "view"
 
 
 class Rendezvous(NamedTuple):
@@ -27,8 +26,8 @@ class Rendezvous(NamedTuple):
     def tell(self, view: View) -> View:
         """Leaves word of a view, for those who come, and returns it; or the one of this or a later generation that was
         told of before. Where the keeper is gone, nobody comes by it any more."""
-        text = json.dumps(view.as_fields())
-        answer = self._ask({"advance": _VIEW, "number": view.generation + 1, "put": {_VIEW: text}})
+        name, text = _view_of(view.lineage), json.dumps(view.as_fields())
+        answer = self._ask({"advance": name, "number": view.generation + 1, "put": {name: text}})
         if answer is None or answer["advanced"]:
             return view
         return View.from_fields(json.loads(str(answer["view"])))
@@ -38,10 +37,10 @@ class Rendezvous(NamedTuple):
         """One that a process of no rank keeps itself."""
         return cls(member.card, member.secret)
 
-    def members(self) -> list[Card]:
+    def members(self, lineage: str) -> list[Card]:
         """Those that were told of last; empty if none were, or if the keeper is gone."""
-        answer = self._ask({"look": [_VIEW]})
-        text = None if answer is None else answer.get(_VIEW)
+        answer = self._ask({"look": [_view_of(lineage)]})
+        text = None if answer is None else answer.get(_view_of(lineage))
         return [] if text is None else list(View.from_fields(json.loads(text)).members)
 
     def number(self, what: str) -> int:
@@ -57,3 +56,8 @@ class Rendezvous(NamedTuple):
                 return connection.ask({"do": "board", "board": BOARD, **message}, _SECONDS)
         except (Gone, Silent, Cut, Refused, Malformed):
             return None
+
+
+def _view_of(lineage: str) -> str:
+    """The name of what is told of a communicator's views."""
+    return f"view of {lineage}"

@@ -10,7 +10,10 @@ from typing import Any
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.wire import Malformed
 
-__all__ = ["View"]
+__all__ = ["LINEAGE", "View"]
+
+LINEAGE = "world"
+"""The name of the communicator of all ranks of a job, whatever its generation."""
 
 
 @dataclass(frozen=True, slots=True)
