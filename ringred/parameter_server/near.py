@@ -12,19 +12,19 @@ import os
 import secrets
 import select
 import socket
-import struct
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import zmq
 
+from ringred.transports.credentials import credentials_of
+
 __all__ = ["NearDoor", "NearLink"]
 
 _LARGEST = 1 << 16  # bytes of a packet; longer messages go through ZeroMQ
 _TURN = 64  # packets that one worker's socket may have taken before the others' turn
 _STRANGERS = 64  # connections that have not said their name yet
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def _send(link: socket.socket, frame: bytes) -> bool:
@@ -77,7 +77,7 @@ class NearDoor:
         with contextlib.suppress(OSError):
             link, _ = self._listener.accept()
             link.setblocking(False)
-            _, user, _ = _CREDENTIALS.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+            user = credentials_of(link).user
             if user != os.geteuid():
                 link.close()
                 return

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from ringred.transports import futex
 from ringred.transports.base import Gather
+from ringred.transports.credentials import credentials_of
 from ringred.transports.membership.card import place
 from ringred.transports.windows import Heap, Window, adopt, create
 
@@ -31,7 +32,6 @@ __all__ = ["Neighbours", "connect"]
 
 _HELLO = struct.Struct("<32sQ")  # the receiver's secret, the sender's rank
 _NOTE = struct.Struct("<32sQ")  # a key, and a number that goes with it
-_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _PATIENCE = 30.0  # seconds for a rank of this host to shake hands
 
 _live: weakref.WeakSet[Neighbours] = weakref.WeakSet()
@@ -138,7 +138,7 @@ class Neighbours:
         self._sockets[peer] = connection
         connection.settimeout(_left(deadline, f"rank {peer} of this host did not answer"))
         connection.connect(f"\0ringred-{name}")
-        process, user = _credentials(connection)
+        process, user = credentials_of(connection)
         if user != os.geteuid():
             raise OSError(f"rank {peer} listens as user {user}, expected {os.geteuid()}")
         self._introduce(connection, secret)
@@ -155,7 +155,7 @@ class Neighbours:
         deadline: float,
     ) -> int | None:
         """The rank at the other end of `connection`, or None if it is not an expected rank."""
-        process, user = _credentials(connection)
+        process, user = credentials_of(connection)
         if user != os.geteuid():
             return None
         connection.settimeout(min(10.0, _left(deadline, "no time left")))
@@ -330,13 +330,6 @@ def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-def _credentials(connection: socket.socket) -> tuple[int, int]:
-    """Process and user id at the other end, as the kernel reports them; 0 if the process is not visible here."""
-    known = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    process, user, _ = _CREDENTIALS.unpack(known)
-    return process, user
 
 
 def _left(deadline: float, otherwise: str) -> float:

@@ -6,10 +6,10 @@ import contextlib
 import hmac
 import os
 import socket
-import struct
 import time
 from typing import Any
 
+from ringred.transports.credentials import credentials_of
 from ringred.transports.membership.card import Card
 from ringred.transports.membership.wire import (
     GREETING_BYTES,
@@ -20,9 +20,7 @@ from ringred.transports.membership.wire import (
     answer_greeting,
 )
 
-__all__ = ["Connection", "Cut", "Gone", "Refused", "Silent", "peer_user"]
-
-_CREDENTIALS = struct.Struct("3i")  # process, user, group
+__all__ = ["Connection", "Cut", "Gone", "Refused", "Silent"]
 
 
 class Gone(ConnectionError):
@@ -126,7 +124,7 @@ def _connected(card: Card | str, timeout: float) -> socket.socket:
         connection.settimeout(timeout)
         if near:
             connection.connect(f"\0{name}")
-            user = peer_user(connection)
+            user = credentials_of(connection).user
             if user not in (os.geteuid(), 0) and os.geteuid() != 0:
                 raise Malformed(f"{card}: user {user} listens there, expected {os.geteuid()}")
         else:
@@ -146,9 +144,3 @@ def _connected(card: Card | str, timeout: float) -> socket.socket:
         connection.close()
         raise Silent(f"{card}: {failure}") from None
     return connection
-
-
-def peer_user(connection: socket.socket) -> int:
-    """The user of the process at the other end of a Unix socket, as the kernel reports it."""
-    known = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(known)[1])

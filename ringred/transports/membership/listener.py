@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ringred.errors import TransportUnavailable
-from ringred.transports.membership.caller import peer_user
+from ringred.transports.credentials import credentials_of
 from ringred.transports.membership.wire import HEAD_BYTES, HELLO_BYTES, Malformed, Session, answer_hello, greet
 
 __all__ = ["Answer", "Listener", "end_thread"]
@@ -127,7 +127,7 @@ class _Guest:
         if self.session is None:
             if len(self._incoming) < HELLO_BYTES:
                 return
-            user = peer_user(self._socket) if self._socket.family == socket.AF_UNIX else -1
+            user = credentials_of(self._socket).user if self._socket.family == socket.AF_UNIX else -1
             hello, same_user = self._taken(HELLO_BYTES), user in (os.geteuid(), 0)
             proof, self.session = answer_hello(self._listener.secret, self._greeting, hello, same_user)
             self._listener.strangers.pop(self, None)
