@@ -33,13 +33,13 @@ def carried_through(reducer: Reduces, now: Backward, recovery: Recovery) -> Back
         repeated.again()
         return repeated
 
-    return recovery.carried(now, now.layout.comm, again, _waited)
+    def waited(attempt: Backward) -> None:
+        attempt.wait()
+        # On a device it was only enqueued. A communicator that others took the place of was done before it failed.
+        if attempt.layout.members.parameters[0].device.type != "cpu" and attempt.layout.comm is recovery.comm:
+            attempt.layout.comm.synchronize()
 
-
-def _waited(attempt: Backward) -> None:
-    attempt.wait()
-    if attempt.layout.members.parameters[0].device.type != "cpu":
-        attempt.layout.comm.synchronize()  # else it was only enqueued
+    return recovery.carried(now, now.layout.comm, again, waited)
 
 
 def _nothing() -> None:

@@ -49,7 +49,7 @@ class Seat(NamedTuple):
     def part(self, name: str, ranks: Sequence[int], connect: Callable[[Member, View], Renewed] | None = None) -> Seat:
         """That of a communicator `name` of some of the ranks."""
         members = tuple(self.view.members[rank] for rank in ranks)
-        view = self.member.adopt(View(name, 0, members, {}))
+        view = self.member.adopt(View.first(name, members))
         part_ways = self.part_ways if len(members) == len(self.view.members) else None  # others know nothing of it
         return Seat(self.member, view, connect or self.connect, part_ways=part_ways)
 
@@ -71,7 +71,7 @@ def take(
     far = len(set(hosts)) > 1 or (rendezvous is not None and rendezvous.keeper.port > 0)
     member = Member(secret, own_address(interface) if far else None)
     cards = tuple(Card.from_text(text) for text in gather(member.card.as_text()))
-    view = member.adopt(View(LINEAGE, 0, cards, {}))
+    view = member.adopt(View.first(LINEAGE, cards))
     if rendezvous is not None:
         member.approved = rendezvous.tell
         if rank == 0:

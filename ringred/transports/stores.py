@@ -15,6 +15,7 @@ import torch.distributed as _distributed
 from ringred.errors import TransportUnavailable
 from ringred.transports.base import Gather
 from ringred.transports.membership.view import View
+from ringred.transports.membership.wire import Malformed
 
 dist: Any = _distributed  # torch declares no types for most of what is used here
 
@@ -102,19 +103,19 @@ def told(store: Any) -> Callable[[View], View]:
 
     def tell(view: View) -> View:
         answer: concurrent.futures.Future[bytes] = concurrent.futures.Future()
-        name, text = f"view {view.generation} of {view.lineage}", json.dumps(view.as_fields())
+        name, text = f"view {view.generation} of {view.lineage} {view.origin}", json.dumps(view.as_fields())
 
         def ask() -> None:
             try:
                 answer.set_result(store.compare_set(name, "", text))
-            except RuntimeError as failure:
-                answer.set_exception(failure)
+            except Exception as failure:  # of whatever store it is
+                answer.set_exception(RuntimeError(failure))
 
         # Where the host that serves it is cut off, torch waits for as long as a rendezvous may take.
         threading.Thread(target=ask, name="ringred-telling", daemon=True).start()
         try:
             return View.from_fields(json.loads(answer.result(_TELLING_SECONDS)))
-        except (RuntimeError, concurrent.futures.TimeoutError):
-            return view
+        except (RuntimeError, ValueError, Malformed, concurrent.futures.TimeoutError):
+            return view  # nobody is there to ask
 
     return tell

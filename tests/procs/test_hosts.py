@@ -24,9 +24,6 @@ def no_namespaces() -> str | None:
     return f"no network namespaces: {made.stderr}" if made.returncode or "not permitted" in tried.stderr else None
 
 
-pytestmark = [pytest.mark.procs, pytest.mark.alone]
-
-
 def on_hosts(task: str) -> list[dict[str, Any]]:
     if reason := no_namespaces():
         pytest.skip(reason)

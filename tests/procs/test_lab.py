@@ -19,7 +19,6 @@ from lab import hosts
 REASON = hosts.unavailable()
 pytestmark = [
     pytest.mark.procs,
-    pytest.mark.alone,
     pytest.mark.timeout(150),
     pytest.mark.skipif(REASON is not None, reason=f"no hosts here: {REASON}"),
 ]

@@ -14,7 +14,6 @@ pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 EXAMPLE = ROOT / "examples" / "train_digits.py"
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("how", ["killed", "raises", "exits"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_dies_ends_the_job(way: str, how: str) -> None:
@@ -31,7 +30,6 @@ def test_a_rank_that_dies_ends_the_job(way: str, how: str) -> None:
         assert "a bug of the user's" in ended.output
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("memory", [[], ["device"]], ids=["host", "device"])
 def test_survivors_of_a_kill_raise_within_a_second_and_nothing_stays(memory: list[str]) -> None:
     ended = launch_plain("killed.py", "5", "1", *memory)

@@ -15,7 +15,6 @@ from tests.procs.launching import ROOT, launch, launch_plain
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
 
-@pytest.mark.alone
 def test_workers_are_killed_and_every_update_is_made_once() -> None:
     ended = launch_plain("ps_workers_killed.py", "20", "1")
     assert ended.status == 0, ended.output[-3000:]
@@ -23,7 +22,6 @@ def test_workers_are_killed_and_every_update_is_made_once() -> None:
     assert ended.left_behind == []
 
 
-@pytest.mark.alone
 def test_servers_are_killed_and_their_copies_go_on() -> None:
     ended = launch_plain("ps_servers_killed.py", "10", "1")
     assert ended.status == 0, ended.output[-3000:]
@@ -80,7 +78,6 @@ def test_serve_refuses_in_a_sentence(arguments: list[str], said: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.alone
 def test_a_server_that_is_ended_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     """Without a copy its workers cannot go on, and say why."""
     command = [str(Path(sys.executable).with_name("ringred")), "serve", "--workers", "1", "--folder", str(tmp_path)]

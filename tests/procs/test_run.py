@@ -16,7 +16,7 @@ import pytest
 from ringred.testing.command.spare import Spares
 from tests.procs.launching import PROGRAMS, ROOT, end, launch, processes_with, run_to_its_end
 
-pytestmark = [pytest.mark.procs, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
 PROGRAM = str(PROGRAMS / "goes_on.py")
 COMMAND = [sys.executable, "-m", "ringred.testing.command", "run"]
@@ -173,7 +173,7 @@ def test_a_rank_of_torchrun_that_wakes_after_the_others_have_gone_does_not_go_on
         (json.loads(line) for line in job.output.splitlines() if line.startswith("{")), key=lambda one: int(one["was"])
     )
     assert [one["size"] for one in said] == [2, 2, 0], job.output[-3000:]
-    assert said[2]["why"] == "rank 2 was left out: others of world have gone on, and were not asked"
+    assert said[2]["why"] == "rank 2 of world was left out by those who went on: rank 0, rank 1"
     assert job.left_behind == []
 
 

@@ -25,7 +25,7 @@ DISAGREEMENTS = {"mpi": 21, "torch_p2p": 19, "shm by mpirun": 21, "shm by torchr
 DIGESTS = [("mpi", ranks) for ranks in RANKS]
 DIGESTS += [(way, ranks) for way in ("torch_p2p", "shm by torchrun") for ranks in (2, 6)]
 
-pytestmark = [pytest.mark.procs, pytest.mark.alone, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(500)]
 
 
 @cache

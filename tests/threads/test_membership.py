@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
+from ringred.errors import PeerFailed
+from ringred.transports.membership.agree import agree
 from ringred.transports.membership.caller import Connection, Cut, Gone, Silent
 from ringred.transports.membership.member import Member
 from ringred.transports.membership.view import View
@@ -257,3 +260,40 @@ def test_a_store_of_torchs_says_who_has_gone_on_until_it_is_gone(member: Member)
     began = time.monotonic()
     assert tell(alone) == alone
     assert time.monotonic() - began < 10
+
+
+def test_of_two_communicators_of_one_name_each_has_its_own_generations() -> None:
+    tell = told(HashStore())
+    one, other = (Member(SECRET) for _ in range(2))
+    try:
+        for mine in (one, other):
+            made = View.first("row", (mine.card,))
+            after = View("row", 1, made.members, {}, made.origin)
+            assert View.from_fields(after.as_fields()) == after
+            assert tell(after) == after
+    finally:
+        one.close()
+        other.close()
+
+
+def test_a_view_that_its_decider_left_word_of_counts_for_those_who_are_in_it() -> None:
+    """It was decided without the second, and the first has ended since: the third, who comes to the second, goes on."""
+    tell = told(HashStore())
+    first, second, third = members = [Member(SECRET) for _ in range(3)]
+    start = View.first("world", tuple(member.card for member in members))
+    for member in members:
+        member.adopt(start)
+        member.approved = tell
+    decided = View("world", 1, (first.card, third.card), {}, start.origin)
+    assert tell(decided) == decided
+    first.close()
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            comes = threads.submit(agree, third, start, {}, 5.0)
+            decides = threads.submit(agree, second, start, {}, 5.0)
+            assert comes.result(20) == decided
+            with pytest.raises(PeerFailed, match="rank 1 of world was left out by those who went on: rank 0, rank 2"):
+                decides.result(20)
+    finally:
+        second.close()
+        third.close()

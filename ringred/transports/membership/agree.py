@@ -183,16 +183,16 @@ def _decide(known: _Known, said: Mapping[str, Any]) -> View | None:
     guests = _guests(known, told)
     told |= {guest.card.identity: guest.said for guest in guests}
     members = (*here, *(guest.card for guest in guests))
-    return View(view.lineage, view.generation + 1, members, told)
+    return View(view.lineage, view.generation + 1, members, told, view.origin)
 
 
 def _approved(known: _Known, after: View | None) -> View | None:
     """`after`, or the view in its place that one who decided before, and has ended since, left word of. Raises
-    `PeerFailed` if others have gone on without this one."""
+    `PeerFailed` if others have gone on further."""
     if after is None or known.member.successor(known.view) is not None:
         return after
     counts = known.member.approved(after)
-    if counts.generation == after.generation and counts.rank_of(known.member.identity) is not None:
+    if counts.generation == after.generation:
         return counts
     why = f"others of {after.lineage} have gone on, and were not asked"
     known.member.turn_away(known.view, why)

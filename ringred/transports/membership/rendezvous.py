@@ -26,8 +26,9 @@ class Rendezvous(NamedTuple):
     def tell(self, view: View) -> View:
         """Leaves word of a view, for those who come, and returns it; or the one of this or a later generation that was
         told of before. Where the keeper is gone, nobody comes by it any more."""
-        name, text = _view_of(view.lineage), json.dumps(view.as_fields())
-        answer = self._ask({"advance": name, "number": view.generation + 1, "put": {name: text}})
+        name, text = f"view of {view.lineage} {view.origin}", json.dumps(view.as_fields())
+        put = {name: text, _newest(view.lineage): text}
+        answer = self._ask({"advance": name, "number": view.generation + 1, "put": put})
         if answer is None or answer["advanced"]:
             return view
         return View.from_fields(json.loads(str(answer["view"])))
@@ -39,8 +40,8 @@ class Rendezvous(NamedTuple):
 
     def members(self, lineage: str) -> list[Card]:
         """Those that were told of last; empty if none were, or if the keeper is gone."""
-        answer = self._ask({"look": [_view_of(lineage)]})
-        text = None if answer is None else answer.get(_view_of(lineage))
+        answer = self._ask({"look": [_newest(lineage)]})
+        text = None if answer is None else answer.get(_newest(lineage))
         return [] if text is None else list(View.from_fields(json.loads(text)).members)
 
     def number(self, what: str) -> int:
@@ -58,6 +59,6 @@ class Rendezvous(NamedTuple):
             return None
 
 
-def _view_of(lineage: str) -> str:
-    """The name of what is told of a communicator's views."""
-    return f"view of {lineage}"
+def _newest(lineage: str) -> str:
+    """Under this name the last view is found by those who are in none yet."""
+    return f"newest view of {lineage}"

@@ -19,18 +19,24 @@ LINEAGE = "world"
 @dataclass(frozen=True, slots=True)
 class View:
     """The members of the communicator `lineage`, by rank, in its `generation`: 0 as it was made, one more with each
-    change. `said` has what each of them said when they agreed on it, by identity."""
+    change. `said` has what each of them said when they agreed on it, by identity. `origin` is the same in all views of
+    one communicator, and another in those of one that has its name: other ranks may have given it to theirs."""
 
     lineage: str
     generation: int
     members: tuple[Card, ...]
     said: Mapping[str, Mapping[str, Any]]
+    origin: str = ""
+
+    @classmethod
+    def first(cls, lineage: str, members: tuple[Card, ...]) -> View:
+        """That of a communicator as it is made."""
+        return cls(lineage, 0, members, {}, _who(members))
 
     @property
     def key(self) -> str:
         """A text that no other view has, even one of the same generation that others agreed on."""
-        who = hashlib.blake2b(" ".join(card.identity for card in self.members).encode(), digest_size=6).hexdigest()
-        return f"{self.lineage}~{self.generation}.{who}"
+        return f"{self.lineage}~{self.generation}.{_who(self.members)}"
 
     def rank_of(self, identity: str) -> int | None:
         """The rank of a member, or None."""
@@ -48,6 +54,7 @@ class View:
             "generation": self.generation,
             "members": [card.as_text() for card in self.members],
             "said": {identity: dict(what) for identity, what in self.said.items()},
+            "origin": self.origin,
         }
 
     @classmethod
@@ -55,6 +62,11 @@ class View:
         """Raises `Malformed`."""
         try:
             members = tuple(Card.from_text(text) for text in fields["members"])
-            return cls(str(fields["lineage"]), int(fields["generation"]), members, dict(fields["said"]))
+            said, origin = dict(fields["said"]), str(fields["origin"])
+            return cls(str(fields["lineage"]), int(fields["generation"]), members, said, origin)
         except (KeyError, TypeError, ValueError) as failure:
             raise Malformed(f"no view: {failure!r}") from None
+
+
+def _who(members: Iterable[Card]) -> str:
+    return hashlib.blake2b(" ".join(card.identity for card in members).encode(), digest_size=6).hexdigest()

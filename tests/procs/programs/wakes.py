@@ -15,7 +15,7 @@ comm = ringred.init()
 comm.barrier()
 said = {"was": comm.rank, "size": 0, "why": ""}
 if comm.rank == 2:
-    waker = subprocess.Popen(["sh", "-c", f"sleep 11; kill -CONT {os.getpid()}"])
+    waker = subprocess.Popen(["sh", "-c", f"sleep 14; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
     waker.wait()
 try:
