@@ -207,7 +207,7 @@ def test_a_copy_that_is_shared_stays_until_the_last_has_read_it(late: int) -> No
         right = True
         for turn in range(4):
             if comm.rank == late:
-                time.sleep(0.03)
+                time.sleep(0.03)  # the others fill all slots in some ms
             found, expected = torch.empty(3 << 20), torch.arange(3 << 20) + turn
             comm.all_gather(found, expected.float()[comm.rank << 20 : comm.rank + 1 << 20], algorithm="direct")
             right &= torch.equal(found, expected.float())
