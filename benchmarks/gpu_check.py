@@ -1,6 +1,6 @@
 """What holds on this machine's GPU, and how fast it is, in a few minutes: one command for whoever has a GPU.
 
-    make gpu-check                     # or: python benchmarks/gpu_check.py [--out out/gpu] [--only STEP ...]
+    make gpu-check              # or: python benchmarks/gpu_check.py [--out out/gpu] [--only STEP ...] [--mps]
 
 Every step is a process of its own with a limit, and writes its result to `out/gpu/STEP.json` as soon as it is there: a
 step that crashes or hangs loses nothing of the others. Steps with ranks start them on the GPUs that there are, several
@@ -13,9 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,9 @@ STEPS: dict[str, tuple[int, float, bool]] = {
     "ddp-2": (2, 60, True),
     "figures-2": (2, 90, False),
     "figures-4": (4, 90, False),
+    "tuned-2": (2, 90, False),
     "overlap-2": (2, 60, False),
+    "overlap_by_gloo-2": (2, 60, False),
     "gloo-2": (2, 60, False),
     "nccl-2": (2, 60, False),
 }
@@ -50,7 +56,8 @@ def run(step: str, folder: Path) -> dict[str, Any]:
     ranks, limit, _ = STEPS[step]
     out = folder / f"{step}.found"
     out.unlink(missing_ok=True)
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "RINGRED_TUNING": "off"}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"XDG_CACHE_HOME": str((folder / "cache").resolve())} if "tuned" in step else {"RINGRED_TUNING": "off"}
     shared |= {
         "GPU_CHECK_OUT": str(out),
         "OMP_NUM_THREADS": "1",
@@ -62,18 +69,21 @@ def run(step: str, folder: Path) -> dict[str, Any]:
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **(shared if ranks > 1 else {"GPU_CHECK_OUT": str(out)})}
-            command = [sys.executable, str(HERE.parent / "gpu_steps.py"), step]
+            program = "gpu_ddp.py" if step.startswith(("ddp", "overlap")) else "gpu_steps.py"
+            command = [sys.executable, str(HERE.parent / program), step]
             environment = {**os.environ, **own, "PYTHONPATH": shared["PYTHONPATH"]}
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         late = False
-        for process in processes:
-            try:
-                process.wait(max(0.1, began + limit - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                late = True
-        for process in processes:
-            process.kill()
-            process.wait()
+        try:
+            for process in processes:
+                try:
+                    process.wait(max(0.1, began + limit - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    late = True
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
     statuses = [process.returncode for process in processes]
     wanted = [0] * (ranks - 1) + [-9] if step == "killed" else [0] * ranks
     found = json.loads(out.read_text()) if out.exists() else {}
@@ -91,6 +101,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--fake", action="store_true", help="on the fake device of the tests")
+    parser.add_argument("--mps", action="store_true", help="let ranks use one GPU at once, not by turns (NVIDIA's MPS)")
     options = parser.parse_args()
     if options.fake:
         os.environ["GPU_CHECK_FAKE"] = "1"
@@ -101,20 +112,42 @@ def main() -> int:
         )
         return 3
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started ends too
+    with at_once() if options.mps else nullcontext():
+        return check(options)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Within it, the processes that are started share a GPU without turns: by an MPS daemon of this program's own."""
+    with tempfile.TemporaryDirectory(prefix="ringred-mps-") as folder:
+        os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=True, timeout=60)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Runs the steps that were asked for; the exit status."""
     results = []
     for step in options.only:
         result = run(step, options.out)
         results.append(result)
         (options.out / f"{step}.json").write_text(json.dumps(result, indent=1) + "\n")
-        outcome = "held" if result["held"] else f"FAILED: {result['why']}"
+        not_run = result["found"].get("not_run")
+        outcome = f"not run: {not_run}" if not_run else "held" if result["held"] else f"FAILED: {result['why']}"
         print(f"{step:15} {result['seconds']:6.1f} s  {outcome}", flush=True)
     if any(STEPS[result["step"]][2] is False for result in results):
         found = {result["step"]: result["found"] for result in results}
         show(found)
-        if found.get("overlap-2"):
-            print(
-                "a step of 2 ranks: " + ", ".join(f"{what} {value:.2f}" for what, value in found["overlap-2"].items())
-            )
+        for step, whose in (("overlap-2", "ringred"), ("overlap_by_gloo-2", "torch on Gloo")):
+            if found.get(step):
+                told = ", ".join(f"{what} {value:.2f}" for what, value in found[step].items())
+                print(f"a step of 2 ranks, {whose}: {told}")
+        if found.get("tuned-2"):
+            print(f"the first collective of 2 ranks, which measures costs: {found['tuned-2'].get('first_s', 0):.2f} s")
     failed = [result["step"] for result in results if STEPS[result["step"]][2] and not result["held"]]
     print(f"not held: {', '.join(failed)}; see {options.out}/STEP.log" if failed else "all that was checked held")
     return 1 if failed else 0

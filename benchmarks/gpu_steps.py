@@ -222,7 +222,11 @@ def killed() -> dict[str, Any]:
 
 def figures() -> dict[str, Any]:
     """Microseconds of an all-reduce, in windows and in torch's own memory."""
-    comm = ranks_on_devices()
+    return all_reduced(ranks_on_devices())
+
+
+def all_reduced(comm: Any) -> dict[str, Any]:
+    """Microseconds by bytes and memory, for tensors on the device of `comm`."""
     free = 1 << 30 if FAKE else torch.cuda.mem_get_info()[0]
     found: dict[str, Any] = {}
     for nbytes in SIZES:
@@ -252,7 +256,9 @@ def gloo() -> dict[str, Any]:
 
 def nccl() -> dict[str, Any]:
     """The same by NCCL, which wants a device for each rank."""
-    os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    ranks, devices = int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
+    if devices < ranks:
+        return {"not_run": f"NCCL wants a GPU for each of {ranks} ranks, and sees {devices}"}
     return by_torch("nccl", 256 << 20)
 
 
@@ -277,85 +283,20 @@ def by_torch(backend: str, most: int) -> dict[str, Any]:
     return found
 
 
-def model_of(width: int) -> torch.nn.Module:
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.LayerNorm(width), torch.nn.Linear(width, 10)]
-    return torch.nn.Sequential(*layers).to(here())
-
-
-def batch_of(width: int, turn: int, rank: int) -> torch.Tensor:
-    return torch.randn(16, width, generator=torch.Generator().manual_seed(100 * turn + rank)).to(here())
-
-
-def ddp() -> dict[str, Any]:
-    """Ten steps of both DistributedDataParallels, to the bits of one rank that has all data."""
-    import torch.distributed as dist
-
+def tuned() -> dict[str, Any]:
+    """What a program meets that leaves all to ringred: seconds of its first collective, in which costs are measured,
+    and microseconds of all-reduces by what was chosen then."""
     import ringred
 
-    dist.init_process_group("ringred")
-    comm = ranks_on_devices() if FAKE else ringred.init()
-    checked = 0
-    for width in (33, 1000):
-        alone = model_of(width)
-        ways: dict[str, torch.nn.Module] = {
-            "ringred": ringred.DistributedDataParallel(
-                model_of(width), process_group=comm, deterministic=True, bucket_cap_mb=0.5
-            ),
-            "views": ringred.DistributedDataParallel(
-                model_of(width), process_group=comm, deterministic=True, gradient_as_bucket_view=True
-            ),
-            "torch": torch.nn.parallel.DistributedDataParallel(model_of(width)),
-        }
-        models = {"alone": alone, **ways}
-        optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.01) for name, model in models.items()}
-        for turn in range(10):
-            gradients = []
-            for rank in range(comm.size):
-                alone.zero_grad()
-                alone(batch_of(width, turn, rank)).square().mean().backward()
-                gradients.append([p.grad.clone() for p in alone.parameters() if p.grad is not None])
-            for parameter, *parts in zip(alone.parameters(), *gradients, strict=True):
-                parameter.grad = sum(parts[1:], parts[0]).div_(comm.size)
-            for model in ways.values():
-                model.zero_grad()
-                model(batch_of(width, turn, comm.rank)).square().mean().backward()
-            for optimizer in optimizers.values():
-                optimizer.step()
-        for name, model in ways.items():
-            for (what, got), wanted in zip(model.named_parameters(), alone.parameters(), strict=True):
-                # Two ranks add in one order only; of more, torch's reducer scales before it adds.
-                if name != "torch" or comm.size == 2:
-                    assert torch.equal(got, wanted), f"{name}: {what} of width {width}: other bits than one rank's"
-                close(f"{name} {what}", got.detach().cpu(), wanted.detach().cpu())
-                checked += 1
-    return {"checked": checked}
-
-
-def overlap() -> dict[str, Any]:
-    """Milliseconds of a step with and without its reductions, and how much of them backward hid."""
-    import ringred
-
-    comm = ranks_on_devices() if FAKE else ringred.init()
-    width = 256 if FAKE else 4096
-    layers = [torch.nn.Linear(width, width) for _ in range(6)]
-    model = ringred.DistributedDataParallel(torch.nn.Sequential(*layers).to(here()), process_group=comm)
-    inputs = torch.randn(64 if FAKE else 4096, width, device=here())
-    times: dict[str, list[float]] = {"reduced": [], "alone": []}
-    for turn in range(24):
-        way = ("reduced", "alone")[turn % 2]
-        synchronize()
-        comm.barrier()
-        began = time.perf_counter()
-        with nullcontext() if way == "reduced" else model.no_sync():
-            model(inputs).square().mean().backward()
-        synchronize()
-        times[way].append(time.perf_counter() - began)
-        model.zero_grad()
-    found = {f"{way}_ms": 1e3 * statistics.median(seconds[2:]) for way, seconds in times.items()}
-    model(inputs).square().mean().backward()
-    report = model.overlap_report()
-    return {**found, "hidden": report.hidden, "communication_ms": report.communication_ms}
+    comm = ringred.init()
+    if FAKE:
+        return {"not_run": "the first collective of a device measures it, and this is none"}
+    began = time.perf_counter()
+    comm.all_reduce(torch.ones(1, device=here()))
+    synchronize()
+    found: dict[str, Any] = {"first_s": time.perf_counter() - began, "us": all_reduced(comm._on(here()))}
+    found["costs"] = str(comm._on(here()).tuning)
+    return found
 
 
 def report(found: dict[str, Any]) -> None:
@@ -365,12 +306,12 @@ def report(found: dict[str, Any]) -> None:
         path.write_text(json.dumps(found))
 
 
-def step_main(step: str) -> None:
+def step_main(step: str, functions: dict[str, Any]) -> None:
+    """Runs the one of these functions that `step` names."""
     if not FAKE:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    kind = step.partition("-")[0]
-    report(globals()[kind]())
+    report(functions[step.partition("-")[0]]())
 
 
 if __name__ == "__main__":
-    step_main(sys.argv[1])
+    step_main(sys.argv[1], globals())

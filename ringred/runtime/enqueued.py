@@ -30,7 +30,7 @@ class Enqueued:
     is the program's, from which on it could begin (None if that was so at once), and `began` is the queue's, where it
     did. The runner watches it, and calls `end`. See `work.Rest`.
 
-    `precede` is the queue's, or None where the host waits for the device in every call.
+    `precede` is the queue's, or None where the host waits for the device in every call. `hurry` says that it waits now.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Enqueued:
         deadline: float,
         doing: Doing,
         precede: Callable[[Any], bool] | None,
+        hurry: Callable[[], None],
         held: object,
     ) -> None:
         self.ready, self.began, self.point = ready, began, point
@@ -49,7 +50,7 @@ class Enqueued:
         self.heard = False
         """Whether anybody was told of the failure."""
         self.ended_ns = 0
-        self._precede, self._held = precede, held
+        self._precede, self._hurry, self._held = precede, hurry, held
         self._ended = threading.Event()
 
     def end(self, failure: BaseException | None, until: float = 0.0) -> None:
@@ -66,12 +67,15 @@ class Enqueued:
 
     def finished(self) -> None:
         """Returns when the device did it, or failed."""
+        self._hurry()
         self._ended.wait()
 
     def wait(self, timeout: float | None) -> bool:
         ordered = self.done() or (self._precede is not None and self._precede(self.point))
-        if not ordered and not self._ended.wait(timeout):
-            return False
+        if not ordered:
+            self._hurry()
+            if not self._ended.wait(timeout):
+                return False
         if self.failure is not None:
             self.heard = True
             raise self.failure

@@ -10,9 +10,8 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -50,6 +49,8 @@ class Plan:
     """The operations in the form that the transport's player plays, once they were played."""
     by_hand: bool = False
     """Whether the player does not have what the plan needs."""
+    puts: dict[int, tuple[int, ...]] | None = None
+    """What `_puts` finds, where there is a queue."""
 
     def surround(self, before: Iterable[tuple[Tensor, Tensor]], after: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copies between flat tensors, (target, source), at the beginning and at the end."""
@@ -117,10 +118,10 @@ def run(
     deadline = time.monotonic() + timeout_ns / 1e9
     requests: list[Request] = [None] * plan.requests
     isend, irecv, wait, release = transport.isend, transport.irecv, transport.wait, transport.release
-    folder: Callable[[Tensor, Sequence[Tensor], bool], None] | None = plan.folder
-    queue = transport.queue
-    if queue is not None:
-        folder = partial(queue.fold, plan.folder)
+    folder, queue = plan.folder, transport.queue
+    if queue is not None and plan.puts is None:
+        plan.puts = _puts(plan.operations)
+    puts = plan.puts or {}
     for operation in plan.operations:
         code = operation[0]
         if code == _SEND:
@@ -140,7 +141,10 @@ def run(
                 operands = (*several[:own], own_view, *several[own:])
             arrived = time.monotonic_ns() if tracer is not None else 0
             assert folder is not None, "only reducing collectives fold"
-            folder(own_view, operands, final)
+            if queue is None:
+                folder(own_view, operands, final)
+            else:
+                queue.fold(folder, own_view, operands, final, puts.get(numbers[0], ()))
             for number in numbers:
                 release(requests[number])
                 requests[number] = None
@@ -160,6 +164,24 @@ def run(
             queue.copy(operation[1], operation[2])
         else:
             operation[1].copy_(operation[2])
+
+
+def _puts(operations: Sequence[tuple[Any, ...]]) -> dict[int, tuple[int, ...]]:
+    """By the first request of each fold, the peers to which its whole result is put before anything else is waited for:
+    one pass over memory can fold and put."""
+    found: dict[int, tuple[int, ...]] = {}
+    folded: tuple[Any, ...] | None = None
+    for operation in operations:
+        if operation[0] == _FOLD:
+            folded = operation
+        elif operation[0] == _SEND and folded is not None:
+            _, _, peer, source, put, _ = operation
+            if put and source is folded[2]:
+                first = folded[1][0]
+                found[first] = (*found.get(first, ()), peer)
+        elif operation[0] != _RECEIVE:
+            folded = None
+    return found
 
 
 def _played(plan: Plan, player: Player, contract: int, timeout_ns: int, tracer: Tracer | None) -> bool:

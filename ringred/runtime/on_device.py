@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +18,8 @@ from ringred.runtime.work import Progress
 from ringred.transports.base import Fault, Transport
 
 __all__ = ["OnDevice"]
+
+_LOOK = 0.001  # seconds between two looks at what nobody waits for
 
 _DRAINING = 6.0  # seconds; a little more than a plane takes to give a stream up
 
@@ -38,6 +42,10 @@ class OnDevice:
         self.queue = transport.queue
         self._transport, self._blocking, self._failed, self._gave_up = transport, blocking, failed, gave_up
         self._watch = Progress(f"ringred-watch-{name}-{transport.rank}")
+        self._rests: deque[Enqueued] = deque()
+        self._counting = threading.Lock()  # of what is watched
+        self._watching = False
+        self._hurry = threading.Event()  # somebody waits for the device on the host
         self._drained_by: float | None = None  # when a stream that was to be drained is given up
         self._last: Enqueued | None = None
         self.failed: list[Enqueued] = []
@@ -48,13 +56,13 @@ class OnDevice:
         return None if self.queue is None else self.queue.here()
 
     @contextmanager
-    def following(self, point: Any) -> Iterator[Any]:
-        """What is done within it comes after `point`; gives the point of the queue at which it begins."""
+    def following(self, point: Any, timed: bool = True) -> Iterator[Any]:
+        """What is done within it comes after `point`; gives the point of the queue at which it begins, if `timed`."""
         if self.queue is None:
             yield None
             return
         with self.queue.following(point):
-            yield self.queue.record()
+            yield self.queue.record() if timed else None
 
     def torch_follows(self, deadline: float) -> None:
         """From here on torch's operations, within `following`, come after what is in the queue."""
@@ -71,8 +79,12 @@ class OnDevice:
         if self.queue is None:
             return None
         precede = None if self._blocking else self.queue.precede
-        rest = self._last = Enqueued(ready, began, self.queue.record(), deadline, doing, precede, held)
-        self._watch.submit(lambda: self._watched(rest))
+        rest = self._last = Enqueued(ready, began, self.queue.record(), deadline, doing, precede, self._hurry.set, held)
+        with self._counting:
+            self._rests.append(rest)
+            watching, self._watching = self._watching, True
+        if not watching:
+            self._watch.submit(self._watch_all)
         return rest
 
     def rest_of_job(self, ready: Any, began: Any, deadline: float, made: object, job: object) -> Enqueued | None:
@@ -92,12 +104,27 @@ class OnDevice:
                 last.heard = True
                 raise last.failure
 
+    def _watch_all(self) -> None:
+        """Ends calls as the device comes past them. It looks now and then, for each look takes the interpreter from the
+        thread that enqueues, unless somebody waits."""
+        self._hurry.wait(_LOOK)
+        while (rest := self._next_rest()) is not None:
+            self._watched(rest)
+
+    def _next_rest(self) -> Enqueued | None:
+        with self._counting:
+            if self._rests:
+                return self._rests.popleft()
+            self._watching = False
+            self._hurry.clear()
+            return None
+
     def _watched(self, rest: Enqueued) -> None:
         """Returns once the device has done the rest of a call, or that failed."""
         failure: BaseException | None = None
         began = time.monotonic()
         try:
-            self._transport.passed(rest.point, rest.deadline)
+            self._transport.passed(rest.point, rest.deadline, patiently=not self._hurry.is_set())
         except Fault as fault:
             failure = self._failed(fault, time.monotonic() - began, rest.doing)
         except BaseException as failed:
@@ -130,4 +157,5 @@ class OnDevice:
 
     def close(self) -> None:
         """Returns once what is watched has ended."""
+        self._hurry.set()
         self._watch.close()

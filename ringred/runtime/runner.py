@@ -147,7 +147,7 @@ class Runner:
             work: Work[None] = Work(f"rank {self.rank}: {prepared.call.numbered(number)} at {site}")
 
             def job(held: object = tensors.holding(holding)) -> None:
-                work.rest = self._run(prepared, number, site, point=point, held=held)
+                work.rest = self._run(prepared, number, site, point=point, held=held, timed=True)
 
             if self.size == 1:  # nobody to wait for; and on a device the caller's stream orders it
                 work.finish(job)
@@ -293,8 +293,10 @@ class Runner:
         began_ns: int | None = None,
         point: Any = None,
         held: object = None,
+        timed: bool = False,
     ) -> Enqueued | None:
-        """Runs a call; on a device, after `point`. Returns what the device has still to do."""
+        """Runs a call; on a device, after `point`. Returns what the device has still to do, and if `timed`, where that
+        began."""
         call, of_a_pair = prepared.call, prepared.pair is not None
         if self._failure is not None:
             self._refuse(call)
@@ -303,7 +305,7 @@ class Runner:
         began = time.monotonic() if began_ns is None else began_ns / 1e9
         rest: Enqueued | None = None
         try:
-            with self.device.following(point) as begun:
+            with self.device.following(point, timed) as begun:
                 if prepared.fill or prepared.scaled is not None:
                     self.device.torch_follows(self._deadline())
                 for target, source in prepared.fill:

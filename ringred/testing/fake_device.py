@@ -260,11 +260,15 @@ class _Stream:
     def copy(self, target: int, source: int, nbytes: int) -> None:
         self._write(lambda: futex.copy(target, source, nbytes))
 
-    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
+    def fold(
+        self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool, also: Sequence[int] = ()
+    ) -> None:
         def data() -> None:
             target = self._device.seen_by_the_host(out)
             seen = [target if one is out else self._device.seen_by_the_host(one) for one in operands]
             kernel(target, seen, final)
+            for address in also:
+                futex.copy(address, target.data_ptr(), target.nbytes)
 
         self._write(data)
 

@@ -53,9 +53,9 @@ class Faulty(Wrapped):
         self._delay()
         return self.inner.wait(request, deadline)
 
-    def passed(self, point: Any, deadline: float) -> None:
+    def passed(self, point: Any, deadline: float, patiently: bool = False) -> None:
         self._delay()
-        self.inner.passed(point, deadline)
+        self.inner.passed(point, deadline, patiently)
 
     def release(self, request: Request) -> None:
         self._delay()

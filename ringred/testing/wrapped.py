@@ -51,8 +51,8 @@ class Wrapped:
     def wait(self, request: Request, deadline: float) -> Tensor | None:
         return self.inner.wait(request, deadline)
 
-    def passed(self, point: Any, deadline: float) -> None:
-        self.inner.passed(point, deadline)
+    def passed(self, point: Any, deadline: float, patiently: bool = False) -> None:
+        self.inner.passed(point, deadline, patiently)
 
     def release(self, request: Request) -> None:
         self.inner.release(request)

@@ -187,8 +187,10 @@ class Queue(Protocol):
     def over(self, address: int, nbytes: int, dtype: torch.dtype) -> Tensor:
         """A 1-D tensor over memory of the device, which it does not keep."""
 
-    def fold(self, kernel: Any, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
-        """Folds as `kernel`, a `Folder`, does."""
+    def fold(
+        self, kernel: Any, out: Tensor, operands: Sequence[Tensor], final: bool, peers: Sequence[int] = ()
+    ) -> None:
+        """Folds as `kernel`, a `Folder`, does. `out` is sent to `peers` next, with `put`: it may be put there now."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copies a flat tensor to another."""
@@ -220,9 +222,9 @@ class Transport(Protocol):
     def queue(self) -> Queue | None:
         """What does all that is done to memory; None if that is done at once, by whoever calls."""
 
-    def passed(self, point: Any, deadline: float) -> None:
-        """Returns once all before `point` of the queue is done. Raises `Fault` as `wait` does. Any thread calls it,
-        while another drives the transport."""
+    def passed(self, point: Any, deadline: float, patiently: bool = False) -> None:
+        """Returns once all before `point` of the queue is done, or somewhat later if `patiently`. Raises `Fault` as
+        `wait` does. Any thread calls it, while another drives the transport."""
 
     def begin(self, contract: int, turn: int) -> None:
         """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.

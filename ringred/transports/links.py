@@ -71,14 +71,14 @@ class Layout:
         self.entries = self.flags + 2 * FLAG_STRIDE * size + FLAG_STRIDE
         self.report = self.entries + size * ENTRIES * 32
         self.control_nbytes = -(-(self.report + REPORT_BYTES) // 4096) * 4096
-        self._large = -(-size * SMALL_SLOTS * SMALL_STRIDE // 4096) * 4096
-        self._slot_bytes = slot_bytes
-        self.slots_nbytes = self._large + size * SLOTS * slot_bytes
+        self.large = -(-size * SMALL_SLOTS * SMALL_STRIDE // 4096) * 4096
+        self.large_nbytes = SLOTS * slot_bytes  # for one peer
+        self.slots_nbytes = self.large + size * self.large_nbytes
 
     def slots(self, index: int) -> tuple[int, int]:
         """Where the small and the large slots for one peer begin. A rank's large slots for itself are shared: there the
         compiled player makes one copy of a message that goes to several peers."""
-        return index * SMALL_SLOTS * SMALL_STRIDE, self._large + index * SLOTS * self._slot_bytes
+        return index * SMALL_SLOTS * SMALL_STRIDE, self.large + index * self.large_nbytes
 
 
 class State:

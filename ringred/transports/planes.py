@@ -31,7 +31,11 @@ class Plane(Protocol):
     slot_bytes: int
 
     def slots(self, index: int) -> tuple[int, int]:
-        """The offsets of this rank's small and large slots for the peer with this index among the members."""
+        """The offsets of this rank's small and large slots for the peer with this index among the members; −1 for large
+        ones that are taken when they are needed."""
+
+    def take_slots(self, index: int) -> int:
+        """Takes large slots that were not taken yet: their offset."""
 
     def offset(self, address: int) -> int:
         """The offset of memory at an address, or −1 if peers do not reach it."""
@@ -55,6 +59,9 @@ class Plane(Protocol):
 
     def put(self, link: Link, offset: int, source: Tensor) -> None:
         """Copies `source` to a peer's memory."""
+
+    def was_put(self, link: Link, source: Tensor) -> bool:
+        """Whether what made `source` has put it there as well; asked once for each put."""
 
     # Ordering it: a mark comes before the word that tells of it; what is after a mark is so from the call on
 
@@ -92,6 +99,9 @@ class HostPlane:
         small, large = self._layout.slots(index)
         return self._slots + small, self._slots + large
 
+    def take_slots(self, index: int) -> int:
+        raise AssertionError("they are in the window from the beginning")
+
     def offset(self, address: int) -> int:
         return address - self._base if self._base <= address < self._end else -1
 
@@ -119,6 +129,9 @@ class HostPlane:
             self._views.of(link.rank, link.window, offset, nbytes, source.dtype).copy_(source)
         elif nbytes:
             futex.copy(link.window.address + offset, source.data_ptr(), nbytes)
+
+    def was_put(self, link: Link, source: Tensor) -> bool:
+        return False
 
     def mark_sent(self, link: Link, number: int) -> None:
         pass

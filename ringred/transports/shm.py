@@ -128,6 +128,8 @@ class ShmTransport:
         self.begun = (0, 0)  # contract and turn
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
         self._sender = Sender(self.window, self._block, self._links, self._plane, self._gives_way, self._state)
+        if self.queue is not None:
+            self.queue.reach = self._sender.reach
         self._receiver = Receiver(self.window, self._links, self._plane, self._until, self._sender.received)
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
         self.irecv, self.release = self._receiver.irecv, self._receiver.release
@@ -198,9 +200,9 @@ class ShmTransport:
             self._plane.after_consumed(link, request.until)
         return None
 
-    def passed(self, point: Event, deadline: float) -> None:
+    def passed(self, point: Event, deadline: float, patiently: bool = False) -> None:
         if self.queue is not None:
-            self.queue.passed(point, lambda held_by: self._look(held_by, deadline))
+            self.queue.passed(point, lambda held_by: self._look(held_by, deadline), patiently)
             forced = [link.words[link.words_at + FORCED] for link in self._links.values()]
             if self._words[self._at + ALARM] and (self._words[self._at + FORCED] or any(forced)):
                 self._reports.check()  # what the stream went on with may not be what was sent

@@ -117,11 +117,14 @@ class Sender:
         words = self._counters.words  # in fewer steps than by name
         words[0] += 1
         words[1] += nbytes
-        if nbytes <= SMALL_BYTES and not link.queue and self._send_small(link, src, nbytes):
+        there = put and self._plane.was_put(link, src)
+        if nbytes <= SMALL_BYTES and not there and not link.queue and self._send_small(link, src, nbytes):
             return None
         request = Send(link, src, nbytes, self._contract)
         address = src.data_ptr()
-        if put and nbytes > SMALL_BYTES and (target := self._put_offset(link, address, nbytes)) >= 0:
+        if there:
+            request.place = PUT
+        elif put and nbytes > SMALL_BYTES and (target := self._put_offset(link, address, nbytes)) >= 0:
             # Put it now, while it is in the cache; its descriptor may have to wait for earlier messages.
             self._plane.put(link, target, src)
             request.place = PUT
@@ -175,6 +178,8 @@ class Sender:
         """Takes slots for a message, or part of one, that gets this `number`: their offset; −1 if
         the peer has not read what was last in them."""
         state, slots = link.state, link.small if nbytes <= SMALL_BYTES else link.large
+        if slots.start < 0:
+            slots.start = self._plane.take_slots(link.index)
         count = max(1, -(-nbytes // slots.stride))
         first = state[slots.next_at]
         if first + count > slots.count:
@@ -194,6 +199,11 @@ class Sender:
         acked = link.state[ACKED] = link.acked_words[link.acked_at]
         order()
         return acked
+
+    def reach(self, peer: int, address: int, nbytes: int) -> int:
+        """As `_put_offset`, for whoever has another way to write there."""
+        link = self._links.get(peer)
+        return -1 if link is None else self._put_offset(link, address, nbytes)
 
     def _put_offset(self, link: Link, address: int, nbytes: int) -> int:
         """The offset in the peer's data to which a put from `address` goes; −1 if a put is not possible."""

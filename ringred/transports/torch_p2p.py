@@ -279,7 +279,7 @@ class TorchP2PTransport:
                     if "Timed out" in str(failure):
                         break
 
-    def passed(self, point: object, deadline: float) -> None:
+    def passed(self, point: object, deadline: float, patiently: bool = False) -> None:
         pass  # what is done is done at once
 
     def settle(self, deadline: float) -> None:

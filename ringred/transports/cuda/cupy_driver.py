@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _OWN = struct.Struct("<QQ")  # before a handle: the process that made it, and th
 _ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell
 _MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 _FLAGS_OF_WAIT, _FLAGS_OF_WRITE = 0, 0  # GEQ; DEFAULT, with a barrier before the write
+_LAUNCHES = 4096  # folds whose arguments are kept
 _NEEDED = {
     "stream memory operations": "CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS",
     "registered host memory": "CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED",
@@ -87,6 +89,7 @@ class CudaDevice:
         self.processors = torch.cuda.get_device_properties(self.index).multi_processor_count
         self._kernels: dict[str, int] = {}
         self._opened: set[int] = set()
+        self._programs: dict[tuple[int, int, int], torch.cuda.Stream] = {}
 
     def current(self) -> Any:
         """Within it, this thread's current device is this one."""
@@ -104,8 +107,12 @@ class CudaDevice:
             finally:
                 self.driver.cuThreadExchangeStreamCaptureMode(before)
 
-    def program(self) -> Any:
-        return torch.cuda.current_stream(self.index)
+    def program(self) -> torch.cuda.Stream:
+        which = torch._C._cuda_getCurrentStream(self.index)
+        stream = self._programs.get(which)
+        if stream is None:
+            stream = self._programs[which] = torch.cuda.current_stream(self.index)
+        return stream
 
     def point(self, program: Any) -> Event:
         return _Event(self, program)
@@ -214,6 +221,24 @@ class _Event:
             return bool(self.event.query())
 
 
+def _named(stream: tuple[int, int, int]) -> dict[str, int]:
+    """A stream, as torch tells of it, in the form that it takes."""
+    return dict(zip(("stream_id", "device_index", "device_type"), stream, strict=True))
+
+
+class _Launch:
+    """A fold as the driver is told of it: which kernel, how many blocks and threads, and its arguments."""
+
+    __slots__ = ("_arguments", "_pointers", "blocks", "function", "pointers", "threads")
+
+    def __init__(self, device: CudaDevice, name: str, out: Tensor, packed: bytes) -> None:
+        self._arguments = ctypes.create_string_buffer(packed, len(packed))
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
+        self.pointers = ctypes.addressof(self._pointers)
+        self.blocks, self.threads = kernels.geometry(out.nbytes, device.processors)
+        self.function = device.kernel(name)
+
+
 class _Stream:
     """See `driver.Stream`."""
 
@@ -223,22 +248,29 @@ class _Stream:
             self._own = device.cupy.cuda.Stream(non_blocking=True)
         self.handle = int(self._own.ptr)
         self.stream = torch.cuda.ExternalStream(self.handle, device=f"cuda:{device.index}")
+        self._named = _named((self.stream.stream_id, device.index, self.stream.device_type))
+        self._launches: OrderedDict[tuple[Any, ...], _Launch] = OrderedDict()
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         with self._device.current():
             self._device.runtime.memcpyAsync(target, source, nbytes, _ANY_DIRECTION, self.handle)
 
-    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
-        device, addresses = self._device, [operand.data_ptr() for operand in operands]
-        packed = kernels.arguments(out.numel(), addresses, [out.data_ptr()], kernel.divisor(final))
-        argument = ctypes.create_string_buffer(packed, len(packed))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        blocks, threads = kernels.geometry(out.nbytes, device.processors)
-        function = device.kernel(kernels.name_of(str(kernel.op.value), kernel.dtype))
-        with device.current():
-            grid = (blocks, 1, 1, threads, 1, 1)
-            launched = device.driver.cuLaunchKernel(function, *grid, 0, self.handle, ctypes.addressof(pointers), 0)
-            _checked(launched)
+    def fold(
+        self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool, also: Sequence[int] = ()
+    ) -> None:
+        addresses, elements, divisor = [one.data_ptr() for one in operands], out.numel(), kernel.divisor(final)
+        targets = [out.data_ptr(), *also]
+        key = (kernel.op, kernel.dtype, elements, divisor, len(also), *targets, *addresses)
+        launch = self._launches.get(key)
+        if launch is None:
+            name = kernels.name_of(str(kernel.op.value), kernel.dtype)
+            packed = kernels.arguments(elements, addresses, targets, divisor)
+            launch = self._launches[key] = _Launch(self._device, name, out, packed)
+            if len(self._launches) > _LAUNCHES:
+                self._launches.popitem(last=False)
+        grid = (launch.blocks, 1, 1, launch.threads, 1, 1)
+        with self._device.current():
+            _checked(self._device.driver.cuLaunchKernel(launch.function, *grid, 0, self.handle, launch.pointers, 0))
 
     def set_flag(self, address: int, value: int) -> None:
         with self._device.current():
@@ -255,16 +287,24 @@ class _Stream:
                     "a collective cannot be captured in a CUDA graph: its flags have other values in each call. Call "
                     "it between the graphs"
                 )
-        return _Event(self._device, torch.cuda.current_stream(self._device.index))
+        return _Event(self._device, self._device.program())
 
-    def following(self, point: Event | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def following(self, point: Event | None) -> Iterator[None]:
         assert isinstance(point, _Event), "made by `here`"
         self.stream.wait_event(point.event)
-        return torch.cuda.stream(self.stream)
+        with self._device.current():
+            # As torch.cuda.stream does, in less than half of its time.
+            before = torch._C._cuda_getCurrentStream(self._device.index)
+            torch._C._cuda_setStream(**self._named)
+            try:
+                yield
+            finally:
+                torch._C._cuda_setStream(**_named(before))
 
     def precede(self, point: Event) -> bool:
         assert isinstance(point, _Event), "made by `record`"
-        torch.cuda.current_stream(self._device.index).wait_event(point.event)
+        self._device.program().wait_event(point.event)
         return True
 
     def record(self) -> Event:

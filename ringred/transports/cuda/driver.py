@@ -51,8 +51,10 @@ class Stream(Protocol):
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copies between addresses of the device, of this process or opened, or of this process's own memory."""
 
-    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
-        """Folds `operands` into `out`."""
+    def fold(
+        self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool, also: Sequence[int] = ()
+    ) -> None:
+        """Folds `operands` into `out`, and to the addresses `also`: each element is written after it was read."""
 
     def set_flag(self, address: int, value: int) -> None:
         """Sets a 32-bit flag of registered memory; what the stream did before can be seen by whoever sees it set."""

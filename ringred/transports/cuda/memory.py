@@ -130,16 +130,18 @@ class DeviceMemory:
         with self._counting:
             self._streams.discard(stream)
 
-    def let_go(self, slots: tuple[int, int] | None) -> None:
-        """Removes one plane, with its slots; None if peers may still look at this memory, which then is kept for ever.
-        After the last plane the peers' memory is closed, and each own chunk freed once no tensor lies in it."""
+    def let_go(self, slots: Sequence[tuple[int, int]] | None) -> None:
+        """Removes one plane, with its blocks of slots; None if peers may still look at this memory, which then is kept
+        for ever. After the last plane the peers' memory is closed, and each own chunk freed once no tensor lies in
+        it."""
         with self._counting:
             self._users -= 1
             left = self._users
         if slots is None:
             _kept.append(self)
         elif left:
-            self.give_back(*slots)
+            for block in slots:
+                self.give_back(*block)
         elif self not in _kept:
             self._close_opened()
             self._chunks.clear()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ringred.transports import futex
 from ringred.transports.base import UNSETTLED_SECONDS, Fault, FaultKind
-from ringred.transports.cuda.driver import Event, MemberGone
+from ringred.transports.cuda.driver import Event, Kernel, MemberGone
 from ringred.transports.cuda.queue import StreamQueue
 from ringred.transports.futex import order
 from ringred.transports.links import (
@@ -51,14 +51,19 @@ _32_BITS = (1 << 32) - 1
 class DevicePlane(StreamQueue):
     """The plane of the transport whose control block is at `block` of this rank's `window`. See `planes.Plane`."""
 
-    slot_bytes = 1 << 20
-    part_bytes = 8 << 20
+    slot_bytes = 2 << 20
+    part_bytes = 32 << 20
+
+    reach: Callable[[int, int, int], int]
+    """Where in the memory that a peer has exposed a put of bytes from an address goes; −1 if none is possible."""
 
     def __init__(self, memory: DeviceMemory, window: Window, block: int, layout: Layout) -> None:
         super().__init__(memory.driver)
         self._memory, self._window, self._block, self._layout = memory, window, block, layout
         self._sizes = Layout(layout.size, self.slot_bytes)
-        self._slots = memory.take(self._sizes.slots_nbytes)
+        self._small = memory.take(self._sizes.large)
+        self._large: dict[int, int] = {}  # by peer, the slots that were needed so far
+        self._put: set[tuple[int, int]] = set()  # peer, and address here, of what a fold has put there as well
         self._registered: list[int] = []  # the addresses of control blocks
         self._links: dict[int, Link] = {}
         self._waited: dict[tuple[int, int], int] = {}  # by peer and kind: the greatest value that was waited for
@@ -83,8 +88,12 @@ class DevicePlane(StreamQueue):
     # ------------------------------------------------------------------ places
 
     def slots(self, index: int) -> tuple[int, int]:
-        small, large = self._sizes.slots(index)
-        return self._slots + small, self._slots + large
+        small, _ = self._sizes.slots(index)
+        return self._small + small, -1
+
+    def take_slots(self, index: int) -> int:
+        offset = self._large[index] = self._memory.take(self._sizes.large_nbytes)
+        return offset
 
     def offset(self, address: int) -> int:
         return self._memory.offset(address)
@@ -127,6 +136,24 @@ class DevicePlane(StreamQueue):
         if source.nbytes:
             self.stream.copy(self._there(link, offset), source.data_ptr(), source.nbytes)
 
+    def fold(
+        self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool, peers: Sequence[int] = ()
+    ) -> None:
+        """As `base.Queue.fold`: one pass over memory folds, and puts the result where peers have exposed theirs."""
+        address, also = out.data_ptr(), []
+        for peer in peers:
+            offset = self.reach(peer, address, out.nbytes)
+            if offset >= 0:
+                also.append(self._there(self._links[peer], offset))
+                self._put.add((peer, address))
+        self.stream.fold(kernel, out, operands, final, also)
+
+    def was_put(self, link: Link, source: Tensor) -> bool:
+        key = link.rank, source.data_ptr()
+        there = key in self._put
+        self._put.discard(key)
+        return there
+
     # ------------------------------------------------------------------ ordering
 
     def _flag_place(self, kind: int, index: int) -> int:
@@ -167,10 +194,10 @@ class DevicePlane(StreamQueue):
 
     # ------------------------------------------------------------------ the stream and its end
 
-    def passed(self, point: Event, look: Callable[[int], None]) -> None:
+    def passed(self, point: Event, look: Callable[[int], None], patiently: bool = False) -> None:
         """Returns once the stream has come to `point`. Meanwhile it calls `look` every so often, with the peer whose
         flag holds the stream, or −1; that may raise."""
-        until, pause = time.monotonic_ns() + _SPIN_NS, _LOOK / 25
+        until, pause = time.monotonic_ns() + (0 if patiently else _SPIN_NS), _LOOK / (1 if patiently else 25)
         while not point.done():
             if time.monotonic_ns() < until:
                 futex.give_way()
@@ -243,4 +270,5 @@ class DevicePlane(StreamQueue):
             self.stream.close()
             for block in self._registered:
                 self.driver.unregister(block)
-        self._memory.let_go((self._slots, self._sizes.slots_nbytes) if freely and not self._stuck else None)
+        slots = [(self._small, self._sizes.large), *((at, self._sizes.large_nbytes) for at in self._large.values())]
+        self._memory.let_go(slots if freely and not self._stuck else None)

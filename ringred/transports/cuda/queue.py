@@ -50,6 +50,8 @@ class StreamQueue:
         if source.nbytes:
             self.stream.copy(target.data_ptr(), source.data_ptr(), source.nbytes)
 
-    def fold(self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool) -> None:
+    def fold(
+        self, kernel: Kernel, out: Tensor, operands: Sequence[Tensor], final: bool, peers: Sequence[int] = ()
+    ) -> None:
         """As `base.Queue.fold`."""
         self.stream.fold(kernel, out, operands, final)

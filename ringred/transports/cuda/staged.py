@@ -142,7 +142,7 @@ class StagedTransport:
 
     # ------------------------------------------------------------------ waiting and ending
 
-    def passed(self, point: Event, deadline: float) -> None:
+    def passed(self, point: Event, deadline: float, patiently: bool = False) -> None:
         self._is_passed(point, deadline)
 
     def _poll(self, point: Event, deadline: float) -> None:
