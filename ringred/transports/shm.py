@@ -120,8 +120,6 @@ class ShmTransport:
                 here = (self.window, self._block, own, len(members), words)
                 slots = self._plane.slots(index), self._plane.slot_bytes
                 self._links[name] = Link(name, index, theirs, blocks[member], *here, *slots)
-        if self.queue is not None:
-            self.queue.meet(list(self._links.values()), self._member)
         self._words, self._at = self.window.words, self._block // 8
         self._base = self.window.address
         self._reports = Reports(self.rank, self.window, self._block, self._links.values(), self._layout)
@@ -129,7 +127,7 @@ class ShmTransport:
         self.meanwhile: Callable[[], None] | None = None  # called every so often while a wait sleeps
         self._sender = Sender(self.window, self._block, self._links, self._plane, self._gives_way, self._state)
         if self.queue is not None:
-            self.queue.reach = self._sender.reach
+            self.queue.meet(list(self._links.values()), self._member, self._sender.reach)
         self._receiver = Receiver(self.window, self._links, self._plane, self._until, self._sender.received)
         self.isend, self.expose, self.drain = self._sender.isend, self._sender.expose, self._sender.drain
         self.irecv, self.release = self._receiver.irecv, self._receiver.release

@@ -54,9 +54,6 @@ class DevicePlane(StreamQueue):
     slot_bytes = 2 << 20
     part_bytes = 32 << 20
 
-    reach: Callable[[int, int, int], int]
-    """Where in the memory that a peer has exposed a put of bytes from an address goes; −1 if none is possible."""
-
     def __init__(self, memory: DeviceMemory, window: Window, block: int, layout: Layout) -> None:
         super().__init__(memory.driver)
         self._memory, self._window, self._block, self._layout = memory, window, block, layout
@@ -73,9 +70,10 @@ class DevicePlane(StreamQueue):
         self._stuck = False  # whether its stream does not end, whatever is done
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
-    def meet(self, links: Sequence[Link], members: dict[int, int]) -> None:
-        """Tells it of the links, and which member each of them leads to."""
-        self._members = members
+    def meet(self, links: Sequence[Link], members: dict[int, int], reach: Callable[[int, int, int], int]) -> None:
+        """Tells it of the links, and which member each leads to. `reach(peer, address, nbytes)` is the offset in
+        the memory that a peer has exposed to which a put of bytes from an address goes; −1 if none is possible."""
+        self._members, self._reach = members, reach
         self._flags = self._register(self._window.address + self._block)
         self._theirs = {link.rank: self._register(link.window.address + link.block) for link in links}
         self._links = {link.rank: link for link in links}
@@ -142,7 +140,7 @@ class DevicePlane(StreamQueue):
         """As `base.Queue.fold`: one pass over memory folds, and puts the result where peers have exposed theirs."""
         address, also = out.data_ptr(), []
         for peer in peers:
-            offset = self.reach(peer, address, out.nbytes)
+            offset = self._reach(peer, address, out.nbytes)
             if offset >= 0:
                 also.append(self._there(self._links[peer], offset))
                 self._put.add((peer, address))
