@@ -22,6 +22,7 @@ from ringred.data_parallel.join import UnevenInputs, check_joinable
 from ringred.data_parallel.layout import Members, Settings
 from ringred.data_parallel.moving import moved
 from ringred.data_parallel.policy import Policy, comm_hook
+from ringred.data_parallel.recovery import Recovery
 from ringred.data_parallel.reducer import Reducer
 from ringred.data_parallel.reductions import CommHook
 from ringred.data_parallel.replicas import broadcast_tensors, check_same_model
@@ -126,14 +127,21 @@ class DistributedDataParallel(nn.Module, GoingOn, Reporting):
             f"init_sync={init_sync}, {init_buffers}, forward_sync_buffers={self.forward_sync_buffers}",
             *arguments.special_parameters(module, delay_all_reduce_named_params, param_to_hook_all_reduce),
         ]
-        check_same_model(self.comm, module, ignored, alike)
-        members = arguments.members_of(module, named, delay_all_reduce_named_params, param_to_hook_all_reduce)
-        plan = None if bucket_plan is None else arguments.read_plan(bucket_plan, members)
-        if init_sync:
-            buffers = [buffer for name, buffer in module.named_buffers() if name not in ignored]
-            broadcast_tensors(self.comm, [*(p for _, p in named), *(buffers if init_buffers else [])])
-        reducer = Reducer(self.comm, members, settings, plan, next_name(self.comm))
-        self._begin(module, ignored, desync_check_every, reducer)
+        buffers = [buffer for name, buffer in module.named_buffers() if name not in ignored]
+
+        def begin() -> None:
+            check_same_model(self.comm, module, ignored, alike)
+            members = arguments.members_of(module, named, delay_all_reduce_named_params, param_to_hook_all_reduce)
+            plan = None if bucket_plan is None else arguments.read_plan(bucket_plan, members)
+            if init_sync:
+                broadcast_tensors(self.comm, [*(p for _, p in named), *(buffers if init_buffers else [])])
+            self._begin(module, ignored, desync_check_every, Reducer(self.comm, members, settings, plan))
+
+        if settings.recovers:
+            self._begin_with_those_left(Recovery.of(self.comm), begin)
+        else:
+            begin()
+        self.reducer.name = next_name(self.comm)
 
     def _begin(self, module: nn.Module, ignored: set[str], desync_check_every: int, reducer: Reducer) -> None:
         self.module, self.parameters_to_ignore, self.reducer = module, ignored, reducer
@@ -146,7 +154,6 @@ class DistributedDataParallel(nn.Module, GoingOn, Reporting):
         self._uneven: UnevenInputs | None = None
         self.recovery = reducer.recovery
         if self.recovery is not None:
-            self.recovery.enrol(self)
             reducer.weighed_again = self._weights.gathered
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistributedDataParallel:
@@ -383,5 +390,7 @@ def _again(module: nn.Module, state: dict[str, Any], comm: Communicator | None =
     members = Members(parameters=parameters, trigger=trigger, **state["members"])
     reducer = Reducer(model.comm, members, state["settings"], state["plan"], state["name"])
     model._begin(module, state["ignored"], state["desync_check_every"], reducer)
+    if model.recovery is not None:
+        model.recovery.enrol(model)
     model.training = state["training"]  # of the wrapper alone: modules within it keep their own
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ringred.communicator import Communicator
@@ -28,6 +29,7 @@ class GoingOn:
     reducer: Reducer
     recovery: Recovery | None
     _weights: Weights
+    _all_begun = True
     _forwards: int
     _sync_buffers_next: bool
 
@@ -36,17 +38,33 @@ class GoingOn:
         """The backwards that all ranks have finished."""
         return self.reducer.steps
 
-    def tells(self) -> None:
-        """Nothing: what the ranks tell each other of their models."""
+    def _begin_with_those_left(self, recovery: Recovery, begin: Callable[[], None]) -> None:
+        """Calls `begin`, which makes a new reducer over `comm`, until it succeeds on all ranks that are left."""
+
+        def begun_by_all() -> None:
+            vars(self).pop("reducer", None)
+            self.comm = recovery.comm
+            begin()
+            self.comm.barrier()  # who is through knows that all have begun
+
+        recovery.enrol(self)
+        recovery.through(begun_by_all)
+
+    def tells(self) -> bool:
+        """Whether it has begun."""
+        return "reducer" in vars(self)
 
     def follow(self, change: Change) -> None:
-        """Nothing."""
+        """Notes whether all have begun: else none is through with that, and all begin anew."""
+        self._all_begun = False not in change.told
 
     def adopt(self, comm: Communicator) -> None:
         """Goes on over `comm`. Collective."""
-        self.comm = self._weights.comm = comm
-        _wrappers[comm] = max(_wrappers.values())
-        self.reducer.adopt(comm)
+        _wrappers[comm] = max(_wrappers.get(comm, 0), _wrappers.get(self.comm, 0))
+        self.comm = comm
+        if self._all_begun:
+            self._weights.comm = comm
+            self.reducer.adopt(comm)
 
     def handed_over(self) -> dict[str, Any]:
         """How far it has come, for a rank that joins."""
