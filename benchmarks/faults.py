@@ -6,7 +6,7 @@ python benchmarks/faults.py torchrun    # the same training by torch's DDP on Gl
 python benchmarks/faults.py torchft     # the same under torchft, of the Python that TORCHFT_PYTHON names
 python benchmarks/faults.py chaos       # ten minutes with a failure every 5 s on average, and some undisturbed
 python benchmarks/faults.py cost        # a step with on_failure="shrink" and without, in the same run
-python benchmarks/faults.py kills       # 200 ranks killed at random moments: when the others raise
+python benchmarks/faults.py kills       # 300 ranks killed at random moments: when the others raise
 
 Each prints a table and writes out/faults-NAME.json. `--short` is a few seconds of each.
 """
@@ -325,10 +325,14 @@ def cost(short: bool) -> dict[str, Any]:
 def kills(short: bool) -> dict[str, Any]:
     """By the tests' program."""
     program = ROOT / "tests" / "procs" / "programs" / "killed.py"
-    command = [sys.executable, str(program), "5" if short else "200", "1"]
-    said = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True).stdout
-    print(said.strip())
-    return {"said": said.strip()}
+    found = {}
+    for transport, times in (("shm", 200), ("torch_p2p", 100)):
+        command = [sys.executable, str(program), "5" if short else str(times), "1"]
+        surroundings = environment(RINGRED_TRANSPORT=transport)
+        said = subprocess.run(command, env=surroundings, check=True, capture_output=True, text=True).stdout
+        found[transport] = said.strip()
+        print(f"{transport}: {found[transport]}", flush=True)
+    return {"said": found}
 
 
 EXPERIMENTS = {

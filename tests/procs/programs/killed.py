@@ -37,7 +37,7 @@ def rank_main():
             turn += 1
             count = sizes[turn % 4]
             memory = window[:count] if turn % 3 else torch.empty(count)
-            comm.all_reduce(memory.fill_(1.0), algorithm=("ring", "direct", "one_shot", "tree")[turn // 4 % 4])
+            comm.all_reduce(memory.fill_(1.0), algorithm=("ring", "torus", "one_shot", "tree")[turn // 4 % 4])
             assert memory[0] == memory[-1] == RANKS
     except ringred.RingredError as error:
         print(json.dumps({"rank": comm.rank, "raised": time.time(), "error": str(error)}), flush=True)
