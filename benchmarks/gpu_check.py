@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,16 @@ def run(step: str, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     with (folder / f"{step}.log").open("wb") as log, reserved_port() as port:
         shared["MASTER_PORT"] = str(port)
-        processes = []
-        for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **(shared if ranks > 1 else {"GPU_CHECK_OUT": str(out)})}
-            program = "gpu_ddp.py" if step.startswith(("ddp", "overlap")) else "gpu_steps.py"
-            command = [sys.executable, str(HERE.parent / program), step]
-            environment = {**os.environ, **own, "PYTHONPATH": shared["PYTHONPATH"]}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        processes: list[subprocess.Popen[bytes]] = []
+        program = "gpu_ddp.py" if step.startswith(("ddp", "overlap")) else "gpu_steps.py"
+        command = [sys.executable, str(HERE.parent / program), step]
         late = False
         try:
+            for rank in range(ranks):
+                one = {"GPU_CHECK_OUT": str(out)}
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **(shared if ranks > 1 else one)}
+                environment = {**os.environ, **own, "PYTHONPATH": shared["PYTHONPATH"]}
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
             for process in processes:
                 try:
                     process.wait(max(0.1, began + limit - time.monotonic()))
@@ -120,13 +121,17 @@ def main() -> int:
 @contextmanager
 def at_once() -> Iterator[None]:
     """Within it, the processes that are started share a GPU without turns: by an MPS daemon of this program's own."""
-    with tempfile.TemporaryDirectory(prefix="ringred-mps-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ringred-mps-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+        numbered = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         try:
+            subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, env=numbered)  # else it would count anew
             yield
         finally:
-            subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=True, timeout=60)
+            for order in ("quit\n", "quit -t 5\n"):
+                with suppress(subprocess.TimeoutExpired):
+                    subprocess.run(["nvidia-cuda-mps-control"], input=order, text=True, check=False, timeout=30)
+                    break
 
 
 def check(options: argparse.Namespace) -> int:

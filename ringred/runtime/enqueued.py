@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ringred.runtime.doing import Doing
@@ -30,7 +31,7 @@ class Enqueued:
     is the program's, from which on it could begin (None if that was so at once), and `began` is the queue's, where it
     did. The runner watches it, and calls `end`. See `work.Rest`.
 
-    `precede` is the queue's, or None where the host waits for the device in every call. `hurry` says that it waits now.
+    `precede` is the queue's, or None where the host waits for the device in every call. Within `waiting` it does.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Enqueued:
         deadline: float,
         doing: Doing,
         precede: Callable[[Any], bool] | None,
-        hurry: Callable[[], None],
+        waiting: Callable[[], AbstractContextManager[None]],
         held: object,
     ) -> None:
         self.ready, self.began, self.point = ready, began, point
@@ -50,7 +51,7 @@ class Enqueued:
         self.heard = False
         """Whether anybody was told of the failure."""
         self.ended_ns = 0
-        self._precede, self._hurry, self._held = precede, hurry, held
+        self._precede, self._waiting, self._held = precede, waiting, held
         self._ended = threading.Event()
 
     def end(self, failure: BaseException | None, until: float = 0.0) -> None:
@@ -67,15 +68,18 @@ class Enqueued:
 
     def finished(self) -> None:
         """Returns when the device did it, or failed."""
-        self._hurry()
-        self._ended.wait()
+        self._wait(None)
+
+    def _wait(self, timeout: float | None) -> bool:
+        if self._ended.is_set():
+            return True
+        with self._waiting():
+            return self._ended.wait(timeout)
 
     def wait(self, timeout: float | None) -> bool:
         ordered = self.done() or (self._precede is not None and self._precede(self.point))
-        if not ordered:
-            self._hurry()
-            if not self._ended.wait(timeout):
-                return False
+        if not ordered and not self._wait(timeout):
+            return False
         if self.failure is not None:
             self.heard = True
             raise self.failure

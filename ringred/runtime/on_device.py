@@ -19,7 +19,8 @@ from ringred.transports.base import Fault, Transport
 
 __all__ = ["OnDevice"]
 
-_LOOK = 0.001  # seconds between two looks at what nobody waits for
+_NOT_THE_DEVICES = (RingredError, NotImplementedError, RecursionError)  # RuntimeErrors, among which are CuPy's
+_PATIENCE = 0.001  # seconds before the first look at what nobody waits for
 
 _DRAINING = 6.0  # seconds; a little more than a plane takes to give a stream up
 
@@ -45,7 +46,8 @@ class OnDevice:
         self._rests: deque[Enqueued] = deque()
         self._counting = threading.Lock()  # of what is watched
         self._watching = False
-        self._hurry = threading.Event()  # somebody waits for the device on the host
+        self._waiters = 0  # threads of the host that wait for the device
+        self._hurry = threading.Event()  # there are some
         self._drained_by: float | None = None  # when a stream that was to be drained is given up
         self._last: Enqueued | None = None
         self.failed: list[Enqueued] = []
@@ -79,7 +81,7 @@ class OnDevice:
         if self.queue is None:
             return None
         precede = None if self._blocking else self.queue.precede
-        rest = self._last = Enqueued(ready, began, self.queue.record(), deadline, doing, precede, self._hurry.set, held)
+        rest = self._last = Enqueued(ready, began, self.queue.record(), deadline, doing, precede, self._waiting, held)
         with self._counting:
             self._rests.append(rest)
             watching, self._watching = self._watching, True
@@ -107,7 +109,7 @@ class OnDevice:
     def _watch_all(self) -> None:
         """Ends calls as the device comes past them. It looks now and then, for each look takes the interpreter from the
         thread that enqueues, unless somebody waits."""
-        self._hurry.wait(_LOOK)
+        self._hurry.wait(_PATIENCE)
         while (rest := self._next_rest()) is not None:
             self._watched(rest)
 
@@ -116,15 +118,28 @@ class OnDevice:
             if self._rests:
                 return self._rests.popleft()
             self._watching = False
-            self._hurry.clear()
             return None
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Within it a thread of the host waits."""
+        with self._counting:
+            self._waiters += 1
+            self._hurry.set()
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._waiters -= 1
+                if not self._waiters:
+                    self._hurry.clear()
 
     def _watched(self, rest: Enqueued) -> None:
         """Returns once the device has done the rest of a call, or that failed."""
         failure: BaseException | None = None
         began = time.monotonic()
         try:
-            self._transport.passed(rest.point, rest.deadline, patiently=not self._hurry.is_set())
+            self._transport.passed(rest.point, rest.deadline, hurry=self._hurry)
         except Fault as fault:
             failure = self._failed(fault, time.monotonic() - began, rest.doing)
         except BaseException as failed:
@@ -136,7 +151,7 @@ class OnDevice:
 
     def named(self, failure: BaseException, doing: Doing) -> BaseException:
         """A failure of the device with the call that met it; any other as it is."""
-        if self.queue is None or type(failure) is not RuntimeError:
+        if self.queue is None or not isinstance(failure, RuntimeError) or isinstance(failure, _NOT_THE_DEVICES):
             return failure
         found = RingredError(f"rank {self._transport.rank}: {doing.text} at {doing.site}: its device failed: {failure}")
         found.__cause__ = failure
@@ -157,5 +172,5 @@ class OnDevice:
 
     def close(self) -> None:
         """Returns once what is watched has ended."""
-        self._hurry.set()
-        self._watch.close()
+        with self._waiting():
+            self._watch.close()

@@ -53,9 +53,9 @@ class Faulty(Wrapped):
         self._delay()
         return self.inner.wait(request, deadline)
 
-    def passed(self, point: Any, deadline: float, patiently: bool = False) -> None:
+    def passed(self, point: Any, deadline: float, hurry: threading.Event | None = None) -> None:
         self._delay()
-        self.inner.passed(point, deadline, patiently)
+        self.inner.passed(point, deadline, hurry)
 
     def release(self, request: Request) -> None:
         self._delay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -51,8 +52,8 @@ class Wrapped:
     def wait(self, request: Request, deadline: float) -> Tensor | None:
         return self.inner.wait(request, deadline)
 
-    def passed(self, point: Any, deadline: float, patiently: bool = False) -> None:
-        self.inner.passed(point, deadline, patiently)
+    def passed(self, point: Any, deadline: float, hurry: threading.Event | None = None) -> None:
+        self.inner.passed(point, deadline, hurry)
 
     def release(self, request: Request) -> None:
         self.inner.release(request)

@@ -12,6 +12,7 @@ collective, so that two ranks in different collectives detect it.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -222,9 +223,9 @@ class Transport(Protocol):
     def queue(self) -> Queue | None:
         """What does all that is done to memory; None if that is done at once, by whoever calls."""
 
-    def passed(self, point: Any, deadline: float, patiently: bool = False) -> None:
-        """Returns once all before `point` of the queue is done, or somewhat later if `patiently`. Raises `Fault` as
-        `wait` does. Any thread calls it, while another drives the transport."""
+    def passed(self, point: Any, deadline: float, hurry: threading.Event | None = None) -> None:
+        """Returns once all before `point` of the queue is done; with `hurry`, somewhat later while that is not set.
+        Raises `Fault` as `wait` does. Any thread calls it, while another drives the transport."""
 
     def begin(self, contract: int, turn: int) -> None:
         """From here on messages belong to the collective `contract`, 0 ≤ contract < 2^62.

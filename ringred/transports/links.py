@@ -30,7 +30,7 @@ SLOT_BYTES = 64 << 10
 SLOTS = 32
 SMALL_BYTES = 512
 """A message up to this goes into a small slot, even if it lies in the window: it is quickly copied, and its sender then
-need not wait until it is read."""
+need not wait until it is read. (Not one that a fold has put already.)"""
 SMALL_SLOTS = 16
 ENTRIES = 256
 """Descriptors from one rank to another: how many messages may be in flight."""

@@ -203,7 +203,7 @@ class LocalTransport:
                 channel.slots_used -= 1
             self.hub.wake[peer].notify_all()
 
-    def passed(self, point: object, deadline: float, patiently: bool = False) -> None:
+    def passed(self, point: object, deadline: float, hurry: threading.Event | None = None) -> None:
         pass  # what is done is done at once
 
     def settle(self, deadline: float) -> None:

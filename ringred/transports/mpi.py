@@ -319,7 +319,7 @@ class MpiTransport:
             if peer != self.rank:
                 self._notices.append((self._control.Isend([message, MPI.BYTE], peer, tag), message))
 
-    def passed(self, point: object, deadline: float, patiently: bool = False) -> None:
+    def passed(self, point: object, deadline: float, hurry: threading.Event | None = None) -> None:
         pass  # what is done is done at once
 
     def settle(self, deadline: float) -> None:

@@ -172,8 +172,8 @@ class RoutedTransport:
         native: Any = self.far
         native.native_all_reduce(tensor, op, deadline)
 
-    def passed(self, point: Any, deadline: float, patiently: bool = False) -> None:
-        self.near.passed(point, deadline, patiently)
+    def passed(self, point: Any, deadline: float, hurry: threading.Event | None = None) -> None:
+        self.near.passed(point, deadline, hurry)
 
     def settle(self, deadline: float) -> None:
         self.near.settle(deadline)

@@ -12,6 +12,7 @@ Why this needs no lock, and on x86-64 one fence only: docs/design/shared-memory.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -101,18 +102,17 @@ class ShmTransport:
             raise TransportUnavailable(f"rank {self.rank}: shared memory of {key!r}: {failure}") from failure
         self._gives_way = gives_way_ns(len(members), neighbours.cores(members))
         self._state = State(self.window, self._block, self._gives_way, len(members) - 1)
+        self.name = self.model = "shm" if device is None else device.name
         self._plane: Plane
         self.queue: DevicePlane | None = None
         if device is None:
-            self.name = self.model = "shm"
             compiled = neighbours.compiled
             self._plane = HostPlane(self.rank, self.window, self._block, self._layout)
             self.segment_bytes = SEGMENT_BYTES if compiled and self.size == len(members) else PART_BYTES
         else:
-            self.name = self.model = device.name
             compiled = False
             self._plane = self.queue = device.plane(self.window, self._block, self._layout)
-            self.segment_bytes = self._plane.part_bytes
+            self.segment_bytes = self.queue.part_bytes if self.size == len(members) else self.queue.far_part_bytes
         self._links: dict[int, Link] = {}
         for index, (name, member) in enumerate(zip(names, members, strict=True)):
             if index != own:
@@ -198,9 +198,9 @@ class ShmTransport:
             self._plane.after_consumed(link, request.until)
         return None
 
-    def passed(self, point: Event, deadline: float, patiently: bool = False) -> None:
+    def passed(self, point: Event, deadline: float, hurry: threading.Event | None = None) -> None:
         if self.queue is not None:
-            self.queue.passed(point, lambda held_by: self._look(held_by, deadline), patiently)
+            self.queue.passed(point, lambda held_by: self._look(held_by, deadline), hurry)
             forced = [link.words[link.words_at + FORCED] for link in self._links.values()]
             if self._words[self._at + ALARM] and (self._words[self._at + FORCED] or any(forced)):
                 self._reports.check()  # what the stream went on with may not be what was sent
@@ -334,7 +334,7 @@ class ShmTransport:
         trouble: str | None = None
         try:
             made = ShmTransport(self._neighbours, places, key, self._timeout, names, self.size, memory)
-        except RuntimeError as failure:  # its slots did not find room, or its flags could not be registered
+        except RuntimeError as failure:  # its small slots did not find room, or its flags could not be registered
             trouble = f"{failure}"
         try:
             memory.agree(f"{key}: made", trouble, self._timeout)

@@ -13,6 +13,7 @@ looks up the reason in the store, and closes its own connections.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -279,7 +280,7 @@ class TorchP2PTransport:
                     if "Timed out" in str(failure):
                         break
 
-    def passed(self, point: object, deadline: float, patiently: bool = False) -> None:
+    def passed(self, point: object, deadline: float, hurry: threading.Event | None = None) -> None:
         pass  # what is done is done at once
 
     def settle(self, deadline: float) -> None:

@@ -246,3 +246,27 @@ def test_times_of_backwards_that_the_host_is_ahead_of_are_read_in_the_end() -> N
     assert len(clock.arrivals) == 4
     assert all(0.015 < seconds < 0.2 for seconds in clock.arrivals)
     stream.close()
+
+
+def test_the_watch_looks_closely_only_while_somebody_waits() -> None:
+    def body(comm: Communicator) -> tuple[bool, bool, bool]:
+        hurry = comm.runner.device._hurry
+        idle = hurry.is_set()
+        with own_stream(comm) as stream:
+            stream.stall(_PAUSE)
+            work = comm.all_reduce(torch.ones(1000), async_op=True)
+            assert work is not None
+            while not work._future.done():  # its host has enqueued it
+                time.sleep(0.001)
+            ended = threading.Thread(target=comm.synchronize)
+            ended.start()
+            deadline = time.monotonic() + 10
+            while not hurry.is_set() and time.monotonic() < deadline:
+                time.sleep(0.001)  # until that thread waits
+            waited = hurry.is_set()
+            ended.join()
+            work.wait()
+        comm.synchronize()
+        return idle, waited, hurry.is_set()
+
+    assert run_ranks(body, 2, "cuda_ipc:fake", timeout=10) == [(False, True, False)] * 2

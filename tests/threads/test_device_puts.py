@@ -106,3 +106,25 @@ def test_large_slots_are_taken_for_the_peers_that_need_them_and_given_back() -> 
         assert taken == [0, 0, RANKS - 1]
         # Two for each, if memory of closed communicators were not used again, once the streams are past it.
         assert chunks[-1] < chunks[0] + 12
+
+
+class Full(FakeDevice):
+    """A device that has room for what is taken when a communicator is made, and for no slots."""
+
+    def allocate(self, nbytes: int) -> int:
+        if nbytes > self.chunk_bytes:
+            raise RuntimeError("out of memory")
+        return super().allocate(nbytes)
+
+
+def test_a_device_without_room_for_slots_is_named_with_what_they_are_for() -> None:
+    def body(comm: Communicator) -> None:
+        comm.all_reduce(comm.empty(6000).fill_(1.0), algorithm="direct")
+        comm.all_reduce(torch.ones(6000), algorithm="direct")
+
+    drivers = [FakeDevice, Full, FakeDevice]
+    failures = run_ranks(body, 3, "cuda_ipc:fake", driver=lambda rank: drivers[rank](), return_exceptions=True)
+    said = str(failures[1])
+    assert "its device failed: expected room for 64 MiB of its memory, in which messages to rank" in said, failures
+    assert "out of memory" in said
+    assert all("rank 1" in str(failure) and "room for 64 MiB" in str(failure) for failure in failures), failures

@@ -97,8 +97,8 @@ class CudaDevice:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Within it, this thread may ask for events: on this device, so that it makes no context on another, and while
-        another thread captures a graph, which such a question would end."""
+        """Within it, this thread may ask for events, and allocate: on this device, so that it makes no context on
+        another, and while another thread captures a graph, which that would end."""
         modes = self.driver.CUstreamCaptureMode
         with self.current():
             before = _checked(self.driver.cuThreadExchangeStreamCaptureMode(modes.CU_STREAM_CAPTURE_MODE_RELAXED))
@@ -118,22 +118,26 @@ class CudaDevice:
         return _Event(self, program)
 
     def allocate(self, nbytes: int) -> int:
-        with self.current():
-            return int(self.runtime.malloc(nbytes))
+        with self.looking():
+            try:
+                return int(self.runtime.malloc(nbytes))
+            except RuntimeError:
+                torch.cuda.empty_cache()  # torch may keep what it does not use
+                return int(self.runtime.malloc(nbytes))
 
     def free(self, address: int) -> None:
         with self.current():
             self.runtime.free(address)
 
     def export(self, address: int) -> bytes:
-        with self.current():
+        with self.looking():
             return _OWN.pack(os.getpid(), address) + bytes(self.runtime.ipcGetMemHandle(address))
 
     def open(self, handle: bytes, nbytes: int) -> int:
         process, address = _OWN.unpack_from(handle)
         if process == os.getpid():  # a handle opens only in other processes
             return int(address)
-        with self.current():
+        with self.looking():
             opened = int(self.runtime.ipcOpenMemHandle(handle[_OWN.size :]))
         self._opened.add(opened)
         return opened
@@ -171,7 +175,7 @@ class CudaDevice:
         """The handle of a kernel, which is compiled if it never was."""
         found = self._kernels.get(name)
         if found is None:
-            with self.current():
+            with self.looking():
                 module = _checked(self.driver.cuModuleLoadData(self._cubin(name)))
                 found = self._kernels[name] = int(_checked(self.driver.cuModuleGetFunction(module, name.encode())))
         return found

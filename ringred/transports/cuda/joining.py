@@ -70,7 +70,7 @@ def _between_hosts(
     staged = StagedTransport(apart, own, timeout)
     if beside is not None:
         return RoutedTransport(beside, staged)
-    return alone(staged, own.name, DevicePlane.part_bytes) if "+" in far.model else staged
+    return alone(staged, own.name, DevicePlane.far_part_bytes) if "+" in far.model else staged
 
 
 def _close(*made: Transport | None) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ringred.transports import futex
 from ringred.transports.base import UNSETTLED_SECONDS, Fault, FaultKind
 from ringred.transports.cuda.driver import Event, Kernel, MemberGone
+from ringred.transports.cuda.kernels import MOST
 from ringred.transports.cuda.queue import StreamQueue
 from ringred.transports.futex import order
 from ringred.transports.links import (
@@ -53,6 +54,8 @@ class DevicePlane(StreamQueue):
 
     slot_bytes = 2 << 20
     part_bytes = 32 << 20
+    far_part_bytes = 8 << 20
+    """The same where some ranks are on other hosts, to which copies and messages overlap segment by segment."""
 
     def __init__(self, memory: DeviceMemory, window: Window, block: int, layout: Layout) -> None:
         super().__init__(memory.driver)
@@ -90,7 +93,15 @@ class DevicePlane(StreamQueue):
         return self._small + small, -1
 
     def take_slots(self, index: int) -> int:
-        offset = self._large[index] = self._memory.take(self._sizes.large_nbytes)
+        nbytes = self._sizes.large_nbytes
+        try:
+            offset = self._large[index] = self._memory.take(nbytes)
+        except RuntimeError as failure:
+            rank = next(link.rank for link in self._links.values() if link.index == index)
+            raise RuntimeError(
+                f"expected room for {nbytes >> 20} MiB of its memory, in which messages to rank {rank} lie on the way "
+                f"(those from memory of comm.empty need none): {failure}"
+            ) from failure
         return offset
 
     def offset(self, address: int) -> int:
@@ -139,7 +150,7 @@ class DevicePlane(StreamQueue):
     ) -> None:
         """As `base.Queue.fold`: one pass over memory folds, and puts the result where peers have exposed theirs."""
         address, also = out.data_ptr(), []
-        for peer in peers:
+        for peer in peers[: MOST - 1]:
             offset = self._reach(peer, address, out.nbytes)
             if offset >= 0:
                 also.append(self._there(self._links[peer], offset))
@@ -192,10 +203,16 @@ class DevicePlane(StreamQueue):
 
     # ------------------------------------------------------------------ the stream and its end
 
-    def passed(self, point: Event, look: Callable[[int], None], patiently: bool = False) -> None:
+    def passed(self, point: Event, look: Callable[[int], None], hurry: threading.Event | None = None) -> None:
         """Returns once the stream has come to `point`. Meanwhile it calls `look` every so often, with the peer whose
-        flag holds the stream, or −1; that may raise."""
-        until, pause = time.monotonic_ns() + (0 if patiently else _SPIN_NS), _LOOK / (1 if patiently else 25)
+        flag holds the stream, or −1; that may raise. A look takes the interpreter from other threads: with `hurry`, it
+        looks less often until that is set."""
+        if hurry is not None:
+            while not point.done():
+                look(self.held_by())
+                if hurry.wait(_LOOK):
+                    break
+        until, pause = time.monotonic_ns() + _SPIN_NS, _LOOK / 25
         while not point.done():
             if time.monotonic_ns() < until:
                 futex.give_way()

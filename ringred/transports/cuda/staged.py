@@ -6,6 +6,7 @@ stream. So only the thread waits for its own device, and a stream never waits fo
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -142,7 +143,7 @@ class StagedTransport:
 
     # ------------------------------------------------------------------ waiting and ending
 
-    def passed(self, point: Event, deadline: float, patiently: bool = False) -> None:
+    def passed(self, point: Event, deadline: float, hurry: threading.Event | None = None) -> None:
         self._is_passed(point, deadline)
 
     def _poll(self, point: Event, deadline: float) -> None:
