@@ -33,6 +33,8 @@ __all__ = ["Neighbours", "connect"]
 _HELLO = struct.Struct("<32sQ")  # the receiver's secret, the sender's rank
 _NOTE = struct.Struct("<32sQ")  # a key, and a number that goes with it
 _PATIENCE = 30.0  # seconds for a rank of this host to shake hands
+_HEARING = 1.0  # seconds for the rest of a greeting that has begun
+_STRANGERS = 256  # connections at once whose other end has not said anything yet
 
 _live: weakref.WeakSet[Neighbours] = weakref.WeakSet()
 
@@ -118,20 +120,38 @@ class Neighbours:
             if peer < self.rank:
                 self._call(peer, *cards[peer], cards[self.rank][1], deadline)
         above = {peer for peer in self.members if peer > self.rank}
-        while above:
-            missing = ", ".join(map(str, sorted(above)))
-            listener.settimeout(_left(deadline, f"ranks {missing} of this host did not connect"))
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            caller = self._answer(connection, cards, above, deadline)
-            if caller is None:
+        strangers: dict[int, socket.socket] = {}  # who has not said anything yet, by age
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        try:
+            while above:
+                missing = ", ".join(map(str, sorted(above)))
+                left = _left(deadline, f"ranks {missing} of this host did not connect")
+                for descriptor, _ in poll.poll(1000 * left):
+                    if descriptor == listener.fileno():
+                        self._accept(listener, strangers, poll)
+                    elif (connection := strangers.pop(descriptor, None)) is not None:
+                        poll.unregister(descriptor)
+                        above.discard(self._answer(connection, cards, above))
+        finally:
+            for connection in strangers.values():
                 connection.close()
-            else:
-                above.discard(caller)
         os.close(self._descriptor)
         self._descriptor = -1
+
+    @staticmethod
+    def _accept(listener: socket.socket, strangers: dict[int, socket.socket], poll: select.poll) -> None:
+        if len(strangers) >= _STRANGERS:  # the oldest makes room
+            oldest = next(iter(strangers))
+            poll.unregister(oldest)
+            strangers.pop(oldest).close()
+        connection, _ = listener.accept()
+        if credentials_of(connection).user != os.geteuid():
+            connection.close()
+            return
+        connection.settimeout(_HEARING)
+        strangers[connection.fileno()] = connection
+        poll.register(connection, select.POLLIN)
 
     def _call(self, peer: int, name: str, secret: bytes, own_secret: bytes, deadline: float) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -142,30 +162,18 @@ class Neighbours:
         if user != os.geteuid():
             raise OSError(f"rank {peer} listens as user {user}, expected {os.geteuid()}")
         self._introduce(connection, secret)
-        token, rank, window = _hear(connection)
-        if not hmac.compare_digest(token, own_secret) or rank != peer:
-            raise OSError(f"who listens as rank {peer} does not know this rank's secret")
-        self.windows[peer], self._processes[peer] = window, process
+        _, self.windows[peer] = _hear(connection, own_secret, {peer})
+        self._processes[peer] = process
 
-    def _answer(
-        self,
-        connection: socket.socket,
-        cards: dict[int, tuple[str, bytes]],
-        expected: set[int],
-        deadline: float,
-    ) -> int | None:
-        """The rank at the other end of `connection`, or None if it is not an expected rank."""
-        process, user = credentials_of(connection)
-        if user != os.geteuid():
-            return None
-        connection.settimeout(min(10.0, _left(deadline, "no time left")))
+    def _answer(self, connection: socket.socket, cards: dict[int, tuple[str, bytes]], expected: set[int]) -> int:
+        """The rank at the other end of `connection`, or −1 if it is not an expected rank, and is cut off."""
         try:
-            token, peer, window = _hear(connection)
-            if not hmac.compare_digest(token, cards[self.rank][1]) or peer not in expected:
-                return None
+            peer, window = _hear(connection, cards[self.rank][1], expected)
             self._introduce(connection, cards[peer][1])
         except OSError:
-            return None
+            connection.close()
+            return -1
+        process = credentials_of(connection).process
         self._sockets[peer], self.windows[peer], self._processes[peer] = connection, window, process
         return peer
 
@@ -317,8 +325,9 @@ class Neighbours:
                 connection.close()
 
 
-def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
-    """Receives the secret, rank and window that the other end sends. Raises `OSError`."""
+def _hear(connection: socket.socket, secret: bytes, expected: set[int]) -> tuple[int, Window]:
+    """Receives the rank and window of the other end. Raises `OSError`, also if it does not know this rank's `secret`
+    or is no expected rank."""
     data, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
     try:
         while descriptors and 0 < len(data) < _HELLO.size:
@@ -326,7 +335,9 @@ def _hear(connection: socket.socket) -> tuple[bytes, int, Window]:
         if len(data) != _HELLO.size or len(descriptors) != 1:
             raise OSError("a greeting of another kind")
         token, rank = _HELLO.unpack(data)
-        return token, rank, adopt(descriptors[0])
+        if not hmac.compare_digest(token, secret) or rank not in expected:
+            raise OSError("who is there does not know this rank's secret, or is another rank")
+        return rank, adopt(descriptors[0])
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
