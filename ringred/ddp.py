@@ -134,7 +134,8 @@ class DistributedDataParallel(nn.Module, GoingOn, Reporting):
             members = arguments.members_of(module, named, delay_all_reduce_named_params, param_to_hook_all_reduce)
             plan = None if bucket_plan is None else arguments.read_plan(bucket_plan, members)
             if init_sync:
-                broadcast_tensors(self.comm, [*(p for _, p in named), *(buffers if init_buffers else [])])
+                state = [*(p for _, p in named), *(buffers if init_buffers else [])]
+                broadcast_tensors(self.comm, state, whole=settings.recovers)
             self._begin(module, ignored, desync_check_every, Reducer(self.comm, members, settings, plan))
 
         if settings.recovers:

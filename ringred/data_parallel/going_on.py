@@ -43,12 +43,20 @@ class GoingOn:
 
         def begun_by_all() -> None:
             vars(self).pop("reducer", None)
-            self.comm = recovery.comm
+            self._move_to(recovery.comm)
             begin()
             self.comm.barrier()  # who is through knows that all have begun
 
         recovery.enrol(self)
-        recovery.through(begun_by_all)
+        try:
+            recovery.through(begun_by_all)
+        except BaseException:
+            recovery.withdraw(self)
+            raise
+
+    def _move_to(self, comm: Communicator) -> None:
+        _wrappers[comm] = max(_wrappers.get(comm, 0), _wrappers.get(self.comm, 0))
+        self.comm = comm
 
     def tells(self) -> bool:
         """Whether it has begun."""
@@ -60,8 +68,7 @@ class GoingOn:
 
     def adopt(self, comm: Communicator) -> None:
         """Goes on over `comm`. Collective."""
-        _wrappers[comm] = max(_wrappers.get(comm, 0), _wrappers.get(self.comm, 0))
-        self.comm = comm
+        self._move_to(comm)
         if self._all_begun:
             self._weights.comm = comm
             self.reducer.adopt(comm)

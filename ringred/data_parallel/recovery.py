@@ -25,9 +25,9 @@ import torch
 
 from ringred.communicator import Communicator
 from ringred.data_parallel.trees import broadcast_tree, uprooted
-from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
+from ringred.errors import CollectiveTimeout, PeerFailed, RingredError, TransportUnavailable
 from ringred.runtime.folds import ReduceOp
-from ringred.runtime.persistent import PersistentAllReduce
+from ringred.runtime.seat import check_alive
 from ringred.transports.membership.view import View
 
 __all__ = ["RECOVERABLE", "Change", "Party", "Recovery"]
@@ -84,12 +84,13 @@ class Recovery:
         self._known = 0  # passed by some rank, when they changed last
         self._followed = comm.seat.view.generation if comm.seat is not None else 0
         self._awaited = False  # whether somebody waits to join
-        self._prepared: tuple[Communicator, torch.Tensor, PersistentAllReduce] | None = None
-        self._parties: list[weakref.ref[Party]] = []
+        self._flag: tuple[Communicator, torch.Tensor] | None = None  # zero but within `_commit`
+        self._parties: list[Callable[[], Party | None]] = []
 
     @classmethod
     def of(cls, comm: Communicator) -> Recovery:
-        """That of `comm`, one for all of its parties."""
+        """That of `comm`, or of what took its place: one for all of its parties."""
+        comm = comm.newest()
         if comm.recovery is None:
             comm.recovery = cls(comm)
         found: Recovery = comm.recovery
@@ -98,6 +99,10 @@ class Recovery:
     def enrol(self, party: Party) -> None:
         """From here on `party` takes part in changes."""
         self._parties.append(weakref.ref(party))
+
+    def withdraw(self, party: Party) -> None:
+        """`party` was never whole, and takes part no more; its place stays."""
+        self._parties = [_nobody if one() is party else one for one in self._parties]
 
     # ------------------------------------------------------------------ phases
 
@@ -112,13 +117,15 @@ class Recovery:
     def _commit(self) -> None:
         """Returns once all ranks have what they reduced before it. Collective."""
         waits = self.comm.awaited_by_guests() or self.comm.size < self.comm.config.least_ranks
-        if self._prepared is None or self._prepared[0] is not self.comm:
-            flag = self.comm.empty(1, torch.int64)
-            self._prepared = self.comm, flag, self.comm.all_reduce_init(flag, ReduceOp.MAX)
-        _, awaited, prepared = self._prepared
-        awaited.fill_(self.hands_over and waits)
-        prepared.run("the end of a backward")
+        if self._flag is None or self._flag[0] is not self.comm:
+            self._flag = self.comm, self.comm.empty(1, torch.int64).zero_()
+        _, awaited = self._flag
+        if self.hands_over and waits:
+            awaited.fill_(1)
+        self.comm.all_reduce_for("the end of a backward", awaited, ReduceOp.MAX)
         self._awaited = bool(awaited.item())
+        if self._awaited:
+            awaited.zero_()
         self.passed()
 
     def backward_done(self) -> None:
@@ -163,8 +170,8 @@ class Recovery:
                 phase()
                 self.passed()
                 return True
-            except RECOVERABLE as failure:
-                self.renew(failure)
+            except (*RECOVERABLE, TransportUnavailable) as failure:
+                self.renew(self._of_a_death(failure))
         self.passed()
         return False
 
@@ -197,10 +204,10 @@ class Recovery:
                 if made is before:
                     made = before.renew(partial(self._tells, failure is None))
                 self._adopt(before, made)
-            except RECOVERABLE as another:
+            except (*RECOVERABLE, TransportUnavailable) as another:
                 if self.comm is before:
                     raise
-                failure = another
+                failure = self._of_a_death(another)
                 continue
             break
         self._awaited = False
@@ -208,6 +215,19 @@ class Recovery:
         if made.rank == 0:
             what = f"ringred: {made.size} ranks go on ({size} before) after {self.recoveries[-1]:.2f} s"
             print(what if failure is None else f"{what}; {failure}", file=sys.stderr, flush=True)
+
+    def _of_a_death(self, failure: RingredError) -> RingredError:
+        """What ranks go on after: a transport that cannot be made is such a failure where a rank has ended, else it is
+        raised."""
+        if isinstance(failure, TransportUnavailable):
+            if self.comm.seat is None:
+                raise failure
+            try:
+                check_alive(self.comm.seat.member, self.comm.seat.view)
+            except PeerFailed as gone:
+                return gone
+            raise failure
+        return failure
 
     def _tells(self, between_steps: bool, view: View) -> dict[str, Any]:
         """What this rank tells in `view`, which it leaves: all changes up to there are followed before."""
@@ -288,6 +308,10 @@ class Recovery:
             if party is not None:
                 party.take_over(state)
         self._joins, self._phases, self._known = False, phases, phases
+
+
+def _nobody() -> None:
+    """A party that is none."""
 
 
 def _at(values: Sequence[Any], place: int) -> Any:

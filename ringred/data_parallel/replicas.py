@@ -105,12 +105,20 @@ def _weighted(sums: Tensor) -> Tensor:
     return (sums * torch.arange(1, sums.numel() + 1, device=sums.device)).sum()
 
 
-def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 0) -> None:
-    """Copies the tensors of rank `src` to all ranks, those of one dtype and device together."""
+def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 0, whole: bool = False) -> None:
+    """Copies the tensors of rank `src` to all ranks, those of one dtype and device together. If it is to be `whole`, a
+    rank has all of them or none, whatever fails; that takes as much memory again."""
+    taken = []
     for part, flat in _coalesced(comm, tensors):
         comm.broadcast(flat, src)
         if comm.rank != src:
-            _write_back(part, flat)
+            taken.append((part, flat))
+            if not whole:
+                _write_back(*taken.pop())
+    if whole:
+        comm.synchronize()  # on a device they were only enqueued
+    for part, flat in taken:
+        _write_back(part, flat)
 
 
 def average_tensors(comm: Communicator, tensors: Sequence[Tensor]) -> None:

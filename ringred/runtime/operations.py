@@ -134,6 +134,12 @@ class Operations:
         prepared = there._prepare(symmetric.all_reduce_in_place, tensor, op, algorithm, grid)
         return PersistentAllReduce(there._runner, prepared, tensor)
 
+    def all_reduce_for(self, purpose: str, tensor: Tensor, op: object) -> None:
+        """The all-reduce of a tensor for a `purpose`, as `for_purpose` has it; recalled if it was called before, also
+        behind asynchronous calls that have ended."""
+        self._runner.rearm()
+        self._launch(False, symmetric.all_reduce_for, purpose, tensor, op)
+
     def reduce_scatter(
         self,
         output: Tensor,

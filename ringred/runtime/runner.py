@@ -167,6 +167,12 @@ class Runner:
         if self._failure is not None or self.closed or self._purpose or self._tracer or self.doings.current:
             self.recall.armed = False
 
+    def rearm(self) -> None:
+        """Lets calls be recalled again if all that was under way has ended; asynchronous calls leave that undone."""
+        with self.order:
+            if self._progress.idle():
+                self._arm()
+
     def _resume(self, prepared: Prepared) -> None:
         """Goes on with a call that was recalled and did not end at once, which is the current one."""
         plan: Any = prepared.plan

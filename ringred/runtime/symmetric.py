@@ -42,6 +42,12 @@ def all_reduce_in_place(
     return prepared
 
 
+def all_reduce_for(planner: Planner, purpose: str, tensor: Tensor, op: object) -> Prepared:
+    """The all-reduce of any tensor, which only meets those for the same `purpose`."""
+    prepared = all_reduce(planner, tensor, op, "auto", None)
+    return prepared._replace(call=prepared.call.for_purpose(purpose))
+
+
 def reduce_scatter(
     planner: Planner,
     output: Tensor,

@@ -9,6 +9,7 @@ connection stays open: when it closes, the peer's process is gone, which is noti
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import os
@@ -33,7 +34,7 @@ __all__ = ["Neighbours", "connect"]
 _HELLO = struct.Struct("<32sQ")  # the receiver's secret, the sender's rank
 _NOTE = struct.Struct("<32sQ")  # a key, and a number that goes with it
 _PATIENCE = 30.0  # seconds for a rank of this host to shake hands
-_HEARING = 1.0  # seconds for the rest of a greeting that has begun
+_HEARING = 1.0  # seconds for a stranger to take this rank's greeting
 _STRANGERS = 256  # connections at once whose other end has not said anything yet
 
 _live: weakref.WeakSet[Neighbours] = weakref.WeakSet()
@@ -127,29 +128,36 @@ class Neighbours:
             while above:
                 missing = ", ".join(map(str, sorted(above)))
                 left = _left(deadline, f"ranks {missing} of this host did not connect")
-                for descriptor, _ in poll.poll(1000 * left):
-                    if descriptor == listener.fileno():
-                        self._accept(listener, strangers, poll)
-                    elif (connection := strangers.pop(descriptor, None)) is not None:
+                ready = [descriptor for descriptor, _ in poll.poll(1000 * left)]
+                for descriptor in ready:
+                    if (connection := strangers.pop(descriptor, None)) is not None:
                         poll.unregister(descriptor)
                         above.discard(self._answer(connection, cards, above))
+                if listener.fileno() in ready:  # last: a new connection may get the number of one that was ready
+                    self._accept(listener, strangers, poll)
         finally:
             for connection in strangers.values():
                 connection.close()
         os.close(self._descriptor)
         self._descriptor = -1
 
-    @staticmethod
-    def _accept(listener: socket.socket, strangers: dict[int, socket.socket], poll: select.poll) -> None:
-        if len(strangers) >= _STRANGERS:  # the oldest makes room
+    def _accept(self, listener: socket.socket, strangers: dict[int, socket.socket], poll: select.poll) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError as failure:
+            if failure.errno not in (errno.EMFILE, errno.ENFILE) or not strangers:
+                raise
+            connection = None
+        if connection is None or len(strangers) >= max(_STRANGERS, 2 * len(self.members)):  # the oldest makes room
             oldest = next(iter(strangers))
             poll.unregister(oldest)
             strangers.pop(oldest).close()
-        connection, _ = listener.accept()
+        if connection is None:
+            return
         if credentials_of(connection).user != os.geteuid():
             connection.close()
             return
-        connection.settimeout(_HEARING)
+        connection.setblocking(False)  # a greeting is one packet
         strangers[connection.fileno()] = connection
         poll.register(connection, select.POLLIN)
 
@@ -169,6 +177,7 @@ class Neighbours:
         """The rank at the other end of `connection`, or −1 if it is not an expected rank, and is cut off."""
         try:
             peer, window = _hear(connection, cards[self.rank][1], expected)
+            connection.settimeout(_HEARING)
             self._introduce(connection, cards[peer][1])
         except OSError:
             connection.close()
@@ -330,8 +339,6 @@ def _hear(connection: socket.socket, secret: bytes, expected: set[int]) -> tuple
     or is no expected rank."""
     data, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
     try:
-        while descriptors and 0 < len(data) < _HELLO.size:
-            data += connection.recv(_HELLO.size - len(data))
         if len(data) != _HELLO.size or len(descriptors) != 1:
             raise OSError("a greeting of another kind")
         token, rank = _HELLO.unpack(data)

@@ -55,12 +55,12 @@ def dying(victim: int, place: str) -> Callable[..., None]:
     """The broadcast of a constructor, in which `victim` dies before or after it."""
     broadcast, died = ringred.ddp.broadcast_tensors, []
 
-    def or_dies(comm: Communicator, *arguments: Any) -> None:
+    def or_dies(comm: Communicator, *arguments: Any, **options: Any) -> None:
         doomed = comm.rank == victim and comm.size == RANKS and not died
         if doomed and place == "checked":
             died.append(True)
             raise Died
-        broadcast(comm, *arguments)
+        broadcast(comm, *arguments, **options)
         if doomed and place == "sent":
             died.append(True)
             raise Died
@@ -99,6 +99,26 @@ def test_the_second_model_of_a_program() -> None:
             model(torch.ones(4, 6) * torch.arange(4.0).unsqueeze(1)).sum().backward()
         grads = [p.grad for net in (one, two) for p in net.parameters()]
         return first.comm.size, second.comm.size, all(grad is not None for grad in grads)
+
+    results = run_ranks(body, RANKS, "shm", return_exceptions=True)
+    assert isinstance(results.pop(1), Died), results
+    assert results == [(3, 3, True)] * 3
+
+
+def test_a_model_that_is_made_over_the_communicator_that_has_failed_since() -> None:
+    """A program keeps the communicator that it began with, and gives that to each of its models."""
+
+    def body(comm: Communicator) -> tuple[int, int, bool]:
+        first = ringred.DistributedDataParallel(model_of(comm.rank), process_group=comm, on_failure="shrink")
+        for step in range(3):
+            if (comm.rank, step) == (1, 1):
+                raise Died
+            first(torch.ones(4, 6) * torch.arange(4.0).unsqueeze(1)).sum().backward()
+        net = model_of(comm.rank)
+        second = ringred.DistributedDataParallel(net, process_group=comm, on_failure="shrink")
+        for model in (second, first):
+            model(torch.ones(4, 6) * torch.arange(4.0).unsqueeze(1)).sum().backward()
+        return first.comm.size, second.comm.size, second.comm is first.comm
 
     results = run_ranks(body, RANKS, "shm", return_exceptions=True)
     assert isinstance(results.pop(1), Died), results

@@ -164,6 +164,20 @@ def besieged(door: Door, frames: int, idle: int, seed: int = 0) -> int:
     return said
 
 
+@pytest.mark.parametrize("silent", [False, True])
+def test_half_a_greeting_keeps_no_ranks_from_meeting(silent: bool) -> None:
+    """One byte with a descriptor, and then nothing, or the end."""
+    with neighbours_door() as door, ExitStack() as held:
+        for _ in range(20):
+            link = held.enter_context(door.knock())
+            socket.send_fds(link, [b"x"], [0])
+            if not silent:
+                link.close()
+        began = time.monotonic()
+        door.serves()
+        assert time.monotonic() - began < 10
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_nonsense_and_silence_keep_nobody_out(door: str) -> None:
     with DOORS[door]() as opened:
