@@ -14,7 +14,7 @@ __all__ = ["PersistentAllReduce"]
 
 
 class PersistentAllReduce:
-    """An all-reduce whose plan is made: `start()` and `run()` run it on the values that its tensor then holds."""
+    """An all-reduce whose plan is made: `start()` runs it on the values that its tensor then holds."""
 
     def __init__(self, runner: Runner, prepared: Prepared, tensor: Tensor) -> None:
         self._runner, self._prepared, self._tensor = runner, prepared, tensor.detach()
@@ -31,10 +31,6 @@ class PersistentAllReduce:
         work = self._runner.launch(self._for(purpose), async_op=True)
         assert work is not None, "asynchronous calls return their work"
         return work
-
-    def run(self, purpose: str = "") -> None:
-        """Runs it, and returns once it is done."""
-        self._runner.launch(self._for(purpose))
 
     def _for(self, purpose: str) -> Prepared:
         if self._tensor.data_ptr() != self._address:
