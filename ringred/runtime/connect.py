@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 
-_TEXT_BYTES = 256
 _MEETING_SECONDS = 30.0  # in which ranks connect anew
 _GRACE_SECONDS = 1.0  # in which peers can say what they saw, before MPI ends them
 
@@ -58,11 +57,14 @@ def gatherer(size: int, all_gather: Callable[[Tensor, Tensor], object]) -> Gathe
     """A `Gather` by the collective of `size` ranks that are connected."""
 
     def gather(text: str) -> list[str]:
-        mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
-        mine[: len(text)] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        table = mine.new_empty(size * _TEXT_BYTES)
-        all_gather(table, mine)
-        return [bytes(row).rstrip(b"\0").decode() for row in table.view(size, -1).tolist()]
+        own, lengths = list(text.encode()), torch.empty(size, dtype=torch.int64)
+        all_gather(lengths, torch.tensor([len(own)]))
+        longest = int(lengths.max())
+        table = torch.empty(size * longest, dtype=torch.uint8)
+        if longest:
+            all_gather(table, torch.tensor(own + [0] * (longest - len(own)), dtype=torch.uint8))
+        rows = table.view(size, longest).tolist()
+        return [bytes(row[:length]).decode() for row, length in zip(rows, lengths.tolist(), strict=True)]
 
     return gather
 

@@ -16,9 +16,11 @@ called before this module is imported, asks them to yield the core.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import time
 import zlib
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -96,14 +98,11 @@ def gatherer(comm: Any) -> Gather:
     """Returns a `Gather` among the ranks of `comm`."""
 
     def gather(text: str) -> list[str]:
-        own, everyone = bytearray(256), bytearray(256 * comm.Get_size())
-        encoded = text.encode()
-        if len(encoded) > 256:
-            raise ValueError(f"expected up to 256 bytes, got {len(encoded)}: {text!r}")
-        own[: len(encoded)] = encoded
-        comm.Allgather([own, MPI.BYTE], [everyone, MPI.BYTE])
-        texts = (everyone[start : start + 256] for start in range(0, len(everyone), 256))
-        return [text.rstrip(b"\0").decode(errors="replace") for text in texts]
+        own, lengths = bytearray(text.encode()), array("i", bytes(4 * comm.Get_size()))
+        comm.Allgather([array("i", [len(own)]), MPI.INT], [lengths, MPI.INT])
+        everyone, ends = bytearray(sum(lengths)), list(itertools.accumulate(lengths))
+        comm.Allgatherv([own, MPI.BYTE], [everyone, list(lengths), MPI.BYTE])
+        return [everyone[end - length : end].decode() for length, end in zip(lengths, ends, strict=True)]
 
     return gather
 

@@ -156,3 +156,20 @@ def test_no_thread_is_left_for_the_interpreter_to_kill() -> None:
     assert ended.status == 0, ended.output[-3000:]
     assert ended.output.count("threads left: []") == 2, ended.output
     assert ended.left_behind == []
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_costs_that_were_measured_are_those_of_the_next_start(launcher: str, tmp_path: Path) -> None:
+    kept = tmp_path / "tuning.json"
+    first = launch(launcher, 2, "tuned.py", RINGRED_TUNING=str(kept))
+    assert first.status == 0, first.output
+    (entry,) = json.loads(kept.read_text()).items()
+    costs = {kind: [1.23e-07 + place * 1e-09 for place in range(5)] for kind in entry[1]}  # each as long as can be
+    kept.write_text(json.dumps({entry[0]: costs}))
+    second = launch(launcher, 2, "tuned.py", RINGRED_TUNING=str(kept))
+    assert second.status == 0, second.output
+    lines = [line.partition(": ")[2] for line in second.output.splitlines() if line.startswith("rank ")]
+    assert len(lines) == 2
+    for line in lines:
+        assert json.loads(line) == {kind: pytest.approx(values, rel=0.01) for kind, values in costs.items()}
+    assert first.left_behind == second.left_behind == []
