@@ -256,8 +256,8 @@ def test_the_watch_looks_closely_only_while_somebody_waits() -> None:
             stream.stall(_PAUSE)
             work = comm.all_reduce(torch.ones(1000), async_op=True)
             assert work is not None
-            while not work._future.done():  # its host has enqueued it
-                time.sleep(0.001)
+            while not work._future.done():
+                time.sleep(0.001)  # until its host has enqueued it: nothing but the device is left to wait for
             ended = threading.Thread(target=comm.synchronize)
             ended.start()
             deadline = time.monotonic() + 10

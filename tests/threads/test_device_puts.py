@@ -43,7 +43,8 @@ def reduced(elements: int, algorithm: str) -> Callable[[Communicator], tuple[int
     """An all-reduce in a window: copies, peers that each fold put to, and whether the sum is right."""
 
     def body(comm: Communicator) -> tuple[int, list[int], bool]:
-        device: Any = comm.transport.queue.driver  # type: ignore[union-attr]
+        transport: Any = comm.transport
+        device = transport.queue.driver
         tensor = comm.empty(elements).fill_(comm.rank + 1.0)
         comm.barrier()
         device.copies, device.puts = 0, []
@@ -90,7 +91,8 @@ def test_a_rank_whose_memory_is_not_exposed_gets_a_message() -> None:
 
 def test_large_slots_are_taken_for_the_peers_that_need_them_and_given_back() -> None:
     def body(comm: Communicator) -> tuple[list[int], list[int]]:
-        plane: Any = comm.transport.queue
+        transport: Any = comm.transport
+        plane = transport.queue
         taken, chunks = [], []
         for tensor in (comm.empty(6000), torch.empty(3), torch.empty(6000)):  # exposed; fits into small ones; does not
             comm.all_reduce(tensor.fill_(1.0), algorithm="direct")

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import pytest
@@ -135,7 +135,7 @@ def server_door(unix: bool) -> Iterator[Door]:
     server.close()
 
 
-DOORS: dict[str, Callable[[], contextmanager[Door]]] = {  # type: ignore[type-arg]
+DOORS: dict[str, Callable[[], AbstractContextManager[Door]]] = {
     "ranks after a failure, TCP": lambda: member_door(False),
     "ranks after a failure, Unix": lambda: member_door(True),
     "ranks of a host when they meet, Unix": neighbours_door,
