@@ -79,7 +79,8 @@ lab: $(STAMP)
 # What ranks do when something fails: all tests of it, and what it costs (docs/faults.md).
 faults: $(STAMP)
 	$(BIN)/python -m pytest tests/threads/test_errors.py tests/threads/test_ending.py tests/threads/test_sites.py \
-	    tests/threads/test_shrink.py tests/threads/test_recovery.py tests/threads/test_stall.py tests/threads/test_faults.py \
+	    tests/threads/test_shrink.py tests/threads/test_recovery.py tests/threads/test_recovery_begins.py \
+	    tests/threads/test_stall.py tests/threads/test_faults.py tests/threads/test_strangers.py \
 	    tests/threads/test_membership.py tests/threads/test_sampling.py tests/threads/test_checkpoint.py \
 	    tests/threads/test_ddp_checks.py tests/procs/test_run.py tests/procs/test_launchers.py
 	$(BIN)/python benchmarks/faults.py --short recovery cost kills
