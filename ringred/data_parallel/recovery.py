@@ -219,15 +219,14 @@ class Recovery:
     def _of_a_death(self, failure: RingredError) -> RingredError:
         """What ranks go on after: a transport that cannot be made is such a failure where a rank has ended, else it is
         raised."""
-        if isinstance(failure, TransportUnavailable):
-            if self.comm.seat is None:
-                raise failure
+        if not isinstance(failure, TransportUnavailable):
+            return failure
+        if self.comm.seat is not None:
             try:
                 check_alive(self.comm.seat.member, self.comm.seat.view)
             except PeerFailed as gone:
                 return gone
-            raise failure
-        return failure
+        raise failure
 
     def _tells(self, between_steps: bool, view: View) -> dict[str, Any]:
         """What this rank tells in `view`, which it leaves: all changes up to there are followed before."""

@@ -111,10 +111,12 @@ def broadcast_tensors(comm: Communicator, tensors: Sequence[Tensor], src: int = 
     taken = []
     for part, flat in _coalesced(comm, tensors):
         comm.broadcast(flat, src)
-        if comm.rank != src:
+        if comm.rank == src:
+            continue
+        if whole:
             taken.append((part, flat))
-            if not whole:
-                _write_back(*taken.pop())
+        else:
+            _write_back(part, flat)
     if whole:
         comm.synchronize()  # on a device they were only enqueued
     for part, flat in taken:

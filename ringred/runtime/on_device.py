@@ -19,7 +19,8 @@ from ringred.transports.base import Fault, Transport
 
 __all__ = ["OnDevice"]
 
-_NOT_THE_DEVICES = (RingredError, NotImplementedError, RecursionError)  # RuntimeErrors, among which are CuPy's
+# A driver fails with a RuntimeError, CuPy's with kinds of its own; these kinds are no driver's.
+_NOT_THE_DEVICES = (RingredError, NotImplementedError, RecursionError)
 _PATIENCE = 0.001  # seconds before the first look at what nobody waits for
 
 _DRAINING = 6.0  # seconds; a little more than a plane takes to give a stream up

@@ -13,6 +13,8 @@ from torch import nn
 import ringred
 import ringred.ddp
 from ringred.communicator import Communicator
+from ringred.errors import TransportUnavailable
+from ringred.runtime.seat import has_ended
 from ringred.testing import run_ranks
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "torch_p2p"])
@@ -123,3 +125,51 @@ def test_a_model_that_is_made_over_the_communicator_that_has_failed_since() -> N
     results = run_ranks(body, RANKS, "shm", return_exceptions=True)
     assert isinstance(results.pop(1), Died), results
     assert results == [(3, 3, True)] * 3
+
+
+def no_transport(victim: int | None) -> Callable[..., None]:
+    """The broadcast of a constructor, in which no transport can be made once; `victim` has ended by then."""
+    broadcast, refused = ringred.ddp.broadcast_tensors, set[int]()
+
+    def refuses(comm: Communicator, *arguments: Any, **options: Any) -> None:
+        if comm.size < RANKS or comm.rank in refused:
+            broadcast(comm, *arguments, **options)
+            return
+        refused.add(comm.rank)
+        if comm.rank == victim:
+            raise Died
+        seat = comm.seat
+        assert seat is not None
+        while victim is not None and not has_ended(seat.member, seat.view.members[victim]):
+            time.sleep(0.01)  # until its end can be seen
+        raise TransportUnavailable("no device here")
+
+    return refuses
+
+
+def test_a_transport_that_cannot_be_made_since_a_rank_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ringred.ddp, "broadcast_tensors", no_transport(2))
+    results = run_ranks(lambda comm: begun(comm, 2, ""), RANKS, "shm", return_exceptions=True)
+    assert isinstance(results.pop(2), Died), results
+    assert [result[0] for result in results] == [RANKS - 1] * (RANKS - 1), results
+
+
+def test_one_that_cannot_be_made_with_all_alive_is_raised_and_another_model_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ringred.ddp, "broadcast_tensors", no_transport(None))
+
+    def body(comm: Communicator) -> int:
+        net = model_of(comm.rank)
+        with pytest.raises(TransportUnavailable, match="no device here"):
+            ringred.DistributedDataParallel(net, process_group=comm, on_failure="shrink")
+        model = ringred.DistributedDataParallel(net, process_group=comm, on_failure="shrink")
+        for step in range(2):
+            if (comm.rank, step) == (1, 1):
+                raise Died
+            model(torch.ones(4, 6) * torch.arange(4.0).unsqueeze(1)).sum().backward()
+        return model.comm.size
+
+    results = run_ranks(body, RANKS, "shm", return_exceptions=True)
+    assert isinstance(results.pop(1), Died), results
+    assert results == [RANKS - 1] * (RANKS - 1)
