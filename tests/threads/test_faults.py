@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,20 @@ def test_a_rank_that_raises_at_a_message(algorithm: str, transport: str) -> None
 
 @TRANSPORTS
 def test_connections_that_are_cut(transport: str) -> None:
+    noticed = threading.Event()
+
     def body(comm: Communicator) -> None:
         faults.inject(comm, "cut rank 1 at message 7")
-        for _ in range(100):
-            comm.all_reduce(torch.ones(1000), algorithm="ring")
+        try:
+            for number in range(100):
+                if (
+                    comm.rank == 0 and number == 50
+                ):  # shared memory goes on without connections: who waits looks at them
+                    noticed.wait(10)
+                comm.all_reduce(torch.ones(1000), algorithm="ring")
+        except RingredError:
+            noticed.set()
+            raise
 
     results = run_ranks(body, 3, transport, return_exceptions=True, timeout=5)
     assert all(isinstance(result, RingredError) for result in results), results
