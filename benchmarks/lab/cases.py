@@ -15,8 +15,8 @@ class Case:
     """A training step of a model whose times are `dilation` times those of its profile.
 
     `way` is an all-reduce algorithm, "gloo" (torch's own DistributedDataParallel), "alone", or a policy of the
-    parameter server: "servers:sync" with a shard on each host, "server:sync" with one server. The last host computes
-    `slowness` times as long.
+    parameter server: "servers:sync" with a shard on each rank, "hosts:sync" the same where the ranks of a host are one
+    worker, "server:sync" with one server. The last host computes `slowness` times as long.
     """
 
     model: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import ringred
 from lab.hosts import Network
 from lab.predict import Costs, all_reduce_seconds
 from ringred.collectives.registry import lookup
+from ringred.runtime.probe import probe
 from ringred.runtime.select import share_bounds
 from ringred.schedule.cost import simulate
 from ringred.topology import calibrate
@@ -26,6 +27,8 @@ _SHORT = (1 << 10, 16 << 10, 64 << 10, 256 << 10)
 _ALGORITHMS = ("ring", "halving_doubling", "direct", "tree")
 _SHARED = 2 << 20  # by all hosts, whose processors it keeps busy
 _SHARED_WEIGHT = 4  # so few against the short ones
+_LARGE = ("ring", "tree", "direct", "central")  # by one sender to a port, by two, by all to all, by all to one
+_WITHIN = ("tensor", "window", "short tensor", "short window")
 _LONG = (4 << 20, 12 << 20)
 _CALLS, _WARM_CALLS = 15, 5
 
@@ -45,27 +48,50 @@ def calibrated(comm: ringred.Communicator) -> dict[str, Any]:
 
     It is done before and after what is measured: the machine's other users are not the same all the time.
     """
-    samples = [_sample(comm, name, nbytes) for name in _ALGORITHMS for nbytes in _SHORT]
-    samples += [_sample(comm, name, _SHARED) for name in ("ring", "tree")]
-    pair = comm.split(0 if comm.rank < 2 else None)
-    long = [Sample("ring", 2, nbytes, 0.0) for nbytes in _LONG]
-    if pair is not None:
-        long = [_sample(pair, "ring", nbytes) for nbytes in _LONG]
-        pair.close()
-    times = torch.tensor([sample.seconds for sample in samples + long], dtype=torch.float64)
+    hosts = len(set(comm.hosts))
+    cases = [("all", name, nbytes) for name in _ALGORITHMS for nbytes in _SHORT]
+    cases += [("all", name, _SHARED) for name in _LARGE]
+    cases += [("pair", "ring", nbytes) for nbytes in _LONG]
+    times = torch.zeros(len(cases), dtype=torch.float64)
+    first = comm.rank == comm.local_ranks[0]  # of its host
+    leaders = comm.split(0 if first else None)
+    pair = comm.split(0 if first and comm.hosts[comm.rank] < 2 else None)
+    for number, (who, name, nbytes) in enumerate(cases):
+        by = leaders if who == "all" else pair
+        if by is not None:
+            times[number] = _seconds(by, name, nbytes)
+    for made in (leaders, pair):
+        if made is not None:
+            made.close()
     comm.broadcast(times, 0)
     samples = [
-        Sample(known.name, known.ranks, known.nbytes, seconds)
-        for known, seconds in zip(samples + long, times.tolist(), strict=True)
+        Sample(name, hosts if who == "all" else 2, nbytes, seconds)
+        for (who, name, nbytes), seconds in zip(cases, times.tolist(), strict=True)
     ]
-    if "tensor" not in comm.tuning:
-        costs = calibrate.rounded(calibrate.fit([_priced(sample) for sample in samples]))
-        comm.tune({"tensor": costs, "between": costs})
+    if "between" not in comm.tuning:
+        between = calibrate.rounded(calibrate.fit([_priced(sample) for sample in samples]))
+        comm.tune({"tensor": between, **_within(comm), "between": between})
     found = {"samples": [asdict(sample) for sample in samples], "segment": comm.transport.segment_bytes}
-    return found | {"choosing": list(comm.tuning["tensor"])}
+    return found | {"tuning": comm.tuning}
 
 
-def _sample(comm: ringred.Communicator, name: str, nbytes: int) -> Sample:
+def _within(comm: ringred.Communicator) -> calibrate.Tuning:
+    """What ranks of one host cost each other, as rank 0's find it while the others wait; nothing, if it is alone."""
+    if len(comm.local_ranks) == 1:
+        return {}
+    host = comm.split(comm.hosts[comm.rank])
+    assert host is not None, "every rank has a host"
+    table = torch.zeros(len(_WITHIN), 5, dtype=torch.float64)
+    if comm.hosts[comm.rank] == 0:
+        found = probe(host)
+        table = torch.tensor([found.get(kind, found["tensor"]) for kind in _WITHIN], dtype=torch.float64)
+    host.close()
+    comm.broadcast(table, 0)
+    return {kind: calibrate.rounded(costs) for kind, costs in zip(_WITHIN, table.tolist(), strict=True)}
+
+
+def _seconds(comm: ringred.Communicator, name: str, nbytes: int) -> float:
+    """The median of an all-reduce's calls, each of which takes as long as its last rank."""
     tensor, times = torch.zeros(nbytes // 4), []
     warm, calls = (1, 6) if nbytes > max(_SHORT) else (_WARM_CALLS, _CALLS)
     for _ in range(warm + calls):
@@ -75,7 +101,7 @@ def _sample(comm: ringred.Communicator, name: str, nbytes: int) -> Sample:
         times.append(time.perf_counter() - began)
     slowest = torch.tensor(times[warm:])
     comm.all_reduce(slowest, "max")
-    return Sample(name, comm.size, nbytes, statistics.median(slowest.tolist()))
+    return statistics.median(slowest.tolist())
 
 
 def _priced(sample: Sample) -> calibrate.Sample:
@@ -93,34 +119,37 @@ def _priced(sample: Sample) -> calibrate.Sample:
 
 
 def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int) -> Costs:
-    """The costs that explain what `calibrated` measured, some times, best by relative error: α, λ, and what a call and
-    a byte cost, by short samples, and β by long ones. The hosts share `cores` processors."""
-    samples = [[Sample(**sample) for sample in run["samples"]] for run in runs]
-    short = [sample for run in samples for sample in run if sample.nbytes < min(_LONG)]
-    pairs = [[sample for sample in run if sample.nbytes >= min(_LONG)] for run in samples]
+    """The costs that explain what `calibrated` measured, some times, best by relative error of the medians: α, λ, what
+    a call and a byte cost and what a crowded port does, by samples of all hosts, and β by long ones of two. The hosts
+    share `cores` processors."""
+    several = zip(*([Sample(**sample) for sample in run["samples"]] for run in runs), strict=True)
+    samples = [replace(same[0], seconds=statistics.median(sample.seconds for sample in same)) for same in several]
+    short = [sample for sample in samples if sample.nbytes < min(_LONG)]
+    low, high = (sample for sample in samples if sample.nbytes >= min(_LONG))
     # On two ranks all bytes go both ways, at once.
-    beta = min((high.seconds - low.seconds) / (high.nbytes - low.nbytes) for low, high in pairs)
-    segment, choosing = runs[0]["segment"], tuple(runs[0]["choosing"])
+    beta = (high.seconds - low.seconds) / (high.nbytes - low.nbytes)
+    segment, tuning, one_each = runs[0]["segment"], runs[0]["tuning"], network.one_each
 
     def costs(logarithms: Sequence[float]) -> Costs:
-        alpha, latency, call, copy = map(math.exp, logarithms)
-        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, choosing)
+        alpha, latency, call, copy, crowded = map(math.exp, logarithms)
+        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, tuning)
 
     def error(logarithms: Sequence[float]) -> float:
-        found, known = costs(logarithms), {}
-        for sample in short:
-            case = sample.name, sample.nbytes
-            if case not in known:
-                known[case] = all_reduce_seconds(*case, found, network)
+        found = costs(logarithms)
         return sum(
             (_SHARED_WEIGHT if sample.nbytes == _SHARED else 1)
-            * math.log(known[sample.name, sample.nbytes] / sample.seconds) ** 2
+            * math.log(all_reduce_seconds(sample.name, sample.nbytes, found, one_each) / sample.seconds) ** 2
             for sample in short
         )
 
     few = math.log(1e-2 * min(sample.seconds for sample in short))
-    tries = (
-        minimize(error, [alpha, few, call, math.log(beta / 20)], method="Nelder-Mead", options={"maxfev": 200})
-        for alpha, call in ((few, few), (few + 3, few), (few, few + 3))
-    )
-    return costs(list(min(tries, key=lambda found: found.fun).x))
+    starts = ((few, few), (few + 3, few), (few, few + 3))
+    tries = (_least(error, [alpha, few, call, math.log(beta / 20), math.log(0.4)]) for alpha, call in starts)
+    return costs(min(tries, key=error))
+
+
+def _least(error: Callable[[Sequence[float]], float], start: list[float]) -> Sequence[float]:
+    """Where `error` is least, from a simplex around `start`."""
+    simplex = [start] + [[x + (place == at) for place, x in enumerate(start)] for at in range(len(start))]
+    options = {"maxfev": 250, "initial_simplex": simplex}
+    return list(minimize(error, start, method="Nelder-Mead", options=options).x)

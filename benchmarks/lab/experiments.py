@@ -16,6 +16,7 @@ from lab.costs import fitted
 from lab.hosts import Hosts, Network
 from lab.predict import Costs, all_reduce_seconds, step_of
 from lab.profiles import read
+from lab.served import served_seconds
 from ringred.buckets import MIB
 from ringred.testing.bench.all_reduce import bus_bandwidth
 
@@ -94,6 +95,38 @@ EXPERIMENTS: dict[str, Experiment] = {
         "torch",
         cases=lambda hosts: _each(("inception", "graph", "experts", "bert"), ("alone", "ring", "gloo"), 20),
         steps=1,
+    ),
+    "steps-mpi": Experiment(
+        "And over Open MPI's TCP, beside its own all-reduce?",
+        (Network(4, 500),),
+        "mpi",
+        cases=lambda hosts: _each(("resnet50", "lstm"), ("alone", "ring", "halving_doubling", "auto", "native"), 20),
+        steps=2,
+    ),
+    "hierarchy": Experiment(
+        "Two ranks on each of four hosts: what does it save to add within a host first?",
+        (Network(4, 500, each=2),),
+        "torch",
+        ("ring", "hierarchical", "torus", "halving_doubling", "auto", "gloo"),
+        (64 << 10, 1 << 20, 4 << 20, 16 << 20),
+    ),
+    "hierarchy-steps": Experiment(
+        "And in a training step?",
+        (Network(4, 500, each=2),),
+        "torch",
+        cases=lambda hosts: _each(("resnet50",), ("alone", "ring", "hierarchical", "auto", "gloo"), 20),
+        steps=2,
+    ),
+    "hierarchy-servers": Experiment(
+        "And by parameter servers, flat and with the ranks of a host as one worker (hosts), for a graph network?",
+        (Network(4, 100, each=2),),
+        "torch",
+        cases=lambda hosts: _each(
+            ("graph",),
+            ("alone", "ring", "hierarchical", "servers:sync", "hosts:sync", "hosts:k_sync:3", "hosts:async"),
+            20,
+        ),
+        steps=8,
     ),
     "server": Experiment(
         "One server against a ring for VGG-16 on 8 hosts: N (P-1) bytes in and out of its port at once, or 2 N (P-1)/P "
@@ -254,11 +287,12 @@ def _row(
     seen: set[tuple[str, int]],
 ) -> dict[str, Any]:
     """A measured case with what was predicted of it; `fitted` are those that the costs were fitted to."""
-    way, size = found["way"], network.hosts
-    row = {"hosts": size, **found, "predicted": None, "error": None, "fitted": (way, found.get("nbytes")) in seen}
+    way = found["way"]
+    row = {"hosts": network.hosts, **found, "predicted": None, "error": None}
+    row["fitted"] = (way, found.get("nbytes")) in seen
     if "nbytes" in found:
         row["case"] = f"{found['nbytes']} B"
-        row["of_line"] = bus_bandwidth(size, found["nbytes"], found["seconds"]) / network.bytes_per_second
+        row["of_line"] = bus_bandwidth(network.ranks, found["nbytes"], found["seconds"]) / network.bytes_per_second
         if costs is not None and way not in ("gloo", "native"):
             row["predicted"] = all_reduce_seconds(way, found["nbytes"], costs, network)
     elif "training" in found:
@@ -282,8 +316,10 @@ def _row(
 def _step(case: Case, alone: float, costs: Costs | None, network: Network) -> float | None:
     if case.way == "alone":
         return alone * case.slowness
-    if case.way == "gloo" or ":" in case.way or costs is None:
+    if case.way in ("gloo", "native") or costs is None:
         return None
     model = read(case.model, case.batch)
+    if ":" in case.way:
+        return served_seconds(case.way, model, case.dilation, costs, network, case.slowness)
     caps = {} if case.cap_mib is None else {"caps": (int(case.cap_mib * MIB),)}
     return step_of(model, case.dilation, case.way, costs, network, slowness=case.slowness, **caps).seconds

@@ -57,8 +57,8 @@ def unavailable() -> str | None:
 
 
 class Network:
-    """`hosts` hosts with ports of `mbit` Mbit/s, in `racks` equal racks whose uplinks have `uplink_mbit`; the port of
-    the last host has `slow_mbit`."""
+    """`hosts` hosts of `each` ranks with ports of `mbit` Mbit/s, in `racks` equal racks whose uplinks have
+    `uplink_mbit`; the port of the last host has `slow_mbit`."""
 
     def __init__(
         self,
@@ -67,11 +67,31 @@ class Network:
         racks: int = 1,
         uplink_mbit: float | None = None,
         slow_mbit: float | None = None,
+        each: int = 1,
     ) -> None:
         if hosts % racks:
             raise ValueError(f"expected racks of equal size, got {hosts} hosts in {racks}")
-        self.hosts, self.mbit, self.racks = hosts, mbit, racks
+        self.hosts, self.mbit, self.racks, self.each = hosts, mbit, racks, each
         self.uplink_mbit, self.slow_mbit = uplink_mbit or mbit, slow_mbit or mbit
+
+    @property
+    def ranks(self) -> int:
+        """Of all hosts; those of a host have numbers in a row."""
+        return self.hosts * self.each
+
+    @property
+    def host_of_rank(self) -> list[int]:
+        """The host of each rank."""
+        return [rank // self.each for rank in range(self.ranks)]
+
+    def times(self, seconds: float, slowness: float) -> list[float]:
+        """What takes each rank so long; those of the last host `slowness` times."""
+        return [seconds * (slowness if host == self.hosts - 1 else 1.0) for host in self.host_of_rank]
+
+    @property
+    def one_each(self) -> Network:
+        """The same with one rank on each host."""
+        return Network(self.hosts, self.mbit, self.racks, self.uplink_mbit, self.slow_mbit)
 
     @property
     def bytes_per_second(self) -> float:
@@ -89,7 +109,8 @@ class Network:
     def __str__(self) -> str:
         slow = "" if self.slow_mbit == self.mbit else f", one of {self.slow_mbit:g} Mbit/s"
         racks = "" if self.racks == 1 else f" in {self.racks} racks with uplinks of {self.uplink_mbit:g} Mbit/s"
-        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{slow}{racks}"
+        ranks = "" if self.each == 1 else f" with {self.each} ranks each"
+        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{slow}{racks}{ranks}"
 
 
 class Hosts:
@@ -166,9 +187,9 @@ class Hosts:
         self._running.append(started)
         return started
 
-    def torch_ranks(self, program: Path, *arguments: str, each: int = 1, **variables: object) -> list[str]:
-        """Runs a program on `each` ranks a host, as torchrun would; what each rank printed."""
-        ranks = self.network.hosts * each
+    def torch_ranks(self, program: Path, *arguments: str, **variables: object) -> list[str]:
+        """Runs a program on all ranks, as torchrun would; what each rank printed."""
+        ranks, each = self.network.ranks, self.network.each
         shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": self.address(0), "MASTER_PORT": 29503, "OMP_NUM_THREADS": 1}
         with ExitStack() as opened:
             files = [opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
@@ -186,13 +207,13 @@ class Hosts:
             ]
             return self._outputs(began, files)
 
-    def mpi_ranks(self, program: Path, *arguments: str, each: int = 1, **variables: object) -> list[str]:
-        """Runs a program on `each` ranks a host by Open MPI, whose TCP connects the hosts; what the job printed."""
-        places = ",".join(f"{self.address(host)}:{each}" for host in range(self.network.hosts))
+    def mpi_ranks(self, program: Path, *arguments: str, **variables: object) -> list[str]:
+        """Runs a program on all ranks by Open MPI, whose TCP connects the hosts; what the job printed."""
+        places = ",".join(f"{self.address(host)}:{self.network.each}" for host in range(self.network.hosts))
         mpirun = Path(sys.executable).with_name("mpirun")
         command = [
             str(mpirun if mpirun.exists() else shutil.which("mpirun") or "mpirun"),
-            *["--host", places, "-n", str(self.network.hosts * each), "--map-by", "slot", "--bind-to", "none"],
+            *["--host", places, "-n", str(self.network.ranks), "--map-by", "slot", "--bind-to", "none"],
             *["--prtemca", "plm_ssh_agent", str(self._agent()), "--prtemca", "plm_ssh_no_tree_spawn", "1"],
             *["--prtemca", "prte_if_include", "eth0", "--mca", "btl_tcp_if_include", "eth0"],
             *["--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "mpi_yield_when_idle", "1"],

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from lab.hosts import BURST_BYTES, Network
 from lab.profiles import Profile
 from ringred.buckets import FIRST_BUCKET_BYTES, MIB, Entry, assign
 from ringred.collectives.registry import lookup
-from ringred.runtime.select import CROWDED, choose, segments_for, share_bounds
+from ringred.runtime.select import CROWDED, choose, costs_of, machine_model, segments_for, share_bounds
 from ringred.schedule.cost import Job
-from ringred.schedule.ir import Group
+from ringred.schedule.ir import Group, Op
 from ringred.schedule.network import Port, Ports, simulate_jobs
-from ringred.topology.model import Topology
+from ringred.topology import calibrate
+from ringred.topology.model import Topology, hosts
 
-__all__ = ["Costs", "Step", "all_reduce_seconds", "buckets_of", "linear", "ports_of", "step_of"]
+__all__ = [
+    "Costs",
+    "Step",
+    "all_reduce_seconds",
+    "buckets_of",
+    "filled",
+    "job_of",
+    "linear",
+    "ports_of",
+    "simulated",
+    "step_of",
+]
+
+Schedule: TypeAlias = Callable[[int], Iterable[tuple[Op, ...]]]
+"""The steps of each rank."""
 
 _CAPS = (FIRST_BUCKET_BYTES, 25 * MIB)
 _CUT_RANKS = 16  # of more, messages are whole in a simulation
@@ -25,7 +41,8 @@ _DEPTH = 8  # of the transports between hosts
 @dataclass(frozen=True)
 class Costs:
     """α, β, γ, λ between two hosts, and what a call takes beside, in seconds; the greatest message in bytes; how many
-    processors all hosts share (0: each has its own), and a processor's seconds to send or to receive a byte."""
+    processors all hosts share (0: each has its own), and a processor's seconds to send or to receive a byte; how many
+    times as long a byte takes at a port that several send to at once."""
 
     alpha: float
     beta: float
@@ -35,23 +52,22 @@ class Costs:
     segment: int
     cores: int = 0
     copy: float = 0.0
+    crowded: float = 1.0
 
-    choosing: tuple[float, float, float, float, float] | None = None
-    """α, β, γ, λ and a call's cost by which "auto" chose, if not by the same."""
+    tuning: calibrate.Tuning | None = None
+    """By what "auto" chose, if not by the same; its "tensor" is what ranks of one host cost each other."""
 
-    def topology(self, size: int) -> Topology:
-        """Ranks with these links between all of them."""
-        return _topology(size, (self.alpha, self.beta, self.gamma, self.latency, self.call))
+    def topology(self, network: Network) -> Topology:
+        """The ranks of a network, with these links between its hosts."""
+        alpha, beta, _, latency, _ = (0.0,) * 5 if self.tuning is None else self.tuning["tensor"]
+        between = self.alpha, self.beta, self.latency, CROWDED * self.beta
+        return hosts(network.host_of_rank, (alpha, beta, latency), between, self.gamma, "lab", self.call)
 
-    def choice(self, size: int) -> Topology:
+    def choice(self, network: Network, nbytes: int) -> Topology:
         """The same, as "auto" saw it."""
-        return self.topology(size) if self.choosing is None else _topology(size, self.choosing)
-
-
-def _topology(size: int, costs: tuple[float, float, float, float, float]) -> Topology:
-    alpha, beta, gamma, latency, call = costs
-    links = ((alpha, beta, latency, CROWDED * beta),)
-    return Topology(size, links, gamma, tuple((rank,) for rank in range(size)), "lab", call)
+        if self.tuning is None:
+            return self.topology(network)
+        return machine_model("shm+lab", tuple(network.host_of_rank), self.tuning, costs_of("tensor", nbytes))
 
 
 @dataclass(frozen=True)
@@ -64,35 +80,39 @@ class Step:
     times: Sequence[tuple[float, float]]
 
 
-def _job(name: str, size: int, nbytes: int, costs: Costs, ready: Sequence[float]) -> Job:
+def _job(name: str, network: Network, nbytes: int, costs: Costs, ready: Sequence[float]) -> Job:
     """One all-reduce; "auto" is what ringred chooses by the costs."""
-    grid = None
+    size = network.ranks
     if name == "auto":
-        entry, chosen = choose("all_reduce", nbytes, costs.choice(size))
+        entry, chosen = choose("all_reduce", nbytes, costs.choice(network, nbytes))
         grid = chosen.grid
     else:
         entry = lookup("all_reduce", name)
+        grid = (network.each, network.hosts) if entry.grids and network.each > 1 else None
     group = entry.group(size, grid=grid, segments=segments_for(nbytes, costs.segment))
-    cut = size <= _CUT_RANKS
-    return Job(
-        entry.steps(group),
-        share_bounds(nbytes, entry.units(group)),
-        ready,
-        costs.segment if cut else None,
-        _DEPTH if cut else 1,
-    )
+    return job_of(entry.steps(group), share_bounds(nbytes, entry.units(group)), ready, costs)
+
+
+def job_of(schedule: Schedule, bounds: Sequence[tuple[int, int]], ready: Sequence[float], costs: Costs) -> Job:
+    """A job as the transports between hosts do it: cut into messages, unless too many ranks take part."""
+    cut = len(ready) <= _CUT_RANKS
+    return Job(schedule, bounds, ready, costs.segment if cut else None, _DEPTH if cut else 1)
 
 
 def ports_of(network: Network, costs: Costs) -> Ports:
     """The queues that a message passes: its sender's, with racks those of the uplinks, and the switch's to its
-    receiver. β is that of a usual port."""
+    receiver; none within a host. β is that of a usual port."""
+    host_of_rank = network.host_of_rank
 
     def port(number: int, mbit: float) -> Port:
-        return Port(number, costs.beta * network.mbit / mbit, BURST_BYTES)
+        return Port(number, costs.beta * network.mbit / mbit, BURST_BYTES, costs.crowded)
 
     def ports(sender: int, receiver: int) -> tuple[list[Port], list[Port]]:
-        out, into = [port(sender, network.mbit_of(sender))], [port(1000 + receiver, network.mbit_of(receiver))]
-        here, there = network.rack_of(sender), network.rack_of(receiver)
+        one, other = host_of_rank[sender], host_of_rank[receiver]
+        if one == other:
+            return [], []
+        out, into = [port(one, network.mbit_of(one))], [port(1000 + other, network.mbit_of(other))]
+        here, there = network.rack_of(one), network.rack_of(other)
         if here != there:
             out.append(port(2000 + here, network.uplink_mbit))
             into.insert(0, port(3000 + there, network.uplink_mbit))
@@ -101,24 +121,35 @@ def ports_of(network: Network, costs: Costs) -> Ports:
     return ports
 
 
-def _simulated(jobs: Sequence[Job], costs: Costs, network: Network) -> tuple[float, list[tuple[float, float]]]:
-    size = network.hosts
-    link = costs.topology(size).link
+def simulated(jobs: Sequence[Job], costs: Costs, network: Network) -> tuple[float, list[tuple[float, float]]]:
+    """The seconds of jobs among all ranks of a network, one after the other, and when each began and was done."""
+    link = costs.topology(network).link
     options = {"ports": ports_of(network, costs), "call": costs.call}
     options |= {"cores": costs.cores, "copy": costs.copy}
-    cost, times = simulate_jobs(size, jobs, link, costs.gamma, **options)
+    cost, times = simulate_jobs(network.ranks, jobs, link, costs.gamma, **options)
     return cost.seconds, times
 
 
 def all_reduce_seconds(name: str, nbytes: int, costs: Costs, network: Network) -> float:
-    """The time of an all-reduce among all hosts of a network."""
-    return _simulated([_job(name, network.hosts, nbytes, costs, [0.0] * network.hosts)], costs, network)[0]
+    """The time of an all-reduce among all ranks of a network."""
+    return simulated([_job(name, network, nbytes, costs, [0.0] * network.ranks)], costs, network)[0]
 
 
 def buckets_of(model: Profile, caps: Sequence[int] = _CAPS) -> list[list[int]]:
     """The layers of each bucket, as DistributedDataParallel fills them."""
     entries = [Entry(4 * layer.elements, "float32") for layer in model.layers]
     return assign(entries, list(reversed(range(len(entries)))), caps)
+
+
+def filled(model: Profile, dilation: float, caps: Sequence[int] = _CAPS) -> tuple[list[int], list[float]]:
+    """The bytes of each bucket, and when backward has filled it, in seconds since the step began."""
+    ends, now = [0.0] * len(model.layers), model.forward * dilation
+    for at in reversed(range(len(model.layers))):
+        now += model.backward[at] * dilation
+        ends[at] = now
+    buckets = buckets_of(model, caps)
+    sizes = [sum(4 * model.layers[at].elements for at in layers) for layers in buckets]
+    return sizes, [max(ends[at] for at in layers) for layers in buckets]
 
 
 def step_of(
@@ -137,20 +168,14 @@ def step_of(
 
     With `seconds_of`, a bucket of so many bytes takes that long, and nothing is simulated: for thousands of ranks.
     """
-    ends, now = [0.0] * len(model.layers), model.forward * dilation
-    for at in reversed(range(len(model.layers))):
-        now += model.backward[at] * dilation
-        ends[at] = now
-    buckets = buckets_of(model, caps)
-    ready = [max(ends[at] for at in layers) for layers in buckets]
-    sizes = [sum(4 * model.layers[at].elements for at in layers) for layers in buckets]
+    sizes, ready = filled(model, dilation, caps)
+    now = model.seconds * dilation
     if seconds_of is None:
-        hosts = network.hosts
         jobs = [
-            _job(name, hosts, nbytes, costs, [when] * (hosts - 1) + [when * slowness])
+            _job(name, network, nbytes, costs, network.times(when, slowness))
             for nbytes, when in zip(sizes, ready, strict=True)
         ]
-        _, times = _simulated(jobs, costs, network)
+        _, times = simulated(jobs, costs, network)
         now *= slowness
     else:
         times, free = [], 0.0

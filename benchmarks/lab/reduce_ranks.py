@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -14,15 +15,18 @@ import torch
 import ringred
 from lab.costs import calibrated
 
+ROUNDS = 3
+"""Turns of all cases, with a calibration between them: the machine's other users are not the same all the time."""
+
 
 def seconds(comm: ringred.Communicator, call: Callable[[], object], least: float, most_calls: int) -> list[float]:
-    """Times of `call`, all ranks together: enough to take `least` seconds, three or more, the same on all ranks."""
+    """Times of `call`, all ranks together: enough to take `least` seconds, one or more, the same on all ranks."""
     comm.barrier()
     began = time.perf_counter()
     call()
     took = torch.tensor([time.perf_counter() - began])
     comm.all_reduce(took, "max")
-    calls = max(3, min(most_calls, int(least / max(took.item(), 1e-6))))
+    calls = max(1, min(most_calls, int(least / max(took.item(), 1e-6))))
     times = []
     for _ in range(calls):
         comm.barrier()
@@ -44,20 +48,20 @@ def main() -> None:
         dist.init_process_group("gloo")
         peers["gloo"] = dist.all_reduce
     calibrations = [calibrated(comm)]
-    for nbytes in task["sizes"]:
-        tensor = torch.ones(nbytes // 4)
-        for name in task["ways"]:
+    times: dict[tuple[int, str], list[float]] = {case: [] for case in itertools.product(task["sizes"], task["ways"])}
+    for _ in range(ROUNDS):
+        for nbytes, name in times:
+            tensor = torch.zeros(nbytes // 4)
 
             def call(name: str = name, tensor: torch.Tensor = tensor) -> object:
                 return peers[name](tensor) if name in peers else comm.all_reduce(tensor, algorithm=name)
 
-            tensor.fill_(0.0)
-            times = seconds(comm, call, task["seconds"], 200)
-            if comm.rank == 0:
-                found = {"nbytes": nbytes, "way": name, "seconds": statistics.median(times), "calls": len(times)}
-                print(json.dumps({**found, "low": min(times), "high": max(times)}), flush=True)
-    calibrations.append(calibrated(comm))
+            times[nbytes, name] += seconds(comm, call, task["seconds"] / ROUNDS, 200)
+        calibrations.append(calibrated(comm))
     if comm.rank == 0:
+        for (nbytes, name), took in times.items():
+            found = {"nbytes": nbytes, "way": name, "seconds": statistics.median(took), "calls": len(took)}
+            print(json.dumps({**found, "low": min(took), "high": max(took)}))
         print(json.dumps({"calibrations": calibrations}), flush=True)
     if peers:
         dist.destroy_process_group()

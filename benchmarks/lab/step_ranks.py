@@ -140,15 +140,18 @@ def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps:
     some count only where they were not in vain."""
     kind, _, name = case.way.partition(":")
     policy = parse(name)
-    several = policy.gradients_per_update(comm.size)
-    warm = comm.size // several
+    hosts = len(set(comm.hosts))
+    workers = hosts if kind == "hosts" else comm.size
+    several = policy.gradients_per_update(workers)
+    warm = workers // several
     x = torch.ones(1, requires_grad=True)
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.01)
 
     placement: dict[str, Any] = {"comm": comm, "shards": 1 if kind == "server" else None}
-    updates = (1 + steps) * comm.size // several
+    placement["hierarchy"] = "host" if kind == "hosts" else "flat"
+    updates = (1 + steps) * workers // several
     began, first, traffic = 0.0, 0, Traffic()
     with ringred.ParameterServer(module, optimizer, policy, updates=updates, **placement) as server:
         while server.pull():
@@ -157,10 +160,10 @@ def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps:
             module(x).backward()
             server.push()
         took, applied = time.perf_counter() - began, (server.version - first) * several
-        moved = [nbytes * comm.size / applied for nbytes in traffic.since()]
+        moved = [nbytes * workers / applied for nbytes in traffic.since()]
     rate = torch.tensor([applied / took])
     comm.broadcast(rate, 0)
-    return Measured([comm.size / rate.item()], moved)
+    return Measured([workers / rate.item()], moved)
 
 
 def module_of(comm: ringred.Communicator, case: Case) -> nn.Module:
@@ -171,7 +174,7 @@ def module_of(comm: ringred.Communicator, case: Case) -> nn.Module:
     if kind == "replayed":
         comm.barrier()
         return Replayed(record(name, load(name)), 1.0)
-    slowness = case.slowness if comm.rank == comm.size - 1 else 1.0
+    slowness = case.slowness if comm.hosts[comm.rank] == comm.hosts[-1] else 1.0
     return Replayed(read(case.model, case.batch), case.dilation * slowness)
 
 

@@ -18,7 +18,7 @@ from ringred.parameter_server import messages as m
 from ringred.parameter_server.door import secured
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.near import NearLink
-from ringred.parameter_server.others import SILENCE
+from ringred.parameter_server.pulse import BEAT, Pulse
 from ringred.parameter_server.shard import Frame, bytes_of
 from ringred.parameter_server.shared import WORKERS, Area, SharedValues, map_window, place
 from ringred.parameter_server.wire import pack, unpack
@@ -26,8 +26,9 @@ from ringred.parameter_server.wire import pack, unpack
 __all__ = ["Connection", "Request"]
 
 _AGAIN = 2.0  # seconds after which a request is sent again; then twice as many
+_FAR_AGAIN = 20.0  # the same to another place, where much may be on the way, and only a lost connection loses it
+_SLOWEST = 1 << 20  # bytes a second that are on the way there at least
 _SLICE = 0.02
-_BEAT = 3.0
 
 
 class Request:
@@ -38,10 +39,24 @@ class Request:
     ) -> None:
         self.machine, self.number, self.message, self.server = machine, number, message, server
         self.frames: Sequence[Any] = frames
+        self.nbytes = sum(memoryview(frame).nbytes for frame in frames)
         self.began = self.sent = time.monotonic()
         self.patience = _AGAIN
         self.near = False  # whether it went past ZeroMQ
         self.answer: Any = None
+
+
+class _Far:
+    """A server of another place: its pulse, and what tells when the connection of `link` is lost."""
+
+    def __init__(self, pulse: Pulse, link: zmq.Socket[bytes]) -> None:
+        self.pulse, self._link = pulse, link
+        self.lost = link.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def close(self, poller: zmq.Poller) -> None:
+        poller.unregister(self.lost)
+        self._link.disable_monitor()
+        self.pulse.close()
 
 
 class Connection:
@@ -76,7 +91,8 @@ class Connection:
         self._processes: dict[int, int] = {}
         self._ended: set[int] = set()
         self._backups: dict[int, int] = {}
-        self._heard: dict[int, float] = {}  # when the servers of other places were heard of
+        self._far: dict[int, _Far] = {}  # the servers of other places
+        self._keys = keys
         self.area = Area() if shared and worker < WORKERS and place() else None
         self.values: dict[int, SharedValues] = {}
         self._closed = threading.Event()
@@ -108,7 +124,9 @@ class Connection:
                 )
             self._backups[server] = met.backup
             if not met.pid:
-                self._heard[server] = time.monotonic()
+                pulse = Pulse(self._context, self._poller, self.addresses[server], self._name, self._keys)
+                self._far[server] = _Far(pulse, self._links[server])
+                self._poller.register(self._far[server].lost, zmq.POLLIN)
                 continue
             with contextlib.suppress(OSError):
                 if met.pid != os.getpid():
@@ -120,7 +138,7 @@ class Connection:
                 if met.near:
                     self._near[server] = NearLink(met.near, self._name)
                     self._poller.register(self._near[server].descriptor, zmq.POLLIN)
-        if self._heard or self._owner is not threading.main_thread():
+        if self._far or self._owner is not threading.main_thread():
             # Nothing else would tell that servers of other places live, or that this worker's thread does.
             threading.Thread(target=self._beat, name=f"ringred-beat-{self.worker}", daemon=True).start()
 
@@ -139,6 +157,8 @@ class Connection:
             number = next(self._numbers)
             request = Request(machine, number, message, [bytes_of(frame) for frame in frames], server)
             self._open[number] = request
+            if self._asked(request) in self._far:
+                request.patience = _FAR_AGAIN + sum(known.nbytes for known in self._open.values()) / _SLOWEST
         return request
 
     def send(self, machine: int, message: Any, *, server: int | None = None) -> None:
@@ -217,16 +237,16 @@ class Connection:
                 raise RingredError(f"worker {self.worker}: this connection is closed")
             for link, _ in self._poller.poll(int(seconds * 1000)):
                 if not isinstance(link, int):
-                    self._take_all(link)
-                    server_of_link = self._links.index(link)
-                    if server_of_link in self._heard:
-                        self._heard[server_of_link] = time.monotonic()
+                    if link in self._links:
+                        self._take_all(self._links.index(link))
+                    else:
+                        self._take_far(link)
                 elif (ended := self._whose(link, self._processes)) is not None:
                     self._server_ended(ended)
                 else:
                     self._take_near(link)
             now = time.monotonic()
-            for silent in [server for server, heard in self._heard.items() if now - heard > SILENCE]:
+            for silent in [server for server, far in self._far.items() if far.pulse.silent]:
                 self._server_ended(silent)
             for request in self._open.values():
                 if now - request.sent > request.patience:
@@ -241,11 +261,26 @@ class Connection:
     def _whose(descriptor: int, of: Mapping[int, int]) -> int | None:
         return next((server for server, opened in of.items() if opened == descriptor), None)
 
-    def _take_all(self, link: zmq.Socket[bytes]) -> None:
+    def _take_all(self, server: int) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
-                head, *frames = link.recv_multipart(zmq.NOBLOCK, copy=False)
-                self._take(self._links.index(link), head.buffer, [frame.buffer for frame in frames])
+                head, *frames = self._links[server].recv_multipart(zmq.NOBLOCK, copy=False)
+                self._take(server, head.buffer, [frame.buffer for frame in frames])
+                if server in self._far:
+                    self._far[server].pulse.take()
+
+    def _take_far(self, link: zmq.Socket[bytes]) -> None:
+        """A server's pulse, or that the connection to it was lost: what it was asked may be lost with it."""
+        for server, far in self._far.items():
+            if link is far.pulse.link:
+                far.pulse.take()
+            elif link is far.lost:
+                with contextlib.suppress(zmq.Again):
+                    while True:
+                        link.recv_multipart(zmq.NOBLOCK)
+                for request in self._open.values():
+                    if self._asked(request) == server:
+                        request.sent = 0.0
 
     def _take_near(self, descriptor: int) -> None:
         for server, near in list(self._near.items()):
@@ -284,7 +319,8 @@ class Connection:
             process = self._processes.pop(server)
             self._poller.unregister(process)
             os.close(process)
-        self._heard.pop(server, None)
+        if server in self._far:
+            self._far.pop(server).close(self._poller)
         self._drop_near(server)
         self._ended.add(server)
         self.values.pop(server, None)
@@ -300,11 +336,12 @@ class Connection:
         return f"server {server} at {self.addresses[server or 0]}"
 
     def _beat(self) -> None:
-        while not self._closed.wait(_BEAT if self._heard else 1.0):
+        while not self._closed.wait(BEAT if self._far else 1.0):
             if not self._owner.is_alive():
                 self.send(m.COORDINATOR, m.Bye(self.worker, self.life, 0, "its thread ended"))
-            for server in list(self._heard):
-                self.send(m.COORDINATOR, m.Beat(self.worker, self.life), server=server)
+            with self._lock:
+                for far in () if self._closed.is_set() else self._far.values():
+                    far.pulse.beat(m.Beat(self.worker, self.life))
 
     def close(self) -> None:
         """Ends the connections; what was not answered is not waited for."""

@@ -15,13 +15,12 @@ from ringred.parameter_server import messages as m
 from ringred.parameter_server.coordinator import Order
 from ringred.parameter_server.door import secured
 from ringred.parameter_server.keys import Keys
+from ringred.parameter_server.pulse import BEAT, Pulse
 from ringred.parameter_server.wire import pack, unpack
 
-__all__ = ["SILENCE", "Others"]
+__all__ = ["Others"]
 
-SILENCE = 15.0  # seconds after which somebody of another place counts as gone
 _AGAIN = 2.0  # seconds after which an order that was not answered is given again
-_BEAT = 3.0
 
 
 class Others:
@@ -40,7 +39,7 @@ class Others:
         self._number, self._shards = number, shards
         self._links: dict[int, zmq.Socket[bytes]] = {}
         self._processes: dict[int, int] = {}
-        self._heard: dict[int, float] = {}
+        self._pulses: dict[int, Pulse] = {}
         self._given: dict[tuple[int, int], tuple[float, Order]] = {}
         self._beaten = 0.0
         self.dead: set[int] = set()
@@ -51,11 +50,12 @@ class Others:
             if server == self._number:
                 continue
             link = secured(self._context.socket(zmq.DEALER), self._keys)
-            link.set(zmq.ROUTING_ID, f"server{self._number}".encode())
+            name = f"server{self._number}".encode()
+            link.set(zmq.ROUTING_ID, name)
             link.set(zmq.SNDHWM, 0)  # servers that wait for each other to take something would wait for ever
             link.connect(address)
             self._links[server] = link
-            self._heard[server] = time.monotonic()
+            self._pulses[server] = Pulse(self._context, self._poller, address, name, self._keys)
             self._poller.register(link, zmq.POLLIN)
             self.send(server, [pack(0, 0, m.Meet(-1, self._number, os.getpid(), -1, self._place))])
 
@@ -89,8 +89,8 @@ class Others:
         """(server, request, message) of what came; the message is None if the server is gone."""
         ended = [server for server, process in self._processes.items() if process in ready]
         for server, link in list(self._links.items()):
-            if link in ready:
-                self._heard[server] = time.monotonic()
+            if link in ready or self._pulses[server].link in ready:
+                self._pulses[server].take()
                 with contextlib.suppress(zmq.Again):
                     while server not in self.dead:
                         _, request, message = unpack(link.recv(zmq.NOBLOCK))
@@ -102,10 +102,8 @@ class Others:
                             yield server, request, message
         for server in ended:
             yield from self._lost(server)
-        for server in [server for server, heard in self._heard.items() if time.monotonic() - heard > SILENCE]:
-            if server in self._processes:
-                self._heard[server] = time.monotonic()  # its process lives
-            else:
+        for server in [server for server, pulse in self._pulses.items() if pulse.silent]:
+            if server not in self._processes:  # whose process tells by itself
                 yield from self._lost(server)
 
     def _watch(self, server: int, met: m.Met) -> None:
@@ -121,7 +119,7 @@ class Others:
         link = self._links.pop(server)
         self._poller.unregister(link)
         link.close(0)
-        self._heard.pop(server, None)
+        self._pulses.pop(server).close()
         process = self._processes.pop(server, -1)
         if process >= 0:
             self._poller.unregister(process)
@@ -133,14 +131,17 @@ class Others:
         for given, order in list(self._given.values()):
             if now - given > _AGAIN and not isinstance(order.message, m.Write):  # which may well take longer
                 self.order(order)
-        if now - self._beaten > _BEAT:
+        if now - self._beaten > BEAT:
             self._beaten = now
-            self.tell_all(m.Beat(-1, self._number))
+            for pulse in self._pulses.values():
+                pulse.beat(m.Beat(-1, self._number))
 
     def close(self, *, wait: bool) -> None:
         """Closes the links; with `wait`, once what they have to send has left."""
         for link in self._links.values():
             link.close(None if wait else 0)
+        for pulse in self._pulses.values():
+            pulse.close()
         for process in self._processes.values():
             os.close(process)
         self._links.clear()

@@ -15,7 +15,7 @@ import zmq
 from torch import Tensor
 
 from ringred.parameter_server import messages as m
-from ringred.parameter_server.others import SILENCE
+from ringred.parameter_server.pulse import SILENCE, whose
 from ringred.parameter_server.shared import map_window
 from ringred.transports.windows import Window
 
@@ -82,9 +82,9 @@ class Peers:
         return known.worker if known is not None and known.shared else -1
 
     def heard_of(self, name: bytes) -> None:
-        """Something came from there."""
-        if name in self._heard:
-            self._heard[name] = time.monotonic()
+        """Something came from there, or its pulse."""
+        if whose(name) in self._heard:
+            self._heard[whose(name)] = time.monotonic()
 
     def gone(self, ready: Mapping[Any, int]) -> Iterator[tuple[Peer, str]]:
         """Those whose processes ended, or who were silent for too long, and how."""

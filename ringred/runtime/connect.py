@@ -98,7 +98,7 @@ def by_store(store: Any, rank: int, size: int, config: Config, seated: bool = Tr
     address = torch_p2p.bind_address(names, config.interface)
 
     def far() -> Transport:
-        return torch_p2p.TorchP2PTransport(store, rank, size, config.timeout, address)
+        return torch_p2p.TorchP2PTransport(store, rank, size, config.timeout, address, len(set(names)) > 1)
 
     transport = _nearest(gather, rank, size, far, config, "torch_p2p")
     seat = _seat(gather, rank, names, config) if seated else None

@@ -17,11 +17,13 @@ __all__ = ["Port", "Ports", "simulate_jobs"]
 
 class Port(NamedTuple):
     """A place that messages pass one after the other, at `beta` seconds a byte. After a pause, up to `burst` bytes pass
-    at once, as in a queue with a token bucket."""
+    at once, as in a queue with a token bucket. A message that has to wait for one that came from elsewhere
+    takes `crowded` times as long."""
 
     number: int
     beta: float
     burst: float = 0.0
+    crowded: float = 1.0
 
 
 Ports: TypeAlias = Callable[[int, int], tuple[Sequence[Port], Sequence[Port]]]
@@ -45,8 +47,8 @@ def simulate_jobs(
 
     Without `ports` each rank sends and receives by ports of its own, with the β of the link, and α is part of a port's
     time. With them, which many may share, of a link only α and λ count; each message takes α and `copy` seconds a byte
-    of a processor at its sender and at its receiver; with `cores`, all ranks share that many processors, as they do on
-    one machine.
+    of a processor at its sender and at its receiver (β, where it passes no port: within a host); with `cores`, all
+    ranks share that many processors, as they do on one machine.
     """
     if ports is None:
         return Simulation(size, jobs, link, gamma, call).run()
@@ -95,6 +97,7 @@ class _Network(Simulation):
         self.ports, self.copy = ports, copy
         self.cores = [0.0] * cores  # when each processor is free
         self.owed: dict[int, float] = {}  # by port: when it has passed all, at its rate
+        self.served: dict[int, int] = {}  # by port: the first port of the message that it passed last
         self.pending: list[_Happening | None] = []
         self.heap: list[tuple[float, int, int | _Message]] = []
         self.order = count()
@@ -153,11 +156,13 @@ class _Network(Simulation):
         return begin
 
     def _send(self, rank: int, event: Sending) -> None:
-        alpha, _, *rest = self.link(rank, event.peer)
+        alpha, beta, *rest = self.link(rank, event.peer)
         latency = sum(rest[:1])
-        way = OnTheWay(self._work(rank, alpha + self.copy * event.nbytes) + alpha, self.clock[rank])
-        for port in self.ports(rank, event.peer)[0]:
-            way = self._pass(port, way, event.nbytes)
+        ports, _ = self.ports(rank, event.peer)
+        began = self._work(rank, alpha + (self.copy if ports else beta) * event.nbytes)
+        way = OnTheWay(began + alpha, self.clock[rank])
+        for port in ports:
+            way = self._pass(port, way, event.nbytes, ports[0].number)
         self.send_port[rank] = max(self.send_port[rank], way.last)
         self.messages[rank] += 1
         self.sent[rank] += event.nbytes
@@ -166,22 +171,28 @@ class _Network(Simulation):
 
     def _arrives(self, message: _Message) -> None:
         way, pair = message.way, (message.sender, message.receiver)
-        for port in self.ports(*pair)[1]:
-            way = self._pass(port, way, message.nbytes)
+        leaving, arriving = self.ports(*pair)
+        for port in arriving:
+            way = self._pass(port, way, message.nbytes, leaving[0].number)
         self.on_the_way.setdefault(pair, deque()).append(way)
         if pair in self.wanted_by:
             self.woken(self.wanted_by.pop(pair))
 
-    def _pass(self, port: Port, way: OnTheWay, nbytes: int) -> OnTheWay:
+    def _pass(self, port: Port, way: OnTheWay, nbytes: int, came_by: int) -> OnTheWay:
         owed = self.owed.get(port.number, -math.inf)
         first = max(way.first, owed)
-        passed = max(owed, way.first - port.burst * port.beta) + port.beta * nbytes
-        self.owed[port.number] = passed
+        beta = port.beta * (port.crowded if owed > way.first and self.served[port.number] != came_by else 1.0)
+        passed = max(owed, way.first - port.burst * port.beta) + beta * nbytes
+        self.owed[port.number], self.served[port.number] = passed, came_by
         return OnTheWay(first, max(first, way.last, passed))
 
     def _receive(self, rank: int, event: Receiving) -> None:
         ways = [self.on_the_way[peer, rank].popleft() for peer in event.peers]
         last = max(self.clock[rank], *(way.last for way in ways))
         self.clock[rank] = max(self.clock[rank], min(way.first for way in ways))
-        then = sum(self.link(peer, rank)[0] + self.gamma * event.nbytes * event.reduce for peer in event.peers)
-        self.pending[rank] = _Arriving(self.copy * event.nbytes * len(ways), last, then)
+        then = copying = 0.0
+        for peer in event.peers:
+            alpha, beta, *_ = self.link(peer, rank)
+            then += alpha + self.gamma * event.nbytes * event.reduce
+            copying += (self.copy if self.ports(peer, rank)[1] else beta) * event.nbytes
+        self.pending[rank] = _Arriving(copying, last, then)

@@ -40,6 +40,7 @@ _HEADER_BYTES = 16  # contract and payload length, as int64
 _FRAME_BYTES = 1 << 16
 _TAG, _NEVER_SENT = 0, 1
 _POOLED = 64
+_NEAR_SEGMENT, _FAR_SEGMENT = 1 << 20, 512 << 10  # over loopback Python's part counts, on a network that rounds overlap
 
 
 def bind_address(hosts: Sequence[object], interface: str | None) -> str | None:
@@ -88,17 +89,26 @@ class _Receive:
 class TorchP2PTransport:
     """A Gloo process group of its own. Creating one waits for all `size` ranks, `timeout` seconds at the most.
 
-    `address` is the local address to bind; None leaves it to Gloo, which takes the host's own.
+    `address` is the local address to bind; None leaves it to Gloo, which takes the host's own. `between_hosts` says
+    whether a network is on the way.
     """
 
     name = model = "torch_p2p"
     windows = buffers = False
     player = queue = None
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float = 300.0, address: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout: float = 300.0,
+        address: str | None = None,
+        between_hosts: bool = False,
+    ) -> None:
         self.rank, self.size = rank, size
         self.counters = Counters()
-        self.segment_bytes, self.depth = 1 << 20, 8
+        self.segment_bytes, self.depth = _FAR_SEGMENT if between_hosts else _NEAR_SEGMENT, 8
         self._store, self._timeout, self._address = store, timeout, address
         # A store serves one call at a time: this transport must not wait behind somebody else's.
         self._board = store.clone() if hasattr(store, "clone") else store

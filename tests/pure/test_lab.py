@@ -67,7 +67,7 @@ def test_a_straggler_takes_its_time_and_everybody_waits() -> None:
 
 
 def test_costs_are_found_again_from_samples_that_they_explain() -> None:
-    network, known = Network(4, 800), predict.Costs(4e-5, 1e-8, 0.0, 2e-5, 5e-5, 1 << 20, 2, 1e-9)
+    network, known = Network(4, 800), predict.Costs(4e-5, 1e-8, 0.0, 2e-5, 5e-5, 1 << 20, 2, 1e-9, 1.5)
     samples = [
         {
             "name": name,
@@ -76,10 +76,10 @@ def test_costs_are_found_again_from_samples_that_they_explain() -> None:
             "seconds": predict.all_reduce_seconds(name, nbytes, known, network),
         }
         for name in ("ring", "halving_doubling", "direct", "tree")
-        for nbytes in (1 << 10, 16 << 10, 64 << 10, 256 << 10)
+        for nbytes in (1 << 10, 16 << 10, 64 << 10, 256 << 10, 2 << 20)
     ]
     long = [{"name": "ring", "ranks": 2, "nbytes": n, "seconds": 1e-3 + 1e-8 * n} for n in (4 << 20, 12 << 20)]
-    run = {"samples": samples + long, "segment": 1 << 20, "choosing": (1e-4, 1e-8, 0.0, 0.0, 0.0)}
+    run = {"samples": samples + long, "segment": 1 << 20, "tuning": {"tensor": (1e-4, 1e-8, 0.0, 0.0, 0.0)}}
     found = costs.fitted([run], network, 2)
     assert found.beta == pytest.approx(1e-8)
     for sample in samples:
@@ -108,10 +108,11 @@ def test_every_experiment_names_cases_that_there_are() -> None:
                 policy = case.way.partition(":")[2]
                 assert not policy or parse(policy)
                 assert policy or case.way in ("alone", "gloo", "auto") or predict.lookup("all_reduce", case.way)
+                assert case.way != "native" or experiment.by == "mpi"
 
 
 def test_a_straight_line_tells_the_time_of_any_size() -> None:
-    topology = COSTS.topology(12)
+    topology = COSTS.topology(Network(12, 800))
     group = predict.lookup("all_reduce", "torus").group(12, grid=(4, 3))
     seconds_of = predict.linear("torus", group, topology, 12 << 20, 96 << 20)
     steps = predict.lookup("all_reduce", "torus").steps(group)

@@ -1,0 +1,72 @@
+"""What a mini-batch on parameter servers is predicted to take: pushes and pulls as schedules on the simulator's links.
+
+A push to a shard on each rank is a direct reduce-scatter, a pull from them an all-gather; where the ranks of a host are
+one worker, both are those of a grid (ranks on a host, hosts). To one server all send, and it sends to all.
+"""
+
+from __future__ import annotations
+
+from lab.hosts import Network
+from lab.predict import Costs, filled, job_of, simulated
+from lab.profiles import Profile
+from ringred.collectives.registry import lookup
+from ringred.parameter_server.policies import parse
+from ringred.parameter_server.policies.policy import FirstK
+from ringred.runtime.select import share_bounds
+from ringred.schedule.cost import Job
+
+__all__ = ["served_seconds"]
+
+_PARTS = (1 << 20,)  # gradients are pushed when as many bytes are there
+
+
+def served_seconds(
+    way: str, model: Profile, dilation: float, costs: Costs, network: Network, slowness: float = 1.0
+) -> float:
+    """The seconds in which all workers together finish a mini-batch each that counts; the last one computes `slowness`
+    times as long. `way` is that of a `Case`, its policy one of `FirstK`.
+
+    Workers that wait for all others, or whose mini-batches an update cancels, take turns: compute and push, and pull
+    once it is made. Of those that do not, each takes its own time, or the busiest port all that passes it.
+    """
+    kind, _, name = way.partition(":")
+    policy = parse(name)
+    assert isinstance(policy, FirstK), f"{policy} is not predicted"
+    workers = network.hosts if kind == "hosts" else network.ranks
+    several = policy.gradients_per_update(workers)
+    if several == workers or policy.others_cancelled:
+        last = slowness if several == workers else 1.0
+        return _round(kind, model, dilation, costs, network, last) * workers / several
+    alone = Network(2, network.mbit) if kind == "server" else network  # one that nobody else is in the way of
+    own = [_round(kind, model, dilation * times, costs, alone) for times in (1.0, slowness)]
+    return max(workers / ((workers - 1) / own[0] + 1 / own[1]), costs.beta * _port_bytes(kind, model.nbytes, network))
+
+
+def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> float:
+    sizes, ready = filled(model, dilation, _PARTS)
+    jobs = [
+        _job(kind, "push", nbytes, network.times(when, last), costs, network)
+        for nbytes, when in zip(sizes, ready, strict=True)
+    ]
+    jobs.append(_job(kind, "pull", model.nbytes, [0.0] * network.ranks, costs, network))
+    return simulated(jobs, costs, network)[0]
+
+
+def _job(kind: str, what: str, nbytes: int, ready: list[float], costs: Costs, network: Network) -> Job:
+    if kind == "server":
+        entry = lookup("all_reduce", "central")
+        steps = entry.steps(entry.group(network.ranks))
+        half = slice(0, 1) if what == "push" else slice(1, 2)
+        return job_of(lambda rank: tuple(steps(rank))[half], [(0, nbytes)], ready, costs)
+    by_host = kind == "hosts" and network.each > 1
+    entry = lookup("reduce_scatter" if what == "push" else "all_gather", "torus" if by_host else "direct")
+    group = entry.group(network.ranks, grid=(network.each, network.hosts) if by_host else None)
+    return job_of(entry.steps(group), share_bounds(nbytes, entry.units(group)), ready, costs)
+
+
+def _port_bytes(kind: str, nbytes: int, network: Network) -> float:
+    """What the busiest host sends, and receives, while each worker does one mini-batch."""
+    if kind == "server":
+        return (network.ranks - network.each) * nbytes
+    together = network.each if kind == "servers" else 1
+    return 2 * together * nbytes * (network.hosts - 1) / network.hosts
