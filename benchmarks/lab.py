@@ -3,6 +3,7 @@
     python benchmarks/lab.py run                  # all experiments; `run reduce-4-mpi` one; `run --short` a minute
     python benchmarks/lab.py record my.py:make    # a model's times, layer by layer, for
     python benchmarks/lab.py run steps --profile out/lab/profiles/my.json
+    python benchmarks/lab.py predict              # predictions of what was run, again: after a change of the simulator
     python benchmarks/lab.py published            # efficiencies in print against the simulator's
     python benchmarks/lab.py report               # out/lab/report.html of what has been run
     python benchmarks/lab.py clean                # removes what killed runs left
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import hosts, published, record
-from lab.experiments import EXPERIMENTS, SHORT, run
+from lab.experiments import EXPERIMENTS, SHORT, predict, run
 from lab.rows import cells
 from tabulate import tabulate
 
@@ -39,6 +40,13 @@ def _run(options: argparse.Namespace) -> int:
         print(f"[{number + 1}/{len(chosen)}{left}] {name}: {experiment.question}", flush=True)
         result = run(name, experiment, options.out, options.profile)
         print(table(result), flush=True)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    for name, experiment in {"short": SHORT, **EXPERIMENTS}.items():
+        if (result := predict(name, experiment, options.out)) is not None:
+            print(f"{name}: {experiment.question}\n{table(result)}", flush=True)
     return 0
 
 
@@ -108,7 +116,7 @@ def main() -> int:
     recording = commands.add_parser("record", help="a model's times, layer by layer")
     recording.add_argument("model", help=f"{', '.join(record.REAL)}, or FILE.py:FUNCTION")
     recording.set_defaults(run=_record)
-    for name, job in (("published", _published), ("report", _report), ("clean", _clean)):
+    for name, job in (("predict", _predict), ("published", _published), ("report", _report), ("clean", _clean)):
         commands.add_parser(name).set_defaults(run=job)
     options = parser.parse_args()
     status: int = options.run(options)

@@ -17,7 +17,7 @@ from lab.hosts import Network
 from lab.predict import Costs, all_reduce_seconds
 from ringred.collectives.registry import lookup
 from ringred.runtime.probe import probe
-from ringred.runtime.select import share_bounds
+from ringred.runtime.select import CROWDED, share_bounds
 from ringred.schedule.cost import simulate
 from ringred.topology import calibrate
 
@@ -111,17 +111,17 @@ def _priced(sample: Sample) -> calibrate.Sample:
     bounds = share_bounds(sample.nbytes, entry.units(group))
 
     def priced(alpha: float, beta: float, latency: float) -> float:
-        links = (alpha, beta, latency)
+        links = (alpha, beta, latency, CROWDED * beta)
         return simulate(sample.ranks, entry.steps(group), bounds, lambda sender, receiver: links, 0.0).seconds
 
     nbytes = priced(0, 1, 0) if sample.nbytes > max(_SHORT) else 0.0
     return calibrate.Sample(priced(1, 0, 0), nbytes, 0, priced(0, 0, 1), 1, sample.seconds)
 
 
-def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int) -> Costs:
+def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int, posted: bool = False) -> Costs:
     """The costs that explain what `calibrated` measured, some times, best by relative error of the medians: α, λ, what
     a call and a byte cost and what a crowded port does, by samples of all hosts, and β by long ones of two. The hosts
-    share `cores` processors."""
+    share `cores` processors. `posted`: a message waits until it is expected."""
     several = zip(*([Sample(**sample) for sample in run["samples"]] for run in runs), strict=True)
     samples = [replace(same[0], seconds=statistics.median(sample.seconds for sample in same)) for same in several]
     short = [sample for sample in samples if sample.nbytes < min(_LONG)]
@@ -132,7 +132,7 @@ def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int) -> Cost
 
     def costs(logarithms: Sequence[float]) -> Costs:
         alpha, latency, call, copy, crowded = map(math.exp, logarithms)
-        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, tuning)
+        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, posted, tuning)
 
     def error(logarithms: Sequence[float]) -> float:
         found = costs(logarithms)

@@ -20,7 +20,7 @@ from lab.served import served_seconds
 from ringred.buckets import MIB
 from ringred.testing.bench.all_reduce import bus_bandwidth
 
-__all__ = ["EXPERIMENTS", "SHORT", "run"]
+__all__ = ["EXPERIMENTS", "SHORT", "predict", "run"]
 
 HERE = Path(__file__).parent
 _WAYS = ("ring", "halving_doubling", "torus", "double_tree", "direct", "tree", "central", "auto")
@@ -228,8 +228,8 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
     """Measures an experiment and predicts it; the result is written to `folder` as well. With `profile`, training steps
     are those of a recorded model."""
     began = time.monotonic()
-    rows: list[dict[str, Any]] = []
-    kept, fits = [], []
+    result = {"name": name, "question": experiment.question, "networks": list(map(str, experiment.networks))}
+    result |= {"by": experiment.by, "seconds": 0.0, "calibrations": [], "costs": [], "rows": []}
     for number, network in enumerate(experiment.networks, 1):
         cases = [] if experiment.cases is None else list(experiment.cases(network.hosts))
         if profile is not None:
@@ -237,27 +237,33 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
             cases = list({Case(**{**asdict(case), "model": profile}): None for case in whole})
         found = list(_measured(experiment, network, cases))
         print(f"  [{number}/{len(experiment.networks)}] {network}: measured", file=sys.stderr)
-        calibrations = next((line["calibrations"] for line in found if "calibrations" in line), None)
+        result["calibrations"].append(next((line["calibrations"] for line in found if "calibrations" in line), None))
+        result["rows"] += [{"hosts": network.hosts, **line} for line in found if "way" in line]
+    result["seconds"] = time.monotonic() - began
+    return _predicted(result, experiment, folder)
+
+
+def predict(name: str, experiment: Experiment, folder: Path) -> dict[str, Any] | None:
+    """Predicts again what was measured, from the same calibrations; None if the experiment was not run."""
+    path = folder / f"{name}.json"
+    return _predicted(json.loads(path.read_text()), experiment, folder) if path.exists() else None
+
+
+def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """The result with what the simulator says of its rows; written to `folder`."""
+    rows, result["costs"] = [], []
+    for network, calibrations in zip(experiment.networks, result["calibrations"], strict=True):
         costs: Costs | None = None
         seen: set[tuple[str, int]] = set()
         if calibrations is not None:
-            kept.append(calibrations)
-            costs = fitted(calibrations, network, len(os.sched_getaffinity(0)))
-            fits.append(asdict(costs))
-            seen = {(sample["name"], sample["nbytes"]) for sample in calibrations[0]["samples"]}
-        lines = [line for line in found if "way" in line]
+            costs = fitted(calibrations, network, len(os.sched_getaffinity(0)), experiment.by == "torch")
+            result["costs"].append(asdict(costs))
+            if network.each == 1:  # else they are of one rank a host
+                seen = {(sample["name"], sample["nbytes"]) for sample in calibrations[0]["samples"]}
+        lines = [row for row in result["rows"] if row["hosts"] == network.hosts]
         rows += [_row(line, lines, costs, network, seen) for line in lines]
-    result = {
-        "name": name,
-        "question": experiment.question,
-        "networks": list(map(str, experiment.networks)),
-        "by": experiment.by,
-        "costs": fits,
-        "calibrations": kept,
-        "seconds": time.monotonic() - began,
-        "rows": rows,
-    }
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    result["rows"] = rows
+    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -288,7 +294,7 @@ def _row(
 ) -> dict[str, Any]:
     """A measured case with what was predicted of it; `fitted` are those that the costs were fitted to."""
     way = found["way"]
-    row = {"hosts": network.hosts, **found, "predicted": None, "error": None}
+    row = {**found, "predicted": None, "error": None}
     row["fitted"] = (way, found.get("nbytes")) in seen
     if "nbytes" in found:
         row["case"] = f"{found['nbytes']} B"

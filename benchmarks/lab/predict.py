@@ -42,7 +42,7 @@ _DEPTH = 8  # of the transports between hosts
 class Costs:
     """α, β, γ, λ between two hosts, and what a call takes beside, in seconds; the greatest message in bytes; how many
     processors all hosts share (0: each has its own), and a processor's seconds to send or to receive a byte; how many
-    times as long a byte takes at a port that several send to at once."""
+    times as long a byte takes at a port that several send to at once; whether messages leave once they are expected."""
 
     alpha: float
     beta: float
@@ -53,6 +53,7 @@ class Costs:
     cores: int = 0
     copy: float = 0.0
     crowded: float = 1.0
+    posted: bool = False
 
     tuning: calibrate.Tuning | None = None
     """By what "auto" chose, if not by the same; its "tensor" is what ranks of one host cost each other."""
@@ -96,7 +97,7 @@ def _job(name: str, network: Network, nbytes: int, costs: Costs, ready: Sequence
 def job_of(schedule: Schedule, bounds: Sequence[tuple[int, int]], ready: Sequence[float], costs: Costs) -> Job:
     """A job as the transports between hosts do it: cut into messages, unless too many ranks take part."""
     cut = len(ready) <= _CUT_RANKS
-    return Job(schedule, bounds, ready, costs.segment if cut else None, _DEPTH if cut else 1)
+    return Job(schedule, bounds, ready, costs.segment if cut else None, _DEPTH if cut else 1, cut and costs.posted)
 
 
 def ports_of(network: Network, costs: Costs) -> Ports:

@@ -104,11 +104,16 @@ def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[
         sentences.append(
             f"From 4 MiB on the ways use these parts of the line's rate, in the median: {', '.join(told)}."
         )
-    steps = {(r["case"], r["hosts"], r["way"]): r for result in results for r in result["rows"] if "efficiency" in r}
+    steps = {
+        (result["name"], row["case"], row["hosts"], row["way"]): row
+        for result in results
+        for row in result["rows"]
+        if "efficiency" in row
+    }
     pairs = [
-        (case, hosts, steps[case, hosts, "ring"], steps[case, hosts, "central"])
-        for case, hosts, way in steps
-        if way == "central" and (case, hosts, "ring") in steps and " " not in case
+        (case, hosts, steps[name, case, hosts, "ring"], steps[name, case, hosts, "central"])
+        for name, case, hosts, way in steps
+        if way == "central" and (name, case, hosts, "ring") in steps and " " not in case
     ]
     if pairs:
         told = [

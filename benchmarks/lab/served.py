@@ -23,7 +23,7 @@ _PARTS = (1 << 20,)  # gradients are pushed when as many bytes are there
 def served_seconds(
     way: str, model: Profile, dilation: float, costs: Costs, network: Network, slowness: float = 1.0
 ) -> float:
-    """The seconds in which all workers together finish a mini-batch each that counts; the last one computes `slowness`
+    """The seconds in which all workers together finish a mini-batch each that counts; the last host computes `slowness`
     times as long. `way` is that of a `Case`, its policy one of `FirstK`.
 
     Workers that wait for all others, or whose mini-batches an update cancels, take turns: compute and push, and pull
@@ -34,16 +34,20 @@ def served_seconds(
     assert isinstance(policy, FirstK), f"{policy} is not predicted"
     workers = network.hosts if kind == "hosts" else network.ranks
     several = policy.gradients_per_update(workers)
-    if several == workers or policy.others_cancelled:
+    if (several == workers and policy.finisher_waits) or policy.others_cancelled:
         last = slowness if several == workers else 1.0
         return _round(kind, model, dilation, costs, network, last) * workers / several
     alone = Network(2, network.mbit) if kind == "server" else network  # one that nobody else is in the way of
-    own = [_round(kind, model, dilation * times, costs, alone) for times in (1.0, slowness)]
-    return max(workers / ((workers - 1) / own[0] + 1 / own[1]), costs.beta * _port_bytes(kind, model.nbytes, network))
+    usual, slow = (_round(kind, model, dilation * times, costs, alone) for times in (1.0, slowness))
+    late = workers // network.hosts  # those of the last host
+    own = workers / ((workers - late) / usual + late / slow)
+    return max(own, costs.beta * _port_bytes(kind, model.nbytes, network))
 
 
 def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> float:
     sizes, ready = filled(model, dilation, _PARTS)
+    if kind == "hosts" and network.each > 1:  # pushed once backward is over
+        sizes, ready = [model.nbytes], [model.seconds * dilation]
     jobs = [
         _job(kind, "push", nbytes, network.times(when, last), costs, network)
         for nbytes, when in zip(sizes, ready, strict=True)

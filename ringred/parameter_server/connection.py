@@ -26,8 +26,9 @@ from ringred.parameter_server.wire import pack, unpack
 __all__ = ["Connection", "Request"]
 
 _AGAIN = 2.0  # seconds after which a request is sent again; then twice as many
-_FAR_AGAIN = 20.0  # the same to another place, where much may be on the way, and only a lost connection loses it
+_FAR_AGAIN = 20.0  # the same to another place, where much may be on the way, and a lost connection tells what it loses
 _SLOWEST = 1 << 20  # bytes a second that are on the way there at least
+_MOST_SOCKETS = 4096
 _SLICE = 0.02
 
 
@@ -47,15 +48,16 @@ class Request:
 
 
 class _Far:
-    """A server of another place: its pulse, and what tells when the connection of `link` is lost."""
+    """A server of another place: its pulse, and what tells when `link`, whose connection was lost, has a new one."""
 
     def __init__(self, pulse: Pulse, link: zmq.Socket[bytes]) -> None:
         self.pulse, self._link = pulse, link
-        self.lost = link.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.again = link.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
     def close(self, poller: zmq.Poller) -> None:
-        poller.unregister(self.lost)
+        poller.unregister(self.again)
         self._link.disable_monitor()
+        self.again.close(0)
         self.pulse.close()
 
 
@@ -86,6 +88,7 @@ class Connection:
         self._numbers = itertools.count(1)
         self._open: dict[int, Request] = {}
         self._context = zmq.Context(1)
+        self._context.set(zmq.MAX_SOCKETS, _MOST_SOCKETS)
         self._poller = zmq.Poller()
         self._links: list[zmq.Socket[bytes]] = []
         self._processes: dict[int, int] = {}
@@ -126,7 +129,7 @@ class Connection:
             if not met.pid:
                 pulse = Pulse(self._context, self._poller, self.addresses[server], self._name, self._keys)
                 self._far[server] = _Far(pulse, self._links[server])
-                self._poller.register(self._far[server].lost, zmq.POLLIN)
+                self._poller.register(self._far[server].again, zmq.POLLIN)
                 continue
             with contextlib.suppress(OSError):
                 if met.pid != os.getpid():
@@ -157,9 +160,14 @@ class Connection:
             number = next(self._numbers)
             request = Request(machine, number, message, [bytes_of(frame) for frame in frames], server)
             self._open[number] = request
-            if self._asked(request) in self._far:
-                request.patience = _FAR_AGAIN + sum(known.nbytes for known in self._open.values()) / _SLOWEST
+            request.patience = self._patience(request)
         return request
+
+    def _patience(self, request: Request) -> float:
+        """How long its answer may take before it is sent again."""
+        if self._asked(request) not in self._far:
+            return _AGAIN
+        return _FAR_AGAIN + sum(known.nbytes for known in self._open.values()) / _SLOWEST
 
     def send(self, machine: int, message: Any, *, server: int | None = None) -> None:
         """Sends what is not answered as a request is."""
@@ -203,8 +211,10 @@ class Connection:
             return
         parts = [pack(request.machine, request.number, request.message), *request.frames]
         server = self._asked(request)
-        with contextlib.suppress(zmq.Again):
+        try:
             self._links[server].send_multipart(parts, zmq.NOBLOCK, copy=not request.frames)
+        except zmq.Again:  # too much is on the way already
+            request.patience = _AGAIN
 
     def wait(self, requests: Iterable[Request], timeout: float | None = None) -> list[Any]:
         """The answers. Raises the exception that one of them is, and `CollectiveTimeout` or `PeerFailed`."""
@@ -270,17 +280,18 @@ class Connection:
                     self._far[server].pulse.take()
 
     def _take_far(self, link: zmq.Socket[bytes]) -> None:
-        """A server's pulse, or that the connection to it was lost: what it was asked may be lost with it."""
+        """A server's pulse, or that the connection to it is a new one: what it was asked may be lost with the old."""
         for server, far in self._far.items():
             if link is far.pulse.link:
                 far.pulse.take()
-            elif link is far.lost:
+            elif link is far.again:
                 with contextlib.suppress(zmq.Again):
                     while True:
                         link.recv_multipart(zmq.NOBLOCK)
                 for request in self._open.values():
                     if self._asked(request) == server:
-                        request.sent = 0.0
+                        request.sent = time.monotonic()
+                        self._send(request)
 
     def _take_near(self, descriptor: int) -> None:
         for server, near in list(self._near.items()):
@@ -327,6 +338,7 @@ class Connection:
         if self._copied(server):
             for request in self._open.values():
                 if request.server is None and max(0, request.machine - 1) == server:
+                    request.sent, request.patience = time.monotonic(), self._patience(request)
                     self._send(request, near=False)  # all of them one way, in their order
 
     def _why(self, server: int) -> str:

@@ -15,6 +15,7 @@ __all__ = ["Door", "bounded", "secured"]
 
 _LARGEST = 1 << 34  # bytes of one frame; a longer one closes its connection
 _LINGER = 1000  # ms for the last messages to leave
+_IDLE, _EVERY, _MOST = 10, 3, 5  # seconds until a silent connection is tried, seconds between trials, trials
 
 
 class Door:
@@ -64,8 +65,13 @@ class Door:
 
 
 def secured(link: zmq.Socket[bytes], keys: Keys | None) -> zmq.Socket[bytes]:
-    """`link` as one end of a connection to a server of the job with `keys`."""
+    """`link` as one end of a connection to a server of the job with `keys`. The kernel asks now and then whether the
+    other end is still there: that also keeps what is on the way from forgetting the connection."""
     bounded(link)
+    link.set(zmq.TCP_KEEPALIVE, 1)
+    link.set(zmq.TCP_KEEPALIVE_IDLE, _IDLE)
+    link.set(zmq.TCP_KEEPALIVE_INTVL, _EVERY)
+    link.set(zmq.TCP_KEEPALIVE_CNT, _MOST)
     if keys is not None:
         link.set(zmq.CURVE_SERVERKEY, keys.server_public.encode())
         link.set(zmq.CURVE_PUBLICKEY, keys.worker_public.encode())

@@ -142,6 +142,7 @@ class Others:
             link.close(None if wait else 0)
         for pulse in self._pulses.values():
             pulse.close()
+        self._pulses.clear()
         for process in self._processes.values():
             os.close(process)
         self._links.clear()

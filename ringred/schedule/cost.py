@@ -19,9 +19,22 @@ from ringred.errors import DeadlockError
 from ringred.schedule.ir import Send, Step, fold_groups
 from ringred.schedule.lower import lower
 from ringred.schedule.order import in_step, turns
-from ringred.schedule.program import Fold, PostSend, Take
+from ringred.schedule.program import Fold, PostReceive, PostSend, Take
 
-__all__ = ["Begin", "Cost", "End", "Event", "Job", "Link", "OnTheWay", "Receiving", "Sending", "Simulation", "simulate"]
+__all__ = [
+    "Begin",
+    "Cost",
+    "End",
+    "Event",
+    "Job",
+    "Link",
+    "OnTheWay",
+    "Posting",
+    "Receiving",
+    "Sending",
+    "Simulation",
+    "simulate",
+]
 
 Link: TypeAlias = tuple[float, float] | tuple[float, float, float] | tuple[float, float, float, float]
 """One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent); and
@@ -42,13 +55,15 @@ class Cost:
 class Job:
     """A collective of a training step: its schedule, the bytes of its units, and when each rank has its data, in
     seconds since the step began. With `segment`, messages are cut as in `simulate`; with a `depth` of more than one
-    they go in the order of a transport between hosts, see `lower`."""
+    they go in the order of a transport between hosts, see `lower`. With `posted` they leave once their receive is
+    posted, where ports are simulated."""
 
     schedule: Callable[[int], Iterable[Step]]
     bounds: Sequence[tuple[int, int]]
     ready: Sequence[float]
     segment: int | None = None
     depth: int = 1
+    posted: bool = False
 
 
 class Begin(NamedTuple):
@@ -65,13 +80,17 @@ class Sending(NamedTuple):
     nbytes: int
 
 
+class Posting(NamedTuple):
+    peer: int
+
+
 class Receiving(NamedTuple):
     peers: tuple[int, ...]
     nbytes: int
     reduce: bool
 
 
-Event: TypeAlias = Begin | End | Sending | Receiving
+Event: TypeAlias = Begin | End | Sending | Posting | Receiving
 
 
 class OnTheWay(NamedTuple):
@@ -224,7 +243,7 @@ def _whole(steps: Iterable[Step], bounds: Sequence[tuple[int, int]]) -> Iterator
 
 def _segmented(
     rank: int, job: Job, ordered: tuple[bool, frozenset[tuple[int, int, int]]]
-) -> Iterator[Sending | Receiving]:
+) -> Iterator[Sending | Posting | Receiving]:
     """The events of one rank, segment by segment, from the very program that the executor would run; waits for sends
     are left out."""
     assert job.segment is not None, "whole messages have no program"
@@ -234,6 +253,9 @@ def _segmented(
     for instruction in program.instructions:
         if isinstance(instruction, PostSend):
             yield Sending(instruction.peer, instruction.hi - instruction.lo)
+        elif isinstance(instruction, PostReceive):
+            if job.posted:
+                yield Posting(instruction.peer)
         elif isinstance(instruction, Fold):
             yield Receiving(instruction.peers, instruction.hi - instruction.lo, True)
         elif isinstance(instruction, Take):

@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple, TypeAlias
 
-from ringred.schedule.cost import Begin, Cost, Event, Job, Link, OnTheWay, Receiving, Sending, Simulation
+from ringred.schedule.cost import Begin, Cost, End, Event, Job, Link, OnTheWay, Posting, Receiving, Sending, Simulation
 
 __all__ = ["Port", "Ports", "simulate_jobs"]
 
@@ -98,6 +98,10 @@ class _Network(Simulation):
         self.cores = [0.0] * cores  # when each processor is free
         self.owed: dict[int, float] = {}  # by port: when it has passed all, at its rate
         self.served: dict[int, int] = {}  # by port: the first port of the message that it passed last
+        self.posted = any(job.posted for job in jobs)
+        self.posts: dict[tuple[int, int], deque[float]] = {}  # when receives were posted that wait for their messages
+        self.held: dict[tuple[int, int], deque[_Message]] = {}  # messages that wait for their receives
+        self.holding = [0] * size  # how many of each sender's
         self.pending: list[_Happening | None] = []
         self.heap: list[tuple[float, int, int | _Message]] = []
         self.order = count()
@@ -139,6 +143,10 @@ class _Network(Simulation):
         elif isinstance(event, Begin):
             super()._happens(rank, event)
             self.pending[rank] = _Working(self.call)
+        elif isinstance(event, Posting):
+            self._post(rank, event.peer)
+        elif isinstance(event, End) and self.holding[rank]:
+            return False
         else:
             return super()._happens(rank, event)
         return True
@@ -156,18 +164,42 @@ class _Network(Simulation):
         return begin
 
     def _send(self, rank: int, event: Sending) -> None:
-        alpha, beta, *rest = self.link(rank, event.peer)
-        latency = sum(rest[:1])
+        alpha, beta, *_ = self.link(rank, event.peer)
         ports, _ = self.ports(rank, event.peer)
         began = self._work(rank, alpha + (self.copy if ports else beta) * event.nbytes)
-        way = OnTheWay(began + alpha, self.clock[rank])
-        for port in ports:
-            way = self._pass(port, way, event.nbytes, ports[0].number)
-        self.send_port[rank] = max(self.send_port[rank], way.last)
         self.messages[rank] += 1
         self.sent[rank] += event.nbytes
+        message = _Message(rank, event.peer, event.nbytes, OnTheWay(began + alpha, self.clock[rank]))
+        if not self.posted:
+            self._leaves(message, 0.0)
+        elif posts := self.posts.get((rank, event.peer)):
+            self._leaves(message, posts.popleft())
+        else:
+            self.held.setdefault((rank, event.peer), deque()).append(message)
+            self.holding[rank] += 1
+
+    def _post(self, rank: int, peer: int) -> None:
+        pair = (peer, rank)
+        if not self.held.get(pair):
+            self.posts.setdefault(pair, deque()).append(self.clock[rank])
+            return
+        self._leaves(self.held[pair].popleft(), self.clock[rank])
+        self.holding[peer] -= 1
+        if isinstance(self.pending[peer], End):
+            self.woken(peer)
+
+    def _leaves(self, message: _Message, posted: float) -> None:
+        """No byte leaves before the sender has heard that its receive was posted."""
+        _, _, *rest = self.link(message.sender, message.receiver)
+        latency = sum(rest[:1])
+        known = posted + latency if posted else 0.0
+        way = OnTheWay(max(message.way.first, known), max(message.way.last, known))
+        ports, _ = self.ports(message.sender, message.receiver)
+        for port in ports:
+            way = self._pass(port, way, message.nbytes, ports[0].number)
+        self.send_port[message.sender] = max(self.send_port[message.sender], way.last)
         later = OnTheWay(way.first + latency, way.last + latency)
-        self._at(later.first, _Message(rank, event.peer, event.nbytes, later))
+        self._at(later.first, message._replace(way=later))
 
     def _arrives(self, message: _Message) -> None:
         way, pair = message.way, (message.sender, message.receiver)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from lab import costs, experiments, predict, published, record
 from lab.hosts import Network
 from lab.profiles import MODELS, profile, read
+from lab.served import served_seconds
 
 from ringred.parameter_server.policies import parse
 
@@ -128,3 +130,53 @@ def test_what_is_fitted_to_print_gives_print_and_the_rest_is_predicted() -> None
     goyal = next(row for row in published.PUBLISHED if row.work.startswith("Goyal"))
     ideal = published.simulated(goyal, published.Fit(0.0, 1.0))
     assert published.simulated(goyal, fit) < ideal <= 100
+
+
+def test_a_port_that_several_send_to_at_once_is_slower_by_its_factor() -> None:
+    both, network = (COSTS, replace(COSTS, crowded=1.5)), Network(4, 800)
+    ring = [predict.all_reduce_seconds("ring", 8 << 20, costs_, network) for costs_ in both]
+    central = [predict.all_reduce_seconds("central", 8 << 20, costs_, network) for costs_ in both]
+    assert ring[0] == ring[1], "on a ring each port has one sender"
+    assert 1.2 < central[1] / central[0] < 1.5, "at least half of its time they send to one"
+
+
+def test_messages_that_wait_for_their_receives_leave_a_port_to_the_one_that_is_expected() -> None:
+    """The root of a tree expects one child's data, then the other's, which it passes on at once: N + 2N go through its
+    port where 2N + 2N do if both children send as soon as they can."""
+    both = (COSTS, replace(COSTS, posted=True))
+    eager, posted = (predict.all_reduce_seconds("tree", 64 << 20, costs_, Network(4, 800)) for costs_ in both)
+    assert posted / eager == pytest.approx(0.75, rel=0.05)
+
+
+def test_ranks_of_one_host_pass_no_port() -> None:
+    tuning = {"tensor": (0.0, 1e-10, 0.0, 0.0, 0.0), "between": (1e-4, 1e-8, 0.0, 0.0, 0.0)}
+    both = replace(COSTS, tuning=tuning)
+    hosts, ranks = Network(4, 800), Network(4, 800, each=2)
+    assert ranks.host_of_rank == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert ranks.times(2.0, 1.5) == [2.0] * 6 + [3.0] * 2
+    flat = predict.all_reduce_seconds("ring", 64 << 20, both, hosts)
+    for way in ("hierarchical", "torus", "auto"):
+        assert predict.all_reduce_seconds(way, 64 << 20, both, ranks) == pytest.approx(flat, rel=0.05)
+    assert predict.all_reduce_seconds("ring", 64 << 20, both, ranks) / flat == pytest.approx(7 / 6, rel=0.05)
+
+
+def test_servers_take_what_their_busiest_port_takes() -> None:
+    model, network = profile("resnet50"), Network(4, 800)
+    one, each = (served_seconds(way, model, 0.0, COSTS, network) for way in ("server:sync", "servers:sync"))
+    assert each == pytest.approx(2 * 3 / 4 * model.nbytes * COSTS.beta, rel=0.05), "N (P-1)/P in, and out"
+    assert one / each == pytest.approx(4, rel=0.05)
+    ranks = replace(COSTS, tuning={"tensor": (0.0, 1e-10, 0.0, 0.0, 0.0), "between": (1e-4, 1e-8, 0.0, 0.0, 0.0)})
+    by_host = served_seconds("hosts:sync", model, 0.0, ranks, Network(4, 800, each=2))
+    assert by_host == pytest.approx(each, rel=0.1), "a host's ranks send what one rank does"
+
+
+def test_who_waits_for_whom_decides_what_a_straggler_costs() -> None:
+    model, network = profile("graph"), Network(4, 800)
+
+    def seconds(way: str, slowness: float) -> float:
+        return served_seconds(way, model, 20.0, COSTS, network, slowness)
+
+    assert seconds("servers:sync", 1.5) - seconds("servers:sync", 1.0) == pytest.approx(10 * model.seconds, rel=0.05)
+    assert seconds("servers:k_sync:3", 1.5) == seconds("servers:k_sync:3", 1.0) == seconds("servers:sync", 1.0) * 4 / 3
+    a_quarter_is_slower = seconds("servers:async", 1.5) / seconds("servers:async", 1.0)
+    assert a_quarter_is_slower == pytest.approx(1 / (3 / 4 + 1 / 4 / 1.5), rel=0.05)
