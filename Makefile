@@ -34,7 +34,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/demo_seen.py out
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $$(nproc) --ignore tests/procs; others=$$?; \
+	$(BIN)/python -m pytest -n $$(( $$(nproc) + 2 )) --ignore tests/procs; others=$$?; \
 	$(BIN)/python -m pytest tests/procs && exit $$others
 
 check: $(STAMP)

@@ -38,7 +38,8 @@ __all__ = [
 
 Link: TypeAlias = tuple[float, float] | tuple[float, float, float] | tuple[float, float, float, float]
 """One direction between two ranks: α in seconds per message, β in seconds per byte and λ in seconds (0 if absent); and
-the seconds per byte where the receiver waits at once for several senders with such links (β if absent)."""
+the seconds per byte where the receiver waits at once for several senders with such links (β if absent). Where it turns
+from one of them to another, a byte takes as long as between the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class Simulation:
         self.events = [self._of(rank, jobs) for rank in range(size)]
         self.clock, self.send_port, self.receive_port = [0.0] * size, [0.0] * size, [0.0] * size
         self.messages, self.sent, self.received = [0] * size, [0] * size, [0] * size
+        self.heard = [-1] * size  # whose message, by such a link, each rank has received last
         self.on_the_way: dict[tuple[int, int], deque[OnTheWay]] = {}
         self.wanted_by: dict[tuple[int, int], int] = {}
         self.times = [(math.inf, 0.0)] * len(jobs)
@@ -221,7 +223,11 @@ class Simulation:
         crowded = sum(len(link) == 4 for link in links) > 1
         for peer, (alpha, beta, *rest) in zip(event.peers, links, strict=True):
             left = self.on_the_way[peer, rank].popleft().first
-            arrivals.append((left + sum(rest[:1]), alpha, rest[-1] if crowded and len(rest) == 2 else beta, left, peer))
+            if len(rest) == 2:
+                turns = self.heard[rank] not in (-1, peer)
+                beta = rest[1] if crowded else (beta + rest[1]) / 2 if turns else beta
+                self.heard[rank] = peer
+            arrivals.append((left + sum(rest[:1]), alpha, beta, left, peer))
         for arrival, alpha, beta, left, peer in sorted(arrivals):
             self.receive_port[rank] = max(arrival, self.receive_port[rank]) + alpha + beta * event.nbytes
             if self.journal is not None:

@@ -212,10 +212,24 @@ def test_ranks_wait_for_processors_that_they_share() -> None:
 
 
 def test_bytes_of_several_senders_at_once_may_take_longer() -> None:
-    """`direct` on three ranks: each receives two shares at once, and then two one after the other."""
+    """`direct` on three ranks: each receives two shares at once, and then two one after the other, as it turns."""
     entry = lookup("all_reduce", "direct")
     group = entry.group(3)
     bounds = share_bounds(3, entry.units(group))
     alike = simulate(3, entry.steps(group), bounds, lambda sender, receiver: (0.0, 1.0, 0.0), 0.0)
     crowded = simulate(3, entry.steps(group), bounds, lambda sender, receiver: (0.0, 1.0, 0.0, 2.0), 0.0)
-    assert (alike.seconds, crowded.seconds) == (4.0, 6.0)
+    assert (alike.seconds, crowded.seconds) == (4.0, 2 * 2.0 + 2 * 1.5)
+
+
+def test_a_rank_that_turns_to_another_sender_takes_longer_there() -> None:
+    """Of halving-doubling on eight ranks, N/4 + N/8 and N/4 + N/2 bytes come after another peer's; on a ring none."""
+
+    def seconds(name: str, *more: float) -> float:
+        entry = lookup("all_reduce", name)
+        group = entry.group(8)
+        bounds = share_bounds(8, entry.units(group))
+        return simulate(8, entry.steps(group), bounds, lambda sender, receiver: (0.0, 1.0, 0.0, *more), 0.0).seconds
+
+    assert seconds("ring", 1.5) == seconds("ring") == 14.0
+    assert seconds("halving_doubling") == 14.0
+    assert seconds("halving_doubling", 1.5) == 14.0 + 0.25 * (2 + 1 + 2 + 4)
