@@ -36,6 +36,7 @@ Schedule: TypeAlias = Callable[[int], Iterable[tuple[Op, ...]]]
 _CAPS = (FIRST_BUCKET_BYTES, 25 * MIB)
 _CUT_RANKS = 16  # of more, messages are whole in a simulation
 _DEPTH = 8  # of the transports between hosts
+_SETTLED = 8 << 20  # bytes after which several senders use a port as well as one does
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def ports_of(network: Network, costs: Costs) -> Ports:
     host_of_rank = network.host_of_rank
 
     def port(number: int, mbit: float) -> Port:
-        return Port(number, costs.beta * network.mbit / mbit, BURST_BYTES, costs.crowded)
+        return Port(number, costs.beta * network.mbit / mbit, BURST_BYTES, costs.crowded, _SETTLED)
 
     def ports(sender: int, receiver: int) -> tuple[list[Port], list[Port]]:
         one, other = host_of_rank[sender], host_of_rank[receiver]

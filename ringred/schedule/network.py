@@ -18,12 +18,13 @@ __all__ = ["Port", "Ports", "simulate_jobs"]
 class Port(NamedTuple):
     """A place that messages pass one after the other, at `beta` seconds a byte. After a pause, up to `burst` bytes pass
     at once, as in a queue with a token bucket. A message that has to wait for one that came from elsewhere
-    takes `crowded` times as long."""
+    takes `crowded` times as long, until `settled` bytes have passed without a pause."""
 
     number: int
     beta: float
     burst: float = 0.0
     crowded: float = 1.0
+    settled: float = math.inf
 
 
 Ports: TypeAlias = Callable[[int, int], tuple[Sequence[Port], Sequence[Port]]]
@@ -98,6 +99,7 @@ class _Network(Simulation):
         self.cores = [0.0] * cores  # when each processor is free
         self.owed: dict[int, float] = {}  # by port: when it has passed all, at its rate
         self.served: dict[int, int] = {}  # by port: the first port of the message that it passed last
+        self.in_a_row: dict[int, int] = {}  # by port: the bytes that it passed without a pause
         self.posted = any(job.posted for job in jobs)
         self.posts: dict[tuple[int, int], deque[float]] = {}  # when receives were posted that wait for their messages
         self.held: dict[tuple[int, int], deque[_Message]] = {}  # messages that wait for their receives
@@ -211,11 +213,14 @@ class _Network(Simulation):
             self.woken(self.wanted_by.pop(pair))
 
     def _pass(self, port: Port, way: OnTheWay, nbytes: int, came_by: int) -> OnTheWay:
-        owed = self.owed.get(port.number, -math.inf)
+        number = port.number
+        owed = self.owed.get(number, -math.inf)
         first = max(way.first, owed)
-        beta = port.beta * (port.crowded if owed > way.first and self.served[port.number] != came_by else 1.0)
+        before = self.in_a_row[number] if owed > way.first else 0
+        crowded = 0 < before < port.settled and self.served[number] != came_by
+        beta = port.beta * (port.crowded if crowded else 1.0)
         passed = max(owed, way.first - port.burst * port.beta) + beta * nbytes
-        self.owed[port.number], self.served[port.number] = passed, came_by
+        self.owed[number], self.served[number], self.in_a_row[number] = passed, came_by, before + nbytes
         return OnTheWay(first, max(first, way.last, passed))
 
     def _receive(self, rank: int, event: Receiving) -> None:
