@@ -240,6 +240,7 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
         result["calibrations"].append(next((line["calibrations"] for line in found if "calibrations" in line), None))
         result["rows"] += [{"hosts": network.hosts, **line} for line in found if "way" in line]
     result["seconds"] = time.monotonic() - began
+    _write(result, folder)  # whatever becomes of its prediction
     return _predicted(result, experiment, folder)
 
 
@@ -258,13 +259,17 @@ def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> 
         if calibrations is not None:
             costs = fitted(calibrations, network, len(os.sched_getaffinity(0)), experiment.by == "torch")
             result["costs"].append(asdict(costs))
-            if network.each == 1:  # else they are of one rank a host
-                seen = {(sample["name"], sample["nbytes"]) for sample in calibrations[0]["samples"]}
+            samples = calibrations[0]["samples"]
+            seen = {(known["name"], known["nbytes"]) for known in samples if known["ranks"] == network.ranks}
         lines = [row for row in result["rows"] if row["hosts"] == network.hosts]
         rows += [_row(line, lines, costs, network, seen) for line in lines]
     result["rows"] = rows
-    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    _write(result, folder)
     return result
+
+
+def _write(result: dict[str, Any], folder: Path) -> None:
+    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _measured(experiment: Experiment, network: Network, cases: list[Case]) -> Iterator[dict[str, Any]]:

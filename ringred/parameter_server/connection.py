@@ -147,18 +147,35 @@ class Connection:
 
     # ------------------------------------------------------------------ requests
 
-    def ask(self, machine: int, message: Any, frames: Sequence[Frame] = (), *, server: int | None = None) -> Request:
-        """Sends `message`; `wait` has its answer. The frames must not change until then."""
-        request = self.expect(machine, message, frames, server=server)
+    def ask(
+        self,
+        machine: int,
+        message: Any,
+        frames: Sequence[Frame] = (),
+        *,
+        server: int | None = None,
+        answer_bytes: int = 0,
+    ) -> Request:
+        """Sends `message`; `wait` has its answer, of about so many bytes. The frames must not change until then."""
+        request = self.expect(machine, message, frames, server=server, answer_bytes=answer_bytes)
         with self._lock:
             self._send(request)
         return request
 
-    def expect(self, machine: int, message: Any, frames: Sequence[Frame] = (), *, server: int | None = None) -> Request:
+    def expect(
+        self,
+        machine: int,
+        message: Any,
+        frames: Sequence[Frame] = (),
+        *,
+        server: int | None = None,
+        answer_bytes: int = 0,
+    ) -> Request:
         """As `ask`, but `message` is only sent if its answer does not come by itself."""
         with self._lock:
             number = next(self._numbers)
             request = Request(machine, number, message, [bytes_of(frame) for frame in frames], server)
+            request.nbytes += answer_bytes
             self._open[number] = request
             request.patience = self._patience(request)
         return request
@@ -226,8 +243,9 @@ class Connection:
                 self.poll(0.0 if waited is None else _SLICE, self._asked(request))
                 waited = time.monotonic() - began
                 if request.answer is None and waited > limit:
-                    for given_up in asked:
-                        self._open.pop(given_up.number, None)
+                    with self._lock:
+                        for given_up in asked:
+                            self._open.pop(given_up.number, None)
                     raise CollectiveTimeout(
                         f"worker {self.worker}: {self._called(self._asked(request))} did not answer "
                         f"{type(request.message).__name__} within {waited:.0f} s"
@@ -260,7 +278,7 @@ class Connection:
                 self._server_ended(silent)
             for request in self._open.values():
                 if now - request.sent > request.patience:
-                    request.sent, request.patience = now, 2 * request.patience
+                    request.sent, request.patience = now, max(2 * request.patience, self._patience(request))
                     self._send(request)
         if self._failure is not None:
             raise self._failure

@@ -82,7 +82,8 @@ class Pull:
 
     def _ask_for(self, shard: int, parts: list[Target]) -> None:
         numbers = tuple(target.number for target in parts)
-        self._asked.append((parts, self._connection.ask(1 + shard, m.Pull(self._least, numbers))))
+        nbytes = sum(target.part.nbytes for target in parts)
+        self._asked.append((parts, self._connection.ask(1 + shard, m.Pull(self._least, numbers), answer_bytes=nbytes)))
 
     @torch.no_grad()
     def finish(self, timeout: float) -> int:

@@ -57,7 +57,7 @@ class Job:
     """A collective of a training step: its schedule, the bytes of its units, and when each rank has its data, in
     seconds since the step began. With `segment`, messages are cut as in `simulate`; with a `depth` of more than one
     they go in the order of a transport between hosts, see `lower`. With `posted` they leave once their receive is
-    posted, where ports are simulated."""
+    posted, where ports are simulated and all jobs of a simulation have a `segment` and are `posted`."""
 
     schedule: Callable[[int], Iterable[Step]]
     bounds: Sequence[tuple[int, int]]

@@ -104,6 +104,7 @@ class _Network(Simulation):
         self.posts: dict[tuple[int, int], deque[float]] = {}  # when receives were posted that wait for their messages
         self.held: dict[tuple[int, int], deque[_Message]] = {}  # messages that wait for their receives
         self.holding = [0] * size  # how many of each sender's
+        self.ending: set[int] = set()  # senders whose job ends once none is held
         self.pending: list[_Happening | None] = []
         self.heap: list[tuple[float, int, int | _Message]] = []
         self.order = count()
@@ -148,6 +149,7 @@ class _Network(Simulation):
         elif isinstance(event, Posting):
             self._post(rank, event.peer)
         elif isinstance(event, End) and self.holding[rank]:
+            self.ending.add(rank)
             return False
         else:
             return super()._happens(rank, event)
@@ -187,7 +189,8 @@ class _Network(Simulation):
             return
         self._leaves(self.held[pair].popleft(), self.clock[rank])
         self.holding[peer] -= 1
-        if isinstance(self.pending[peer], End):
+        if not self.holding[peer] and peer in self.ending:
+            self.ending.remove(peer)
             self.woken(peer)
 
     def _leaves(self, message: _Message, posted: float) -> None:
