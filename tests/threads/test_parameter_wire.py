@@ -195,9 +195,9 @@ def test_replayed_frames_change_nothing() -> None:
     sent: list[tuple[int, Any, Any]] = []
     ask = worker.connection.ask
 
-    def recording(machine: int, message: Any, frames: Any = ()) -> Any:
+    def recording(machine: int, message: Any, frames: Any = (), **more: Any) -> Any:
         sent.append((machine, message, frames))
-        return ask(machine, message, frames)
+        return ask(machine, message, frames, **more)
 
     try:
         worker.declare({"a": torch.zeros(100)}, ADD, [0])
