@@ -15,7 +15,7 @@ import zmq
 from ringred import errors
 from ringred.errors import CollectiveTimeout, PeerFailed, RingredError
 from ringred.parameter_server import messages as m
-from ringred.parameter_server.door import secured
+from ringred.parameter_server.door import MOST_SOCKETS, secured
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.near import NearLink
 from ringred.parameter_server.pulse import BEAT, Pulse
@@ -28,7 +28,6 @@ __all__ = ["Connection", "Request"]
 _AGAIN = 2.0  # seconds after which a request is sent again; then twice as many
 _FAR_AGAIN = 20.0  # the same to another place, where much may be on the way, and a lost connection tells what it loses
 _SLOWEST = 1 << 20  # bytes a second that are on the way there at least
-_MOST_SOCKETS = 4096
 _SLICE = 0.02
 
 
@@ -88,7 +87,7 @@ class Connection:
         self._numbers = itertools.count(1)
         self._open: dict[int, Request] = {}
         self._context = zmq.Context(1)
-        self._context.set(zmq.MAX_SOCKETS, _MOST_SOCKETS)
+        self._context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)
         self._poller = zmq.Poller()
         self._links: list[zmq.Socket[bytes]] = []
         self._processes: dict[int, int] = {}
@@ -157,27 +156,28 @@ class Connection:
         answer_bytes: int = 0,
     ) -> Request:
         """Sends `message`; `wait` has its answer, of about so many bytes. The frames must not change until then."""
-        request = self.expect(machine, message, frames, server=server, answer_bytes=answer_bytes)
         with self._lock:
+            request = self._opened(machine, message, frames, server, answer_bytes)
             self._send(request)
         return request
 
-    def expect(
+    def expect(self, machine: int, message: Any) -> Request:
+        """As `ask`, but `message` is only sent if its answer does not come by itself."""
+        with self._lock:
+            return self._opened(machine, message)
+
+    def _opened(
         self,
         machine: int,
         message: Any,
         frames: Sequence[Frame] = (),
-        *,
         server: int | None = None,
         answer_bytes: int = 0,
     ) -> Request:
-        """As `ask`, but `message` is only sent if its answer does not come by itself."""
-        with self._lock:
-            number = next(self._numbers)
-            request = Request(machine, number, message, [bytes_of(frame) for frame in frames], server)
-            request.nbytes += answer_bytes
-            self._open[number] = request
-            request.patience = self._patience(request)
+        number = next(self._numbers)
+        request = self._open[number] = Request(machine, number, message, list(map(bytes_of, frames)), server)
+        request.nbytes += answer_bytes
+        request.patience = self._patience(request)
         return request
 
     def _patience(self, request: Request) -> float:

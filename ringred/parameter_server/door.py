@@ -11,7 +11,9 @@ import zmq
 from ringred.errors import TransportUnavailable
 from ringred.parameter_server.keys import Keys
 
-__all__ = ["Door", "bounded", "secured"]
+__all__ = ["MOST_SOCKETS", "Door", "bounded", "secured"]
+
+MOST_SOCKETS = 4096  # of a context: some for each worker or server
 
 _LARGEST = 1 << 34  # bytes of one frame; a longer one closes its connection
 _LINGER = 1000  # ms for the last messages to leave

@@ -23,7 +23,7 @@ from ringred.errors import TransportUnavailable
 from ringred.parameter_server import messages as m
 from ringred.parameter_server.catalog import Catalog
 from ringred.parameter_server.coordinator import Coordinator, Order
-from ringred.parameter_server.door import Door
+from ringred.parameter_server.door import MOST_SOCKETS, Door
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.near import NearDoor
 from ringred.parameter_server.others import Others
@@ -99,7 +99,7 @@ class Server:
         self._held_back: deque[tuple[int, _Results]] = deque()
         self.refused = 0
         self._context = zmq.Context(1)
-        self._context.set(zmq.MAX_SOCKETS, 4096)
+        self._context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)
         try:
             if snapshots is not None and newest(snapshots) is not None:
                 machines = [*self.machines.values(), *self._copies.values()]
