@@ -39,7 +39,8 @@ _BUILT_IN: dict[str, Tuning] = {
 }
 _BETWEEN_HOSTS = (80e-6, 8e-9, 0.0, 0.0, 0.0)  # TCP on 1 Gbit/s
 CROWDED = 1.5
-"""Where several hosts send to one at once, a byte takes so many times as long (docs/design/selection.md)."""
+"""Where several hosts send to one at once, a byte takes so many times as long; where a rank turns from one of them to
+another, the mean of that and of once (docs/design/selection.md)."""
 
 RANK_ORDER = "rank_order"
 """Like "auto", but only among the algorithms that add every element in rank order."""

@@ -17,8 +17,8 @@ __all__ = ["Port", "Ports", "simulate_jobs"]
 
 class Port(NamedTuple):
     """A place that messages pass one after the other, at `beta` seconds a byte. After a pause, up to `burst` bytes pass
-    at once, as in a queue with a token bucket. A message that has to wait for one that came from elsewhere
-    takes `crowded` times as long, until `settled` bytes have passed without a pause."""
+    at once, as in a queue with a token bucket. A message that has to wait for one that came from elsewhere takes
+    `crowded` times as long, until `settled` bytes have passed without a pause."""
 
     number: int
     beta: float
@@ -175,7 +175,7 @@ class _Network(Simulation):
         self.sent[rank] += event.nbytes
         message = _Message(rank, event.peer, event.nbytes, OnTheWay(began + alpha, self.clock[rank]))
         if not self.posted:
-            self._leaves(message, 0.0)
+            self._leaves(message, -math.inf)
         elif posts := self.posts.get((rank, event.peer)):
             self._leaves(message, posts.popleft())
         else:
@@ -197,7 +197,7 @@ class _Network(Simulation):
         """No byte leaves before the sender has heard that its receive was posted."""
         _, _, *rest = self.link(message.sender, message.receiver)
         latency = sum(rest[:1])
-        known = posted + latency if posted else 0.0
+        known = posted + latency
         way = OnTheWay(max(message.way.first, known), max(message.way.last, known))
         ports, _ = self.ports(message.sender, message.receiver)
         for port in ports:

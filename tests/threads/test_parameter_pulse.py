@@ -156,7 +156,7 @@ def test_a_worker_of_another_place_that_computes_for_long_is_not_given_up(monkey
     worker = Worker(0, addresses, keys=keys, timeout=10, shared=False)
     try:
         worker.declare({"a": torch.zeros(100), "b": torch.zeros(100)}, Rule("add", [{}]), [0, 0])
-        time.sleep(3)  # computes
+        time.sleep(3)  # computes, for longer than anybody may be silent
         gradients = worker.gradients()
         worker.begin()
         worker.push(gradients, {"a": torch.ones(100), "b": torch.ones(100)})
