@@ -8,7 +8,6 @@
 
 /* Past the cache, so that what lies there is not read before it is overwritten. */
 void stream(char *to, const char *from, int64_t nbytes) {
-    enum { LINE = 64 };
     int64_t head = -(intptr_t)to & (LINE - 1);
     if (nbytes < head + LINE) {
         memcpy(to, from, (size_t)nbytes);

@@ -105,8 +105,8 @@ PyDoc_STRVAR(layout_doc, "layout() -> the numbers that Python has to agree on");
 
 static PyObject *module_layout(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return Py_BuildValue("(iiiiiiiiiiiiiii)", VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES,
-                         SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES,
+    return Py_BuildValue("(iiiiiiiiiiiiiiii)", VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES,
+                         SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES, SEGMENT_BYTES,
                          (int)(sizeof(Rank) / 8), (int)(sizeof(Link) / 8));
 }
 

@@ -2,8 +2,14 @@
 #ifndef RINGRED_SLOTS_H
 #define RINGRED_SLOTS_H
 
+#include <string.h>
+
 #include "layout.h"
 #include "waits.h"
+
+/* HOT_SLOTS: only so many of the large ones are used in turn, as they lie in the caches of both ranks. BLOCK_BYTES stay in the
+ * first-level cache between two passes. */
+enum { HOT_SLOTS = 8, BLOCK_BYTES = 16 << 10 };
 
 static inline int consumed(Link *link, int64_t number) {
     if (number > link->acked) link->acked = word_of(link->acked_at, 0);
@@ -11,7 +17,7 @@ static inline int consumed(Link *link, int64_t number) {
 }
 
 /* The first of the next `count` large slots that lie in a row. */
-static inline int64_t in_a_row(int64_t next, int64_t count) { return next + count > SLOTS ? 0 : next; }
+static inline int64_t in_a_row(int64_t next, int64_t count) { return next + count > HOT_SLOTS ? 0 : next; }
 
 static inline int64_t large_slots(int64_t nbytes) { return (nbytes + SLOT_BYTES - 1) / SLOT_BYTES; }
 
@@ -29,7 +35,7 @@ static int64_t room(Link *link, int64_t number, int64_t nbytes) {
     for (int64_t at = first; at < first + count; at++)
         if (!consumed(link, link->large_used[at])) return -1;
     for (int64_t at = first; at < first + count; at++) link->large_used[at] = number;
-    link->large_next = (first + count) % SLOTS;
+    link->large_next = (first + count) % HOT_SLOTS;
     return link->large + first * SLOT_BYTES;
 }
 
@@ -41,7 +47,7 @@ static int64_t shared_room(Rank *rank, int64_t nbytes) {
     for (int64_t peer = 0; peer < rank->links; peer++)
         for (int64_t at = first; at < first + count; at++)
             if (!consumed(links + peer, links[peer].shared_used[at])) return -1;
-    rank->shared_next = (first + count) % SLOTS;
+    rank->shared_next = (first + count) % HOT_SLOTS;
     return rank->shared + first * SLOT_BYTES;
 }
 
@@ -49,6 +55,23 @@ static int64_t shared_room(Rank *rank, int64_t nbytes) {
 static void share(const Rank *rank, Link *link, int64_t number, int64_t offset, int64_t nbytes) {
     int64_t first = (offset - rank->shared) / SLOT_BYTES;
     for (int64_t at = first; at < first + large_slots(nbytes); at++) link->shared_used[at] = number;
+}
+
+/* Makes lines that were read ones of this core, by writing to each what stands there: for the sender, to write to lines that
+ * another core has only read may take five times as long (docs/design/native.md). Slots that are shared have several
+ * readers, who all write the same. */
+__attribute__((no_sanitize("thread"))) static inline void own_lines(const char *slots, int64_t nbytes) {
+    for (volatile char *line = (volatile char *)slots; line < slots + nbytes; line += LINE) *line = *line;
+}
+
+/* Copies a message, or part of one, out of a peer's slots, `past` the cache or not. */
+static inline void fetch(char *to, const char *slots, int64_t nbytes, int past) {
+    for (int64_t at = 0; at < nbytes; at += BLOCK_BYTES) {
+        int64_t count = nbytes - at < BLOCK_BYTES ? nbytes - at : BLOCK_BYTES;
+        if (past) stream(to + at, slots + at, count);
+        else memcpy(to + at, slots + at, (size_t)count);
+        own_lines(slots + at, count);
+    }
 }
 
 #endif

@@ -7,7 +7,8 @@
 
 #include "slots.h"
 
-enum { FUSED_BYTES = 16 << 10, MOST_FUSED = 16 }; /* a result is copied while it is in the first-level cache */
+/* Copies of own data go past the cache from COPIED_PAST on, what comes from peers where all of it is RECEIVED_PAST. */
+enum { MOST_FUSED = 16, COPIED_PAST = 4 << 20, RECEIVED_PAST = 32 << 20 };
 
 typedef struct {
     Rank *rank;
@@ -44,14 +45,14 @@ static int start(Player *player, Request *request) {
             post(player, link, number, request->nbytes, request->place);
             return 1;
         }
-        int64_t part = least(request->nbytes - request->done, PART_BYTES);
+        int64_t part = least(request->nbytes - request->done, SEGMENT_BYTES);
         int64_t offset = room(link, number, part);
         if (offset < 0) return 0;
         memcpy((char *)player->rank->window + offset, (char *)request->address + request->done, (size_t)part);
         request->done += part;
         int last = request->done == request->nbytes;
         if (last) request->until = 0;
-        post(player, link, number, request->nbytes, offset << 2 | (last ? AT : PART));
+        post(player, link, number, request->nbytes, offset << KIND_BITS | (last ? SLOT : SLOT_PART));
         if (last) return 1;
     }
 }
@@ -121,12 +122,12 @@ static int begin_send(Player *player, const int64_t *words, char **target) {
     if (put && (*target = put_target(player, link, address, nbytes)) != 0) {
         request->place = PUT;
     } else if (!buffered && address >= rank->window && address < rank->window_end) {
-        request->place = (address - rank->window) << 2 | AT;
+        request->place = (address - rank->window) << KIND_BITS | AT;
     } else if (nbytes <= PART_BYTES && link->sends < 0) {
         int copied;
         int64_t offset = placed(player, link, words, &copied);
         if (offset < 0) return 0;
-        request->place = offset << 2 | AT;
+        request->place = offset << KIND_BITS | SLOT;
         request->done = nbytes;
         if (!copied) *target = (char *)rank->window + offset;
     }
@@ -202,14 +203,14 @@ static int take(Player *player, Request *request, int wanted) {
             if (result != DONE) return result;
         }
         int64_t nbytes = word_of(entry, LENGTH), place = word_of(entry, PLACE);
-        int64_t offset = place >> 2, kind = place & 3;
+        int64_t offset = place >> KIND_BITS, kind = place & ((1 << KIND_BITS) - 1);
         if (word_of(entry, CONTRACT) != player->rank->contract || nbytes != request->nbytes) {
             player->tape->fault_link = request->link;
             player->tape->fault_expected = request->nbytes;
             player->tape->fault_got = nbytes;
             return MISMATCH;
         }
-        int lent = kind == AT && request->lend && !request->staging && wanted && nbytes;
+        int lent = (kind == AT || kind == SLOT) && request->lend && !request->staging && wanted && nbytes;
         if (request->lend && !lent && !request->staging && nbytes) {
             request->staging = (int64_t)malloc((size_t)nbytes);
             if (!request->staging) return NO_MEMORY;
@@ -218,16 +219,18 @@ static int take(Player *player, Request *request, int wanted) {
         if (lent) {
             request->view = link->window + offset;
             request->number = number;
+            request->in_slots = kind == SLOT;
             return DONE;
         }
         if (kind != PUT && nbytes) {
-            int64_t part = kind == PART || request->done ? least(nbytes - request->done, PART_BYTES) : nbytes;
+            int64_t part = kind == PART ? PART_BYTES : kind == SLOT_PART ? SEGMENT_BYTES : nbytes - request->done;
             char *target = (char *)(request->staging ? request->staging : request->address) + request->done;
-            memcpy(target, (char *)link->window + offset, (size_t)part);
+            if (kind == AT) memcpy(target, (char *)link->window + offset, (size_t)part);
+            else fetch(target, (char *)link->window + offset, part, player->tape->moved[3] >= RECEIVED_PAST);
             request->done += part;
         }
         consume(link, number);
-        if (kind != PART) {
+        if (kind != PART && kind != SLOT_PART) {
             request->number = -1;
             request->view = request->staging;
             return DONE;
@@ -291,15 +294,18 @@ static int again(const int64_t *first, const int64_t *next) {
 /* FOLD, out, elements, element size, kernel, divisor (the bits of a double), own operand, n, requests...
  * Where sends of the result follow, it is copied to where they need it block by block. */
 static void fold(Player *player, const int64_t *words) {
-    int64_t elements = words[2], size = words[3], own = words[6], n = words[7], sends = 0, copies = 0;
+    int64_t elements = words[2], size = words[3], own = words[6], n = words[7], sends = 0, copies = 0, held = 0;
     Fold kernel = (Fold)words[4];
     double divisor;
     memcpy(&divisor, words + 5, 8);
     char *out = (char *)words[1], *targets[MOST_FUSED];
-    const char *operands[n + 1];
+    const char *operands[n + 1], *slots[n + 1];
     const void *parts[n + 1];
-    for (int64_t k = 0, request = 8; k <= n; k++)
-        operands[k] = k == own ? out : (char *)player->requests[words[request++]].view;
+    for (int64_t k = 0, at = 8; k <= n; k++) {
+        Request *request = k == own ? 0 : player->requests + words[at++];
+        operands[k] = request ? (char *)request->view : out;
+        if (request && request->in_slots) slots[held++] = operands[k];
+    }
     const int64_t *first = words + 8 + n, *next = first; /* a second message to one peer has no number yet */
     while (copies < MOST_FUSED && next[0] == SEND && next[3] == words[1] && next[4] == elements * size
            && !again(first, next) && begin_send(player, next, targets + copies)) {
@@ -307,13 +313,14 @@ static void fold(Player *player, const int64_t *words) {
         sends++;
         next += 6;
     }
-    int64_t block = copies ? FUSED_BYTES / size : elements;
+    int64_t block = copies || held ? (BLOCK_BYTES / (1 + held) & -LINE) / size : elements;
     for (int64_t start = 0; start < elements; start += block) {
         int64_t count = least(block, elements - start);
         for (int64_t k = 0; k <= n; k++) parts[k] = operands[k] + start * size;
         kernel(out + start * size, parts, n + 1, count, divisor);
         for (int64_t k = 0; k < copies; k++)
             memcpy(targets[k] + start * size, out + start * size, (size_t)(count * size));
+        for (int64_t k = 0; k < held; k++) own_lines(slots[k] + start * size, count * size);
     }
     player->tape->put = sends;
 }
@@ -387,7 +394,8 @@ int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *tim
             tape->at += 2;
             break;
         case SNAPSHOT:
-            memcpy((void *)words[1], (void *)words[2], (size_t)words[3]);
+            if (words[3] >= COPIED_PAST) stream((char *)words[1], (char *)words[2], words[3]);
+            else memcpy((void *)words[1], (void *)words[2], (size_t)words[3]);
             tape->at += 4;
             break;
         default:

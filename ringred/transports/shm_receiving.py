@@ -14,11 +14,15 @@ from ringred.transports.links import (
     AT,
     CONTRACT,
     ENTRIES,
+    KIND_BITS,
     LENGTH,
     NUMBER,
     PART,
     PLACE,
     PUT,
+    SEGMENT_BYTES,
+    SLOT,
+    SLOT_PART,
     TAKEN,
     Link,
     Receive,
@@ -91,8 +95,8 @@ class Receiver:
                 )
             link.state[TAKEN] = number
             self._plane.after_sent(link, number)
-            offset, kind = place >> 2, place & 3
-            if kind == AT and request.lend and not got and wanted and nbytes:
+            offset, kind = place >> KIND_BITS, place & (1 << KIND_BITS) - 1
+            if kind in (AT, SLOT) and request.lend and not got and wanted and nbytes:
                 request.view = self._plane.lend(link, offset, nbytes, dst.dtype)
                 request.number = number
                 self._received(nbytes)
@@ -100,11 +104,11 @@ class Receiver:
             if request.lend and staging is None:
                 staging = torch.empty_like(dst)
             if kind != PUT and nbytes:
-                part = min(nbytes - got, self._plane.part_bytes) if kind == PART or got else nbytes
+                part = {PART: self._plane.part_bytes, SLOT_PART: SEGMENT_BYTES}.get(kind, nbytes - got)
                 self._plane.fetch(dst if staging is None else staging, got, link, offset, part)
                 got += part
             self._consume(link, number)
-            if kind != PART:
+            if kind not in (PART, SLOT_PART):
                 request.number, request.view = -1, staging
                 self._received(nbytes)
                 return

@@ -20,6 +20,7 @@ from ringred.transports.links import (
     EXPOSED_AT,
     EXPOSED_CONTRACT,
     EXPOSED_END,
+    KIND_BITS,
     LENGTH,
     NOWHERE,
     NUMBER,
@@ -129,7 +130,7 @@ class Sender:
             self._plane.put(link, target, src)
             request.place = PUT
         elif nbytes > SMALL_BYTES and not buffered and (offset := self._plane.offset(address)) >= 0:
-            request.place = offset << 2
+            request.place = offset << KIND_BITS
         if link.queue or not self._start(request):
             link.queue.append(request)
             self._own[QUEUED] += 1
@@ -147,7 +148,7 @@ class Sender:
         state[slots.used_at + slot], state[slots.next_at] = number, (slot + 1) % SMALL_SLOTS
         offset = slots.start + slot * SMALL_STRIDE
         self._plane.fill_short(offset, src, nbytes)
-        self._post(link, number, self._contract, nbytes, offset << 2)
+        self._post(link, number, self._contract, nbytes, offset << KIND_BITS)
         return True
 
     def _start(self, request: Send) -> bool:
@@ -169,7 +170,7 @@ class Sender:
             self._plane.fill(offset, request.source, request.done, part)
             request.done += part
             last = request.done == nbytes
-            self._post(link, number, request.contract, nbytes, offset << 2 | (AT if last else PART))
+            self._post(link, number, request.contract, nbytes, offset << KIND_BITS | (AT if last else PART))
             if last:
                 request.until = 0
                 return True

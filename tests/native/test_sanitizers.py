@@ -28,7 +28,7 @@ def test_the_player_is_there_where_it_can_be_built() -> None:
 def built(folder: Path, sanitizers: str, sources: Path = NATIVE) -> Path:
     program = folder / "ranks"
     sanitize = ["-fsanitize=" + sanitizers, "-fno-sanitize-recover=all"] if sanitizers else []
-    files = [HERE / "ranks.c", sources / "tape.c", sources / "folds.c"]
+    files = [HERE / "ranks.c", *(sources / name for name in ("tape.c", "folds.c", "copy.c"))]
     command = [COMPILER, *FLAGS, *sanitize, f"-I{sources}", *files, "-o", program, "-lpthread"]
     made = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if "cannot find" in made.stderr:
