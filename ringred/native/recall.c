@@ -4,16 +4,11 @@
 #include <Python.h>
 #include <structmember.h>
 
+#include "keys.h"
 #include "layout.h"
 PyObject *recall_class(void);
 
-enum { KEY_WORDS = 256, PLACES = 128, TRIES = 4 };
-
-/* All that a call depends on: of a tensor its address, length and dtype, of a number its value, of anything else which
- * object it is. */
-typedef struct {
-    int64_t length, words[KEY_WORDS];
-} Key;
+enum { PLACES = 128, TRIES = 4 };
 
 typedef struct {
     PyObject *prepared, *tape, *objects; /* the call, what it plays, and the objects of the key, which stay as long */
@@ -35,92 +30,11 @@ typedef struct {
     unsigned long long stride;
     long long number, recalled, timeout_ns;
     char armed, stale, one_way;
+    Keys keys;
     Known *table[PLACES];
 } Recall;
 
-static PyObject *is_cpu, *is_contiguous, *is_conj, *is_neg, *data_ptr, *numel, *dtype; /* names */
-
-/* ---------------------------------------------------------------- keys */
-
-static int add_word(Key *key, int64_t word) {
-    if (key->length == KEY_WORDS) return 0;
-    key->words[key->length++] = word;
-    return 1;
-}
-
-static int method_says(PyObject *tensor, PyObject *name, PyObject *expected) {
-    PyObject *got = PyObject_CallMethodObjArgs(tensor, name, NULL);
-    Py_XDECREF(got);
-    return got == expected;
-}
-
-static int add_attribute(Key *key, PyObject *tensor, PyObject *name, PyObject *expected) {
-    PyObject *got = PyObject_GetAttr(tensor, name);
-    Py_XDECREF(got);
-    return expected ? got == expected : got && add_word(key, (int64_t)got);
-}
-
-static int add_value(Key *key, PyObject *number) {
-    long long value = PyLong_AsLongLong(number);
-    return !(value == -1 && PyErr_Occurred()) && add_word(key, value);
-}
-
-static int add_number(Key *key, PyObject *tensor, PyObject *name) {
-    PyObject *got = PyObject_CallMethodObjArgs(tensor, name, NULL);
-    int added = got && add_value(key, got);
-    Py_XDECREF(got);
-    return added;
-}
-
-/* Where it is plain memory, which these words describe fully. Memory that has no address, of a sparse tensor, raises. */
-static int add_tensor(Key *key, PyObject *tensor) {
-    return add_number(key, tensor, data_ptr) && add_number(key, tensor, numel) && add_attribute(key, tensor, dtype, NULL)
-           && add_attribute(key, tensor, is_cpu, Py_True) && method_says(tensor, is_contiguous, Py_True)
-           && method_says(tensor, is_conj, Py_False) && method_says(tensor, is_neg, Py_False);
-}
-
-static int add(Recall *self, Key *key, PyObject *one) {
-    if ((PyObject *)Py_TYPE(one) == self->held[TENSOR]) return add_tensor(key, one);
-    if (PyLong_CheckExact(one)) return add_value(key, one);
-    if (!PyList_Check(one) && !PyTuple_Check(one)) return add_word(key, (int64_t)one);
-    if (!PyList_CheckExact(one) && !PyTuple_CheckExact(one)) return 0;
-    Py_ssize_t length = PySequence_Size(one);
-    if (!add_word(key, length)) return 0;
-    for (Py_ssize_t at = 0; at < length; at++) {
-        PyObject *item = PySequence_GetItem(one, at);
-        int added = item && add(self, key, item);
-        Py_XDECREF(item);
-        if (!added) return 0;
-    }
-    return 1;
-}
-
-/* The key of a call, as tensors.identity makes it. 0 if it has none, -1 if what torch was asked raised what nobody may
- * catch, as Ctrl-C does. */
-static int key_of(Recall *self, Key *key, PyObject *const *args, Py_ssize_t given) {
-    key->length = 0;
-    for (Py_ssize_t at = 0; at < given; at++)
-        if (!add(self, key, args[at])) {
-            if (!PyErr_Occurred()) return 0;
-            if (!PyErr_ExceptionMatches(PyExc_Exception)) return -1;
-            PyErr_Clear();
-            return 0;
-        }
-    return 1;
-}
-
-/* The same of what tensors.identity made. */
-static int key_from(Key *key, PyObject *identity) {
-    key->length = 0;
-    for (Py_ssize_t at = 0; at < PyTuple_Size(identity); at++) {
-        PyObject *one = PyTuple_GetItem(identity, at);
-        if (!(PyLong_CheckExact(one) ? add_value(key, one) : add_word(key, (int64_t)one))) {
-            PyErr_Clear();
-            return 0;
-        }
-    }
-    return 1;
-}
+/* ---------------------------------------------------------------- what is kept */
 
 static int is_of(const Known *known, const Key *key) {
     return known && known->length == key->length && !memcmp(known->words, key->words, 8 * (size_t)key->length);
@@ -236,7 +150,7 @@ static PyObject *recall_play(Recall *self, PyObject *const *args, Py_ssize_t giv
     if (!called(self->held[ACQUIRE])) return NULL;
     if (self->stale) forget(self);
     Key key;
-    int found = self->armed ? key_of(self, &key, args, given) : 0;
+    int found = self->armed ? key_of(&self->keys, &key, args, given) : 0;
     if (found < 0) return released(self, NULL);
     Known *known = found && self->armed ? *place_of(self, &key) : NULL; /* torch may have run Python meanwhile */
     if (is_of(known, &key)) return released(self, replayed(self, known));
@@ -314,6 +228,10 @@ static PyObject *recall_new(PyTypeObject *type, PyObject *args, PyObject *named)
     if (!self) return NULL;
     memcpy(self->held, held, sizeof held);
     for (int at = 0; at < LAST; at++) Py_INCREF(held[at]);
+    if (!know(&self->keys, held[TENSOR])) {
+        Py_DECREF(self);
+        return NULL;
+    }
     self->rank = (Rank *)rank, self->stride = stride;
     return (PyObject *)self;
 }
@@ -350,13 +268,4 @@ static PyType_Slot recall_slots[] = {
 static PyType_Spec recall_spec = {"ringred.native._player.Recall", sizeof(Recall), 0,
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, recall_slots};
 
-PyObject *recall_class(void) {
-    struct {
-        PyObject **name;
-        const char *text;
-    } names[] = {{&is_cpu, "is_cpu"}, {&is_contiguous, "is_contiguous"}, {&is_conj, "is_conj"}, {&is_neg, "is_neg"},
-                 {&data_ptr, "data_ptr"}, {&numel, "numel"}, {&dtype, "dtype"}};
-    for (size_t at = 0; at < sizeof names / sizeof *names; at++)
-        if (!(*names[at].name = PyUnicode_InternFromString(names[at].text))) return NULL;
-    return PyType_FromSpec(&recall_spec);
-}
+PyObject *recall_class(void) { return PyType_FromSpec(&recall_spec); }

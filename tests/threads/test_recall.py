@@ -18,11 +18,19 @@ from ringred import native
 from ringred.communicator import Communicator
 from ringred.errors import CollectiveMismatch, PeerFailed
 from ringred.runtime.doing import Doing
+from ringred.runtime.folds import SUPPORTED
 from ringred.testing import run_ranks
 
 pytestmark = pytest.mark.skipif(native.player is None, reason=f"no compiled player: {native.reason}")
 
 BOTH = pytest.mark.parametrize("transport", ["shm", "shm:python"])
+
+
+@pytest.fixture(params=["DLPack", "methods"])
+def telling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How torch tells what a tensor is: by its table of functions for it, or by methods, where it has no table."""
+    if request.param == "methods":
+        monkeypatch.delattr(Tensor, "__dlpack_c_exchange_api__", raising=False)
 
 
 @contextmanager
@@ -69,6 +77,7 @@ def each_collective(comm: Communicator) -> list[Callable[[], object]]:
     ]
 
 
+@pytest.mark.usefixtures("telling")
 def test_every_collective_is_recalled_from_the_second_time_on() -> None:
     def body(comm: Communicator) -> list[bool]:
         calls = each_collective(comm)
@@ -102,6 +111,23 @@ def test_calls_that_are_recalled_do_the_same_and_are_counted_alike(transport: st
     assert run_ranks(body, 3, transport) == run_ranks(body, 3, "local")
 
 
+@pytest.mark.usefixtures("telling")
+def test_every_dtype_is_recalled_and_is_another_call_at_the_same_address() -> None:
+    def body(comm: Communicator) -> tuple[list[bool], list[bool]]:
+        memory = torch.empty(64, dtype=torch.uint8)
+        views = [memory.view(dtype) for dtype in SUPPORTED]
+        seen: list[bool] = []
+        with counted(comm) as told:
+            for view in (*views, *views):
+                comm.all_reduce(view.fill_(comm.rank))
+                seen.append(bool((view == 1).all()))
+        return seen, told
+
+    kinds = len(SUPPORTED)
+    assert run_ranks(body, 2, "shm") == [([True] * 2 * kinds, [False] * kinds + [True] * kinds)] * 2
+
+
+@pytest.mark.usefixtures("telling")
 @BOTH
 def test_memory_at_the_same_address_that_means_something_else_is_another_call(transport: str) -> None:
     def body(comm: Communicator) -> list[object]:

@@ -28,7 +28,7 @@ BOTH = pytest.mark.parametrize("transport", ["shm", "shm:python"])
 
 
 class Asked(TorchFunctionMode):
-    """Calls `then`, once, when torch is asked for the number of elements."""
+    """Calls `then`, once, when torch is asked whether a tensor is a negative view."""
 
     def __init__(self, then: Callable[[], object]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Asked(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         then = self.then
-        if then is not None and getattr(function, "__name__", "") == "numel":
+        if then is not None and getattr(function, "__name__", "") == "is_neg":
             self.then = None
             then()
         return function(*args, **(kwargs or {}))
