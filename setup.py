@@ -56,7 +56,9 @@ setup(
         Extension(
             "ringred.native._player",
             [str(NATIVE / name) for name in ("module.c", "recall.c", "tape.c", "folds.c", "copy.c")],
-            depends=[str(NATIVE / name) for name in ("dlpack.h", "halves.h", "keys.h", "layout.h", "slots.h", "waits.h")],
+            depends=[
+                str(NATIVE / name) for name in ("dlpack.h", "halves.h", "keys.h", "layout.h", "slots.h", "waits.h")
+            ],
             extra_compile_args=["-O3", "-std=c11", "-D_GNU_SOURCE", "-ffp-contract=off", "-fvisibility=hidden"],
             extra_link_args=["-Wl,-s"],
             define_macros=[("Py_LIMITED_API", "0x030a0000")] if STABLE_ABI else [],
