@@ -35,7 +35,8 @@ static void meet(int me, int k) {
 }
 
 static void *rank(void *number) {
-    int me = (int)(intptr_t)number, met = 0;
+    const int me = (int)(intptr_t)number, streams = way == STREAMING, owns = way == OWNED;
+    int met = 0;
     cpu_set_t core;
     CPU_ZERO(&core);
     CPU_SET(me, &core);
@@ -46,7 +47,7 @@ static void *rank(void *number) {
         double began = now();
         for (long i = 0; i < BYTES; i += 16) {
             __m128i value = _mm_load_si128((const __m128i *)(own[me] + i));
-            if (way == STREAMING) _mm_stream_si128((__m128i *)(slot[me] + i), value);
+            if (streams) _mm_stream_si128((__m128i *)(slot[me] + i), value);
             else _mm_store_si128((__m128i *)(slot[me] + i), value);
         }
         _mm_sfence();
@@ -56,9 +57,8 @@ static void *rank(void *number) {
         for (long i = 0; i < BYTES; i += 16) {
             float *sum = (float *)(own[me] + i);
             _mm_store_ps(sum, _mm_add_ps(_mm_load_ps(sum), _mm_load_ps((float *)(slot[1 - me] + i))));
-            volatile char *byte = slot[1 - me] + i;
-            if (way == OWNED && i % LINE == 0) *byte = *byte;
         }
+        for (volatile char *byte = slot[1 - me]; owns && byte < slot[1 - me] + BYTES; byte += LINE) *byte = *byte;
         if (me == 0 && k >= 0) written[k] = wrote, heard[k] = now() - began;
         meet(me, ++met);
     }

@@ -9,7 +9,7 @@ from types import ModuleType
 
 __all__ = ["VERSION", "player", "reason"]
 
-VERSION = 8
+VERSION = 9
 """Of what lies where and of the functions of the extension, as in `layout.h`."""
 
 player: ModuleType | None = None

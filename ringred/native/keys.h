@@ -1,4 +1,4 @@
-/* Keys: what a call is found by, made of its arguments. */
+/* Keys: what a call is found by, made of its arguments. For recall.c. */
 #ifndef RINGRED_KEYS_H
 #define RINGRED_KEYS_H
 
@@ -15,13 +15,13 @@ typedef struct {
     int64_t length, words[KEY_WORDS];
 } Key;
 
-/* What is known of torch: the class of plain tensors, how it tells without Python what one is (0 where it does not), and its
- * dtypes by DLPack's numbers. All live as long as torch. */
+/* What is known of torch: the class of plain tensors, how it tells without Python what one is (0 where it does not), and
+ * which dtypes DLPack's numbers mean, of (empty tensor, dtype) in `examples`. */
 typedef struct {
-    PyObject *tensor;
+    PyObject *plain, *examples;
     ViewOf view;
     struct {
-        uint64_t code;
+        uint64_t number;
         PyObject *dtype;
     } dtypes[DTYPES];
 } Keys;
@@ -58,15 +58,16 @@ static int add_number(Key *key, PyObject *tensor, PyObject *name) {
     return added;
 }
 
-/* Adds the dtype as an object, for which torch is asked once. */
-static int add_dtype(Keys *keys, Key *key, PyObject *tensor, const View *view) {
-    uint64_t code = UINT64_C(1) << 32 | (uint64_t)view->dtype.lanes << 16 | (uint64_t)view->dtype.code << 8 | view->dtype.bits;
-    int at = 0;
-    while (keys->dtypes[at].code && keys->dtypes[at].code != code) at++;
-    if (keys->dtypes[at].code) return add_word(key, (int64_t)keys->dtypes[at].dtype);
-    if (!add_attribute(key, tensor, dtype, NULL)) return 0;
-    if (at < DTYPES - 1) keys->dtypes[at].code = code, keys->dtypes[at].dtype = (PyObject *)key->words[key->length - 1];
-    return 1;
+static uint64_t number_of(const View *view) {
+    return UINT64_C(1) << 32 | (uint64_t)view->dtype.lanes << 16 | (uint64_t)view->dtype.code << 8 | view->dtype.bits;
+}
+
+/* Adds the dtype, as an object, if it is one of the examples'. */
+static int add_dtype(const Keys *keys, Key *key, const View *view) {
+    uint64_t number = number_of(view);
+    for (int at = 0; at < DTYPES && keys->dtypes[at].number; at++)
+        if (keys->dtypes[at].number == number) return add_word(key, (int64_t)keys->dtypes[at].dtype);
+    return 0;
 }
 
 static int is_in_a_row(const View *view, int64_t *elements) {
@@ -80,7 +81,7 @@ static int is_in_a_row(const View *view, int64_t *elements) {
 }
 
 /* Where it is plain memory, which these words describe fully. Memory that has no address, of a sparse tensor, raises. */
-static int add_tensor(Keys *keys, Key *key, PyObject *tensor) {
+static int add_tensor(const Keys *keys, Key *key, PyObject *tensor) {
     View view;
     int64_t elements;
     if (!keys->view)
@@ -89,12 +90,12 @@ static int add_tensor(Keys *keys, Key *key, PyObject *tensor) {
                && method_says(tensor, is_conj, Py_False) && method_says(tensor, is_neg, Py_False);
     return !keys->view(tensor, &view) && view.device == DLPACK_CPU && is_in_a_row(&view, &elements)
            && add_word(key, (int64_t)(view.data + view.byte_offset)) && add_word(key, elements)
-           && add_dtype(keys, key, tensor, &view) && method_says(tensor, is_neg, Py_False)
+           && add_dtype(keys, key, &view) && method_says(tensor, is_neg, Py_False)
            && (view.dtype.code != DLPACK_COMPLEX || method_says(tensor, is_conj, Py_False));
 }
 
-static int add(Keys *keys, Key *key, PyObject *one) {
-    if ((PyObject *)Py_TYPE(one) == keys->tensor) return add_tensor(keys, key, one);
+static int add(const Keys *keys, Key *key, PyObject *one) {
+    if ((PyObject *)Py_TYPE(one) == keys->plain) return add_tensor(keys, key, one);
     if (PyLong_CheckExact(one)) return add_value(key, one);
     if (!PyList_Check(one) && !PyTuple_Check(one)) return add_word(key, (int64_t)one);
     if (!PyList_CheckExact(one) && !PyTuple_CheckExact(one)) return 0;
@@ -111,7 +112,7 @@ static int add(Keys *keys, Key *key, PyObject *one) {
 
 /* The key of a call, as tensors.identity makes it. 0 if it has none, -1 if what torch was asked raised what nobody may
  * catch, as Ctrl-C does. */
-static int key_of(Keys *keys, Key *key, PyObject *const *args, Py_ssize_t given) {
+static int key_of(const Keys *keys, Key *key, PyObject *const *args, Py_ssize_t given) {
     key->length = 0;
     for (Py_ssize_t at = 0; at < given; at++)
         if (!add(keys, key, args[at])) {
@@ -136,22 +137,37 @@ static int key_from(Key *key, PyObject *identity) {
     return 1;
 }
 
-/* False, with an exception, if it could not. */
-static int know(Keys *keys, PyObject *tensor) {
+static int intern_names(void) {
     struct {
         PyObject **name;
         const char *text;
     } names[] = {{&is_cpu, "is_cpu"}, {&is_contiguous, "is_contiguous"}, {&is_conj, "is_conj"}, {&is_neg, "is_neg"},
                  {&data_ptr, "data_ptr"}, {&numel, "numel"}, {&dtype, "dtype"}};
     for (size_t at = 0; at < sizeof names / sizeof *names; at++)
-        if (!*names[at].name && !(*names[at].name = PyUnicode_InternFromString(names[at].text))) return 0;
-    PyObject *capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+        if (!(*names[at].name = PyUnicode_InternFromString(names[at].text))) return 0;
+    return 1;
+}
+
+static ViewOf view_of(PyObject *plain) {
+    PyObject *capsule = PyObject_GetAttrString(plain, "__dlpack_c_exchange_api__");
     const Exchange *exchange = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
-    Py_XDECREF(capsule);
+    Py_XDECREF(capsule); /* the table stays as long as its library */
     PyErr_Clear();
     while (exchange && exchange->major != DLPACK_MAJOR) exchange = exchange->older;
-    keys->tensor = tensor;
-    keys->view = exchange ? exchange->view : 0;
+    return exchange ? exchange->view : 0;
+}
+
+/* False, with an exception, if `examples` is not as it should be. */
+static int know(Keys *keys, PyObject *plain, PyObject *examples) {
+    Py_INCREF(plain), Py_INCREF(examples);
+    keys->plain = plain, keys->examples = examples;
+    keys->view = view_of(plain);
+    for (Py_ssize_t at = 0; keys->view && at < PyTuple_Size(examples) && at < DTYPES; at++) {
+        PyObject *pair = PyTuple_GetItem(examples, at), *example, *dtype;
+        View view;
+        if (!PyArg_ParseTuple(pair, "OO", &example, &dtype) || keys->view(example, &view)) return 0;
+        keys->dtypes[at].number = number_of(&view), keys->dtypes[at].dtype = dtype;
+    }
     return 1;
 }
 

@@ -105,9 +105,16 @@ PyDoc_STRVAR(layout_doc, "layout() -> the numbers that Python has to agree on");
 
 static PyObject *module_layout(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return Py_BuildValue("(iiiiiiiiiiiiiiii)", VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES,
-                         SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES, SEGMENT_BYTES,
-                         (int)(sizeof(Rank) / 8), (int)(sizeof(Link) / 8));
+    static const long numbers[] = {
+        VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES, SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE,
+        SLOT_BYTES, SLOTS, PART_BYTES, SEGMENT_BYTES, SLOT, SLOT_PART, KIND_BITS,
+        sizeof(Rank) / 8, sizeof(Link) / 8, sizeof(Request) / 8,
+    };
+    enum { COUNT = sizeof numbers / sizeof *numbers };
+    PyObject *layout = PyTuple_New(COUNT);
+    for (Py_ssize_t at = 0; layout && at < COUNT; at++)
+        if (PyTuple_SetItem(layout, at, PyLong_FromLong(numbers[at]))) Py_CLEAR(layout);
+    return layout;
 }
 
 static PyMethodDef methods[] = {

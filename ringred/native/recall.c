@@ -18,10 +18,9 @@ typedef struct {
     int64_t length, words[];
 } Known;
 
-/* What a Recall holds: whose the rank's state is, the order's methods, the class of plain tensors, what is under way
- * (doing.py), what Python does when a call did not end at once, failed in that, or has to be noted, and the call that was
- * recalled last. */
-enum { PLAYER, ACQUIRE, RELEASE, TENSOR, DOINGS, RESUME, ABANDON, NOTE, LAST, HELD };
+/* What a Recall holds: whose the rank's state is, the order's methods, what is under way (doing.py), what Python does when
+ * a call did not end at once, failed in that, or has to be noted, and the call that was recalled last. */
+enum { PLAYER, ACQUIRE, RELEASE, DOINGS, RESUME, ABANDON, NOTE, LAST, HELD };
 
 typedef struct {
     PyObject_HEAD
@@ -191,6 +190,8 @@ static PyObject *recall_keep(Recall *self, PyObject *args) {
 static int recall_traverse(Recall *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
     for (int at = 0; at < HELD; at++) Py_VISIT(self->held[at]);
+    Py_VISIT(self->keys.plain);
+    Py_VISIT(self->keys.examples);
     for (int at = 0; at < PLACES; at++) {
         Known *known = self->table[at];
         if (!known) continue;
@@ -204,6 +205,8 @@ static int recall_traverse(Recall *self, visitproc visit, void *arg) {
 static int recall_clear(Recall *self) {
     self->armed = 0;
     for (int at = 0; at < HELD; at++) Py_CLEAR(self->held[at]);
+    Py_CLEAR(self->keys.plain);
+    Py_CLEAR(self->keys.examples);
     forget(self);
     return 0;
 }
@@ -220,15 +223,15 @@ static PyObject *recall_new(PyTypeObject *type, PyObject *args, PyObject *named)
     (void)named;
     long long rank;
     unsigned long long stride;
-    PyObject *held[HELD] = {NULL};
-    if (!PyArg_ParseTuple(args, "OLOOOOOOOK", held + PLAYER, &rank, held + ACQUIRE, held + RELEASE, held + TENSOR,
-                          held + DOINGS, held + RESUME, held + ABANDON, held + NOTE, &stride))
+    PyObject *held[HELD] = {NULL}, *plain, *examples;
+    if (!PyArg_ParseTuple(args, "OLOOOO!OOOOK", held + PLAYER, &rank, held + ACQUIRE, held + RELEASE, &plain, &PyTuple_Type,
+                          &examples, held + DOINGS, held + RESUME, held + ABANDON, held + NOTE, &stride))
         return NULL;
     Recall *self = (Recall *)PyType_GenericAlloc(type, 0);
     if (!self) return NULL;
     memcpy(self->held, held, sizeof held);
     for (int at = 0; at < LAST; at++) Py_INCREF(held[at]);
-    if (!know(&self->keys, held[TENSOR])) {
+    if (!know(&self->keys, plain, examples)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -254,7 +257,7 @@ static PyMemberDef recall_members[] = {
 };
 
 PyDoc_STRVAR(recall_doc,
-             "Recall(player, rank, acquire, release, Tensor, doings, resume, abandon, note, stride)\n\n"
+             "Recall(player, rank, acquire, release, Tensor, examples, doings, resume, abandon, note, stride)\n\n"
              "`rank` is the address of the rank's state, which `player` keeps; `acquire` and `release` are of the order of calls.\n"
              "What does not end at once becomes `doings.current` and is left to `resume(prepared)`; `abandon(prepared, failure)`\n"
              "is called if that raises; `note(prepared, number, left)` is told of what it has to know.");
@@ -268,4 +271,4 @@ static PyType_Slot recall_slots[] = {
 static PyType_Spec recall_spec = {"ringred.native._player.Recall", sizeof(Recall), 0,
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, recall_slots};
 
-PyObject *recall_class(void) { return PyType_FromSpec(&recall_spec); }
+PyObject *recall_class(void) { return intern_names() ? PyType_FromSpec(&recall_spec) : NULL; }

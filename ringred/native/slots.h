@@ -7,9 +7,18 @@
 #include "layout.h"
 #include "waits.h"
 
-/* HOT_SLOTS: only so many of the large ones are used in turn, as they lie in the caches of both ranks. BLOCK_BYTES stay in the
- * first-level cache between two passes. */
-enum { HOT_SLOTS = 8, BLOCK_BYTES = 16 << 10 };
+_Static_assert(PART_BYTES <= HOT_SLOTS * SLOT_BYTES && HOT_SLOTS <= SLOTS, "a message finds room");
+
+#ifndef BLOCK_BYTES /* they stay in the first-level cache between two passes */
+#define BLOCK_BYTES (16 << 10)
+#endif
+
+/* ThreadSanitizer is told of `own_lines` only where no slots are shared. */
+#ifdef NOTHING_IS_SHARED
+#define UNSEEN
+#else
+#define UNSEEN __attribute__((no_sanitize("thread")))
+#endif
 
 static inline int consumed(Link *link, int64_t number) {
     if (number > link->acked) link->acked = word_of(link->acked_at, 0);
@@ -57,11 +66,12 @@ static void share(const Rank *rank, Link *link, int64_t number, int64_t offset, 
     for (int64_t at = first; at < first + large_slots(nbytes); at++) link->shared_used[at] = number;
 }
 
-/* Makes lines that were read ones of this core, by writing to each what stands there: for the sender, to write to lines that
- * another core has only read may take five times as long (docs/design/native.md). Slots that are shared have several
- * readers, who all write the same. */
-__attribute__((no_sanitize("thread"))) static inline void own_lines(const char *slots, int64_t nbytes) {
-    for (volatile char *line = (volatile char *)slots; line < slots + nbytes; line += LINE) *line = *line;
+/* Makes lines that were read ones of this core, by writing to each what stands there, before they are given back: to
+ * write to lines that another core has only read takes the sender longer (docs/design/native.md). Slots that are shared have
+ * several readers, who all write the same. */
+UNSEEN static inline void own_lines(const char *slots, int64_t nbytes) {
+    for (volatile char *line = (volatile char *)slots; line < slots + nbytes; line += LINE)
+        __atomic_store_n(line, __atomic_load_n(line, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
 }
 
 /* Copies a message, or part of one, out of a peer's slots, `past` the cache or not. */

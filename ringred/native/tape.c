@@ -7,8 +7,7 @@
 
 #include "slots.h"
 
-/* Copies of own data go past the cache from COPIED_PAST on, what comes from peers where all of it is RECEIVED_PAST. */
-enum { MOST_FUSED = 16, COPIED_PAST = 4 << 20, RECEIVED_PAST = 32 << 20 };
+enum { MOST_FUSED = 16, LEAST_BLOCK = 1 << 10 };
 
 typedef struct {
     Rank *rank;
@@ -16,6 +15,7 @@ typedef struct {
     Tape *tape;
     Request *requests;
     int how;
+    int64_t queues;         /* links with sends that wait for room */
     const int64_t *sharing; /* the SEND whose data lies in shared slots already, and where */
     int64_t shared_at;
 } Player;
@@ -59,10 +59,12 @@ static int start(Player *player, Request *request) {
 
 /* Posts the sends that wait for room, in order, as far as there is room now. */
 static void drain(Player *player) {
-    for (int64_t at = 0; at < player->rank->links; at++) {
+    for (int64_t at = 0; player->queues && at < player->rank->links; at++) {
         Link *link = player->links + at;
+        if (link->sends < 0) continue;
         while (link->sends >= 0 && start(player, player->requests + link->sends))
             link->sends = player->requests[link->sends].next;
+        player->queues -= link->sends < 0;
     }
 }
 
@@ -109,13 +111,13 @@ static int64_t placed(Player *player, Link *link, const int64_t *words, int *cop
     return offset;
 }
 
-/* SEND, request, link, address, bytes, flags.
+/* SEND, request, link, address, bytes, how.
  * Whether its data has a place now; `target` is where it is to be copied before it is posted, or 0. */
 static int begin_send(Player *player, const int64_t *words, char **target) {
     Request *request = player->requests + words[1];
     Link *link = player->links + words[2];
     Rank *rank = player->rank;
-    int64_t address = words[3], nbytes = words[4], put = words[5] & 1, buffered = words[5] & 2;
+    int64_t address = words[3], nbytes = words[4], put = words[5] & MAY_PUT, buffered = words[5] & BUFFERED;
     *request = (Request){.link = words[2], .address = address, .nbytes = nbytes, .place = -1, .until = -1, .next = -1};
     *target = 0;
     if (nbytes <= SMALL_BYTES) return 0;
@@ -145,7 +147,7 @@ static void send(Player *player, const int64_t *words) {
         if (target) memcpy(target, (char *)request->address, (size_t)request->nbytes);
     }
     if (link->sends < 0 && start(player, request)) return;
-    if (link->sends < 0) link->sends = words[1];
+    if (link->sends < 0) link->sends = words[1], player->queues++;
     else player->requests[link->last_send].next = words[1];
     link->last_send = words[1];
 }
@@ -156,13 +158,14 @@ static void send(Player *player, const int64_t *words) {
 static int until(Player *player, int64_t link, int64_t address, int64_t value) {
     Rank *rank = player->rank;
     if (word_of(address, 0) >= value) return DONE;
-    drain(player);
-    for (int64_t spin = now() + (rank->gives_way ? rank->gives_way : SPIN_NS); now() < spin;)
+    for (int64_t spin = now() + (rank->gives_way ? rank->gives_way : SPIN_NS); now() < spin;) {
+        drain(player);
         for (int look = 0; look < (rank->gives_way ? 1 : LOOKS); look++) {
             if (word_of(address, 0) >= value) return DONE;
             if (rank->gives_way) sched_yield();
             else pause_core();
         }
+    }
     player->tape->fault_link = link;
     if (player->how & BRIEFLY) return LOOK;
     for (int interrupted = 0;;) {
@@ -187,9 +190,10 @@ static int until(Player *player, int64_t link, int64_t address, int64_t value) {
 
 /* ---------------------------------------------------------------- receiving */
 
-static void consume(Link *link, int64_t number) {
+static void consume(Player *player, Link *link, int64_t number) {
     set_word(link->taken_at, 0, number);
     wake(link->block);
+    drain(player); /* the peer does so too: there may be room */
 }
 
 /* Finishes the next receive from a peer, or lends what came for it. */
@@ -210,8 +214,8 @@ static int take(Player *player, Request *request, int wanted) {
             player->tape->fault_got = nbytes;
             return MISMATCH;
         }
-        int lent = (kind == AT || kind == SLOT) && request->lend && !request->staging && wanted && nbytes;
-        if (request->lend && !lent && !request->staging && nbytes) {
+        int lent = (kind == AT || kind == SLOT) && request->how & LEND && !request->staging && wanted && nbytes;
+        if (request->how & LEND && !lent && !request->staging && nbytes) {
             request->staging = (int64_t)malloc((size_t)nbytes);
             if (!request->staging) return NO_MEMORY;
         }
@@ -225,11 +229,11 @@ static int take(Player *player, Request *request, int wanted) {
         if (kind != PUT && nbytes) {
             int64_t part = kind == PART ? PART_BYTES : kind == SLOT_PART ? SEGMENT_BYTES : nbytes - request->done;
             char *target = (char *)(request->staging ? request->staging : request->address) + request->done;
-            if (kind == AT) memcpy(target, (char *)link->window + offset, (size_t)part);
-            else fetch(target, (char *)link->window + offset, part, player->tape->moved[3] >= RECEIVED_PAST);
+            if (kind == AT || kind == PART) memcpy(target, (char *)link->window + offset, (size_t)part);
+            else fetch(target, (char *)link->window + offset, part, request->how & PAST);
             request->done += part;
         }
-        consume(link, number);
+        consume(player, link, number);
         if (kind != PART && kind != SLOT_PART) {
             request->number = -1;
             request->view = request->staging;
@@ -238,11 +242,11 @@ static int take(Player *player, Request *request, int wanted) {
     }
 }
 
-/* RECEIVE, request, link, address, bytes, whether to lend. */
+/* RECEIVE, request, link, address, bytes, how. */
 static void receive(Player *player, const int64_t *words) {
     Request *request = player->requests + words[1];
     Link *link = player->links + words[2];
-    *request = (Request){.link = words[2], .address = words[3], .nbytes = words[4], .lend = words[5], .next = -1};
+    *request = (Request){.link = words[2], .address = words[3], .nbytes = words[4], .how = words[5], .next = -1};
     if (link->receives < 0) link->receives = words[1];
     else player->requests[link->last_receive].next = words[1];
     link->last_receive = words[1];
@@ -261,7 +265,7 @@ static int wait_received(Player *player, int64_t number) {
 }
 
 static void release(Player *player, Request *request) {
-    if (request->number > 0) consume(player->links + request->link, request->number);
+    if (request->number > 0) consume(player, player->links + request->link, request->number);
     free((void *)request->staging);
     request->staging = request->view = 0;
     request->number = -1;
@@ -313,7 +317,8 @@ static void fold(Player *player, const int64_t *words) {
         sends++;
         next += 6;
     }
-    int64_t block = copies || held ? (BLOCK_BYTES / (1 + held) & -LINE) / size : elements;
+    int64_t bytes = BLOCK_BYTES / (1 + held) & -LINE;
+    int64_t block = copies || held ? (bytes < LEAST_BLOCK ? LEAST_BLOCK : bytes) / size : elements;
     for (int64_t start = 0; start < elements; start += block) {
         int64_t count = least(block, elements - start);
         for (int64_t k = 0; k <= n; k++) parts[k] = operands[k] + start * size;
@@ -359,7 +364,8 @@ static void end(Rank *rank, Tape *tape) {
 int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *times, int how) {
     int result = tape->playing ? DONE : begin(rank, tape, contract, timeout);
     if (result != DONE) return result;
-    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, how, 0, 0};
+    Player player = {rank, (Link *)(rank + 1), tape, (Request *)tape->requests, how, 0, 0, 0};
+    for (int64_t at = 0; at < rank->links; at++) player.queues += player.links[at].sends >= 0;
     for (;;) {
         const int64_t *words = tape->words + tape->at;
         switch (words[0]) {
@@ -393,10 +399,10 @@ int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *tim
             if ((result = wait_sent(&player, words[1])) != DONE) return result;
             tape->at += 2;
             break;
-        case SNAPSHOT:
-            if (words[3] >= COPIED_PAST) stream((char *)words[1], (char *)words[2], words[3]);
+        case SNAPSHOT: /* target, source, bytes, how */
+            if (words[4] & PAST) stream((char *)words[1], (char *)words[2], words[3]);
             else memcpy((void *)words[1], (void *)words[2], (size_t)words[3]);
-            tape->at += 4;
+            tape->at += 5;
             break;
         default:
             end(rank, tape);

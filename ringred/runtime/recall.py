@@ -6,10 +6,12 @@ from collections.abc import Callable
 from threading import RLock
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ringred.runtime.calls import Prepared
 from ringred.runtime.executor import Plan
+from ringred.runtime.folds import SUPPORTED
 from ringred.transports.base import Tape, Transport
 
 __all__ = ["Never", "Recall", "contract", "recall", "remember"]
@@ -71,7 +73,8 @@ def recall(transport: Transport, order: RLock, doings: object, *calls: Callable[
     first of `calls`; the others are the `abandon` and `note` of native/recall.c."""
     if transport.player is None:
         return Never()
-    made: Recall = transport.player.recall(order.acquire, order.release, Tensor, doings, *calls, _STRIDE)
+    examples = tuple((torch.empty(0, dtype=dtype), dtype) for dtype in SUPPORTED)
+    made: Recall = transport.player.recall(order.acquire, order.release, Tensor, examples, doings, *calls, _STRIDE)
     return made
 
 

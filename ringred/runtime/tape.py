@@ -16,10 +16,13 @@ from ringred.native import player
 from ringred.runtime.folds import Folder, ReduceOp
 from ringred.transports.base import Tape
 
-__all__ = ["compiled", "kernel"]
+__all__ = ["compiled", "kernel", "past"]
 
 _SEND, _RECEIVE, _FOLD, _TAKE, _WAIT_SENT, _SNAPSHOT, _END = range(7)  # the first six as in executor.py
-_PUT, _BUFFERED = 1, 2
+_MAY_PUT, _BUFFERED = 1, 2  # how a send is made
+_LEND, _PAST = 1, 2  # how a receive, or a copy
+_COPIED_PAST, _RECEIVED_PAST = 4 << 20, 32 << 20  # bytes of a copy, and of all receives, that no cache keeps
+_BLOCK_BITS = 16  # what is read again is known by blocks of 64 KiB
 _KINDS = {
     torch.uint8: 0,
     torch.int8: 1,
@@ -62,20 +65,22 @@ def compiled(
     fold = None if folder is None else kernel(folder)
     if folder is not None and fold is None:
         return None
+    passing = past(operations)
     words: list[int] = []
     sent, received, timed = [], [], 0
     element = 1
-    for operation in operations:
+    for at, operation in enumerate(operations):
         code = operation[0]
         if code == _SEND:
             _, request, peer, source, put, buffered = operation
-            flags = _PUT * put | _BUFFERED * buffered
-            words += (code, request, links[peer], source.data_ptr(), source.nbytes, flags)
+            how = _MAY_PUT * put | _BUFFERED * buffered
+            words += (code, request, links[peer], source.data_ptr(), source.nbytes, how)
             sent.append(source.nbytes)
             element = source.element_size()
         elif code == _RECEIVE:
             _, request, peer, destination, lend = operation
-            words += (code, request, links[peer], destination.data_ptr(), destination.nbytes, lend)
+            how = _LEND * lend | _PAST * (at in passing)
+            words += (code, request, links[peer], destination.data_ptr(), destination.nbytes, how)
             received.append(destination.nbytes)
             element = destination.element_size()
         elif code == _FOLD:
@@ -94,11 +99,41 @@ def compiled(
             words += (code, operation[1])
         else:
             _, target, source = operation
-            words += (code, target.data_ptr(), source.data_ptr(), source.nbytes)
+            words += (code, target.data_ptr(), source.data_ptr(), source.nbytes, _PAST * (at in passing))
     words.append(_END)
     bounds = (0, 0) if exposed is None else (exposed.data_ptr(), exposed.data_ptr() + exposed.nbytes)
     moved = (len(sent), sum(sent), len(received), sum(received))
     return Tape(words, requests, bounds, moved, timed, element)
+
+
+def past(operations: Sequence[tuple[Any, ...]]) -> set[int]:
+    """The places of receives and copies that go past the cache: so large that none keeps them, and of memory that the
+    plan does not read after them."""
+    received = sum(operation[3].nbytes for operation in operations if operation[0] == _RECEIVE)
+    copied = max((operation[1].nbytes for operation in operations if operation[0] == _SNAPSHOT), default=0)
+    found: set[int] = set()
+    if received < _RECEIVED_PAST and copied < _COPIED_PAST:
+        return found
+    read: set[int] = set()  # by what comes later
+    for at in reversed(range(len(operations))):
+        operation = operations[at]
+        code = operation[0]
+        if code == _SEND:
+            read.update(_blocks(operation[3]))
+        elif code == _FOLD:
+            read.update(_blocks(operation[2]))
+        elif code == _SNAPSHOT:
+            if operation[1].nbytes >= _COPIED_PAST and read.isdisjoint(_blocks(operation[1])):
+                found.add(at)
+            read.update(_blocks(operation[2]))
+        elif code == _RECEIVE and received >= _RECEIVED_PAST and read.isdisjoint(_blocks(operation[3])):
+            found.add(at)
+    return found
+
+
+def _blocks(tensor: Tensor) -> range:
+    start = tensor.data_ptr()
+    return range(start >> _BLOCK_BITS, (start + tensor.nbytes - 1 >> _BLOCK_BITS) + 1)
 
 
 def _bits(value: float) -> int:

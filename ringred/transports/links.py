@@ -16,16 +16,17 @@ from torch import Tensor
 
 from ringred import native
 from ringred.transports import futex
+from ringred.transports.base import Tape
 from ringred.transports.futex import fence
 from ringred.transports.windows import Window
 
 __all__ = ["LAYOUT", "Layout", "Link", "Receive", "Send", "Slots", "State"]
 
 PART_BYTES = 512 << 10
-"""The most bytes that go into slots at once, and so a segment: it hides Python's overhead, and fits into a cache."""
+"""The most bytes that Python puts into slots at once, and so a segment: it hides Python's overhead, and fits into a
+cache. The compiled player sends longer messages in parts of a segment of its own."""
 SEGMENT_BYTES = 128 << 10
-"""A segment where plans are compiled: the peer is done with one before a rank that waits for it sleeps. So much of a
-longer message goes into slots at once."""
+"""A segment where plans are compiled: the peer is done with one before a rank that waits for it sleeps."""
 SLOT_BYTES = 64 << 10
 """The size of a large slot; a message takes as many as it needs, one after the other."""
 SLOTS = 32
@@ -44,8 +45,9 @@ NOWHERE = 1 << 62  # EXPOSED_AT of a rank whose memory does not lie in its windo
 CONSUMED = 32  # a cache line per peer: the last message consumed, and LEFT, which the peer sets when it stops reading
 LEFT = 1
 CONTRACT, LENGTH, PLACE, NUMBER = 0, 1, 2, 3  # words of a descriptor
-# Kinds of place, in the bits below its offset: AT, in the sender's window; PUT, in the receiver's; PART, in the
-# sender's slots, more parts follow; SLOT and SLOT_PART, in slots that the compiled player filled.
+# Kinds of place, in the bits below its offset: AT, in the sender's window, where its slots are, too; PUT, in the
+# receiver's; PART, in slots, more parts of PART_BYTES follow; SLOT, in slots that the compiled player filled;
+# SLOT_PART, there, more parts of SEGMENT_BYTES follow.
 AT, PUT, PART, SLOT, SLOT_PART, KIND_BITS = 0, 1, 2, 3, 4, 3
 FLAG_STRIDE = 64  # bytes from one flag to the next: two a peer, one of the memory that is exposed (`planes`)
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets
@@ -59,7 +61,19 @@ LARGE_USED = SMALL_USED + SMALL_SLOTS
 GONE = LARGE_USED + 2 * SLOTS  # between them those of the slots that are shared
 OWN_WORDS, LINK_WORDS = 16, 104
 LAYOUT: tuple[int, ...] = (native.VERSION, SLEEPING, ALARM, CLOSED, EXPOSED_CONTRACT, EXPOSED_AT, ENTRIES)
-LAYOUT += (SMALL_BYTES, SMALL_SLOTS, SMALL_STRIDE, SLOT_BYTES, SLOTS, PART_BYTES, SEGMENT_BYTES, OWN_WORDS, LINK_WORDS)
+LAYOUT += (
+    SMALL_BYTES,
+    SMALL_SLOTS,
+    SMALL_STRIDE,
+    SLOT_BYTES,
+    SLOTS,
+    PART_BYTES,
+    SEGMENT_BYTES,
+    SLOT,
+    SLOT_PART,
+    KIND_BITS,
+)
+LAYOUT += (OWN_WORDS, LINK_WORDS, Tape.REQUEST_WORDS)
 """What the compiled player has to agree on: a version, and these numbers."""
 
 

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ringred import native
 from ringred.transports import futex
 from ringred.transports.base import Gather
 from ringred.transports.credentials import credentials_of
@@ -63,12 +64,12 @@ def connect(gather: Gather, rank: int, compiled: bool = True) -> tuple[Neighbour
         except OSError as failure:
             reason = f"no Unix socket: {failure}"
     here = "-" if reason is not None else place()
-    cards = [card.split(" ") for card in gather(f"{here} {name} {secret.hex()} {compiled:d}")]
+    cards = [card.split(" ") for card in gather(f"{here} {name} {secret.hex()} {native.VERSION * compiled}")]
     members = [peer for peer, card in enumerate(cards) if card[0] == here != "-"]
     found: Neighbours | None = None
     if len(members) > 1 and listener is not None:
         try:
-            found = Neighbours(rank, members, all(cards[peer][3] == "1" for peer in members))
+            found = Neighbours(rank, members, all(cards[peer][3] == str(native.VERSION) for peer in members))
             found.meet(listener, {peer: (cards[peer][1], bytes.fromhex(cards[peer][2])) for peer in members})
         except (OSError, MemoryError) as failure:
             reason = str(failure)[:200]

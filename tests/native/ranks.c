@@ -61,7 +61,7 @@ static Rank *made(int me) {
 }
 
 /* The tape of rank `me` for an all-reduce of `data`, whose share r is the elements bounds[r] to bounds[r + 1]. */
-static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int put) {
+static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int put, int past) {
     Tape *tape = calloc((size_t)(HEAD + 32 * (MOST_PIECES + 2) * ranks), 8);
     tape->count = 2 * (MOST_PIECES + 1) * ranks;
     tape->requests = (int64_t)calloc((size_t)tape->count, sizeof(Request));
@@ -82,7 +82,7 @@ static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int
         }
     for (int peer = 0; peer < ranks; peer++)
         if (peer != me) {
-            EMIT(RECEIVE, received[LINK(peer)] = request, LINK(peer), SHARE(me), 1);
+            EMIT(RECEIVE, received[LINK(peer)] = request, LINK(peer), SHARE(me), LEND);
             request++;
         }
     EMIT(FOLD, (int64_t)(data + bounds[me]), bounds[me + 1] - bounds[me], 4, (int64_t)fold_of(F32, SUM, 2), 0, me, ranks - 1);
@@ -97,7 +97,7 @@ static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int
         if (peer != me) {
             if (!window) EMIT(WAIT_SENT, sent[LINK(peer)]);
             for (int64_t at = bounds[peer]; at < bounds[peer + 1]; at += PIECE_ELEMENTS) {
-                EMIT(RECEIVE, request, LINK(peer), PIECE(peer, at), 0);
+                EMIT(RECEIVE, request, LINK(peer), PIECE(peer, at), past);
                 EMIT(TAKE, request);
                 request++;
             }
@@ -121,7 +121,7 @@ static void *run(void *given) {
         for (int r = 0; r <= ranks; r++) bounds[r] = elements * r / ranks;
         float *data = window ? inside : outside;
         for (int64_t i = 0; i < elements; i++) data[i] = (float)((i + turn) % 97 + me);
-        Tape *tape = tape_of(me, data, bounds, window, put);
+        Tape *tape = tape_of(me, data, bounds, window, put, drawn(&own) % 2 ? PAST : 0);
         if (drawn(&own) % 4 == 0) usleep(drawn(&own) % 300);
         int ended;
         do ended = play(rank, tape, turn, INT64_C(8000000000), 0, 0);

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "ringred" / "native"
 COMPILER = shutil.which("cc")
 FLAGS = ("-g", "-O1", "-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-tsan", "-D_GNU_SOURCE", "-ffp-contract=off")
+ALONE = "-DNOTHING_IS_SHARED"
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
@@ -25,11 +26,11 @@ def test_the_player_is_there_where_it_can_be_built() -> None:
     assert native.player is not None, native.reason
 
 
-def built(folder: Path, sanitizers: str, sources: Path = NATIVE) -> Path:
+def built(folder: Path, sanitizers: str, *macros: str, sources: Path = NATIVE) -> Path:
     program = folder / "ranks"
     sanitize = ["-fsanitize=" + sanitizers, "-fno-sanitize-recover=all"] if sanitizers else []
     files = [HERE / "ranks.c", *(sources / name for name in ("tape.c", "folds.c", "copy.c"))]
-    command = [COMPILER, *FLAGS, *sanitize, f"-I{sources}", *files, "-o", program, "-lpthread"]
+    command = [COMPILER, *FLAGS, *sanitize, *macros, f"-I{sources}", *files, "-o", program, "-lpthread"]
     made = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if "cannot find" in made.stderr:
         pytest.skip(f"this compiler has no library for -fsanitize={sanitizers}")
@@ -43,13 +44,19 @@ def played(program: Path, ranks: int, turns: int, seed: int = 1) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=at_once)
 
 
-@pytest.mark.parametrize("sanitizers", ["", "thread", "address,undefined"])
-def test_ranks_play_and_nothing_is_found(tmp_path: Path, sanitizers: str) -> None:
-    program = built(tmp_path, sanitizers)
+# Blocks of a line are what is left where a fold has hundreds of operands.
+@pytest.mark.parametrize("how", [[""], ["", "-DBLOCK_BYTES=64"], ["thread"], ["address,undefined"]], ids=str)
+def test_ranks_play_and_nothing_is_found(tmp_path: Path, how: list[str]) -> None:
+    program = built(tmp_path, *how)
     for ranks in (2, 3, 5):
         ended = played(program, ranks, 60, seed=ranks)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert ended.stdout == f"{ranks} ranks, 60 turns: all right\n"
+
+
+def test_lines_are_written_back_before_they_are_given_back(tmp_path: Path) -> None:
+    ended = played(built(tmp_path, "thread", ALONE), 2, 200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 MUTANTS = {
@@ -58,7 +65,12 @@ MUTANTS = {
     "a message is given back before it is read": (
         "tape.c",
         "memcpy(target, (char *)link->window",
-        "consume(link, number), memcpy(target, (char *)link->window",
+        "consume(player, link, number), memcpy(target, (char *)link->window",
+    ),
+    "slots are given back before they are read": (
+        "tape.c",
+        "else fetch(",
+        "else consume(player, link, number), fetch(",
     ),
     "slots are used again at once": ("slots.h", "if (!consumed(link, link->large_used[at])) return -1;", ";"),
     "shared slots are used again at once": (
@@ -75,19 +87,34 @@ MUTANTS = {
     "a lent message is given back before it is folded": (
         "tape.c",
         "fold(&player, words);\n",
-        "for (int64_t k = 0; k < words[7]; k++) consume(player.links + player.requests[words[8 + k]].link, "
+        "for (int64_t k = 0; k < words[7]; k++) consume(&player, player.links + player.requests[words[8 + k]].link, "
         "player.requests[words[8 + k]].number);\n            fold(&player, words);\n",
+    ),
+}
+BY_TWO = {  # of two ranks, which share no slots
+    "lines are written back after a copy was given back": (
+        "tape.c",
+        "        consume(player, link, number);\n        if (kind",
+        "        consume(player, link, number);\n"
+        "        if (kind == SLOT && nbytes) own_lines((char *)link->window + offset, LINE);\n        if (kind",
+    ),
+    "lines are written back after a loan was given back": (
+        "tape.c",
+        "    free((void *)request->staging);\n    request->staging = request->view",
+        "    if (request->in_slots) own_lines((char *)request->view, LINE);\n"
+        "    free((void *)request->staging);\n    request->staging = request->view",
     ),
 }
 
 
-@pytest.mark.parametrize("what", MUTANTS)
+@pytest.mark.parametrize("what", [*MUTANTS, *BY_TWO])
 def test_a_player_with_a_mistake_is_found_out(tmp_path: Path, what: str) -> None:
-    name, right, wrong = MUTANTS[what]
+    name, right, wrong = (MUTANTS | BY_TWO)[what]
     copy = tmp_path / "native"
     shutil.copytree(NATIVE, copy, ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__"))
     text = (copy / name).read_text()
     assert right in text
     (copy / name).write_text(text.replace(right, wrong))
-    program = built(tmp_path, "thread", copy)
-    assert any(played(program, ranks, 60).returncode != 0 for ranks in (2, 3, 5))
+    macros, sizes = ([], (2, 3, 5)) if what in MUTANTS else ([ALONE], (2,))
+    program = built(tmp_path, "thread", *macros, sources=copy)
+    assert any(played(program, ranks, 60).returncode != 0 for ranks in sizes)

@@ -201,7 +201,7 @@ def test_there_is_one_copy_of_what_goes_to_several_peers() -> None:
 
 @pytest.mark.parametrize("late", range(3))
 def test_a_copy_that_is_shared_stays_until_the_last_has_read_it(late: int) -> None:
-    """Twice as much as there are slots, and a rank that comes when all are full."""
+    """Eight times as much as there are slots, and a rank that comes when all are full."""
 
     def body(comm: Communicator) -> bool:
         right = True

@@ -6,13 +6,14 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ringred import native
 from ringred.communicator import Communicator
@@ -109,6 +110,27 @@ def test_calls_that_are_recalled_do_the_same_and_are_counted_alike(transport: st
         return seen, comm.runner.doings.seen()[1]._replace(site="")
 
     assert run_ranks(body, 3, transport) == run_ranks(body, 3, "local")
+
+
+def test_torch_is_asked_for_what_its_table_does_not_tell() -> None:
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+
+    def body(comm: Communicator) -> None:
+        numbers, pairs = torch.zeros(4), torch.zeros(4, dtype=torch.complex64)
+        for _ in range(2):
+            comm.all_reduce(numbers)
+            comm.all_reduce(pairs)
+        with Seen() if comm.rank else nullcontext():
+            comm.all_reduce(numbers)
+            comm.all_reduce(pairs)
+
+    run_ranks(body, 2, "shm")
+    assert names == ["is_neg", "is_neg", "is_conj"]
 
 
 @pytest.mark.usefixtures("telling")
@@ -339,7 +361,7 @@ def test_a_communicator_goes_with_what_it_remembers() -> None:
 
 def test_arguments_that_no_call_has_are_refused() -> None:
     assert native.player is not None
-    recall = native.player.Recall(None, 0, bool, bool, Tensor, None, bool, bool, bool, 1)
+    recall = native.player.Recall(None, 0, bool, bool, Tensor, (), None, bool, bool, bool, 1)
     assert recall.play(print, torch.ones(3)) is False
     for wrong in ((), (None, None, "here", 0, 0, False, ()), (None, None, 0, 0, 0, False, [])):
         with pytest.raises(TypeError):
