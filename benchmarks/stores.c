@@ -2,7 +2,7 @@
  *
  *     gcc -O2 benchmarks/stores.c -o stores -lpthread && ./stores
  *
- * x86-64. A line is the median of 35 turns for 512 KiB, in µs: by ordinary stores, by streaming ones, and by ordinary ones
+ * x86-64. A line has the medians of 35 turns for 512 KiB, in µs: by ordinary stores, by streaming ones, and by ordinary ones
  * where the reader writes a byte of every line back, so that the lines are its own. It runs for 20 seconds, because a machine
  * may have phases. */
 #define _GNU_SOURCE

@@ -1,4 +1,4 @@
-/* Copies of more than a cache holds. */
+/* Copies past the cache. */
 #include <string.h>
 
 #include "layout.h"

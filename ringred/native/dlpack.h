@@ -1,5 +1,5 @@
 /* What is used of DLPack's table of functions, by which a library of tensors says what lies where without Python
- * (`__dlpack_c_exchange_api__` of the class; version 1 of github.com/dmlc/dlpack, include/dlpack/dlpack.h). */
+ * (`__dlpack_c_exchange_api__` of the class; version 1.3 of github.com/dmlc/dlpack, include/dlpack/dlpack.h). */
 #ifndef RINGRED_DLPACK_H
 #define RINGRED_DLPACK_H
 

@@ -9,14 +9,14 @@
 
 enum { KEY_WORDS = 256, DTYPES = 16 };
 
-/* All that a call depends on: of a tensor its address, length and dtype, of a number its value, of anything else which
- * object it is. */
+/* All that a call depends on: of a tensor its address, length and dtype, of an int its value, of a list or tuple its length
+ * and items, of anything else (a float, too) which object it is. */
 typedef struct {
     int64_t length, words[KEY_WORDS];
 } Key;
 
-/* What is known of torch: the class of plain tensors, how it tells without Python what one is (0 where it does not), and
- * which dtypes DLPack's numbers mean, of (empty tensor, dtype) in `examples`. */
+/* What is known of torch: the class of plain tensors; the function by which it says without Python what one is (0 if it has
+ * none); and which dtype each of DLPack's numbers means, learned from `examples`, pairs of an empty tensor and its dtype. */
 typedef struct {
     PyObject *plain, *examples;
     ViewOf view;

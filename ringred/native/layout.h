@@ -5,18 +5,18 @@
 
 #include <stdint.h>
 
-#define VERSION 9 /* raised with every change of this file or of module.c, here and in __init__.py */
+#define VERSION 9 /* raised with every change of this file or of what Python calls, here and in __init__.py */
 
 /* Words of a control block, of 8 bytes. */
 enum { SLEEPING = 0, ALARM = 8, CLOSED = 17, EXPOSED_CONTRACT = 24, EXPOSED_AT = 25 };
 /* Words of a descriptor, and how many of them a ring has. */
 enum { CONTRACT = 0, LENGTH = 1, PLACE = 2, NUMBER = 3, ENTRY_WORDS = 4, ENTRIES = 256 };
-/* Kinds of place, which stand below its offset: in the sender's window (where its slots are, too, which Python filled); in
- * the receiver's; in slots that Python filled, and more parts of PART_BYTES follow; in slots that the player filled; there,
- * and more parts of SEGMENT_BYTES follow. */
+/* Kinds of place, which stand below its offset. AT: in the sender's window, in the user's memory or in slots that Python
+ * filled; PUT: in the receiver's; PART: in slots that Python filled, and more parts of PART_BYTES follow; SLOT: in slots that
+ * the player filled; SLOT_PART: there, and more parts of SEGMENT_BYTES follow. */
 enum { AT = 0, PUT = 1, PART = 2, SLOT = 3, SLOT_PART = 4, KIND_BITS = 3 };
 enum { SMALL_BYTES = 512, SMALL_SLOTS = 16, SMALL_STRIDE = SMALL_BYTES + 64 };
-/* HOT_SLOTS: so many of the large ones the player uses in turn; they lie in the caches of both ranks. */
+/* HOT_SLOTS: so many of the large ones the player uses in turn, few enough to stay in caches. */
 enum { SLOT_BYTES = 64 << 10, SLOTS = 32, HOT_SLOTS = 8, PART_BYTES = 512 << 10, SEGMENT_BYTES = 128 << 10, LINE = 64 };
 #define NOWHERE (INT64_C(1) << 62)
 #define CONTRACT_BITS (UINT64_MAX >> 2)
@@ -55,7 +55,7 @@ typedef struct {
 typedef struct {
     int64_t link, address, nbytes;
     int64_t place;  /* of a send: where the receiver finds it; -1: in slots that are not taken yet */
-    int64_t done;   /* bytes that went into slots, or came out of them */
+    int64_t done;   /* bytes that went into slots, or that were copied for a receive */
     int64_t until;  /* of a send: its source is free once the peer has consumed this message; -1 unknown, 0 at once */
     int64_t number; /* of a receive: the message that is lent; -1 once all is done */
     int64_t view;   /* where the message that is lent lies */
@@ -65,7 +65,8 @@ typedef struct {
 } Request;
 
 enum { SEND, RECEIVE, FOLD, TAKE, WAIT_SENT, SNAPSHOT, END };
-/* How a send is made: as a put, where it may be; copied at once. How a receive: it may be lent to a fold; past the cache. */
+/* How a send is made: as a put, where it may be; copied at once. How a receive: it may be lent to a fold; past the cache, as
+ * a SNAPSHOT may be, too. */
 enum { MAY_PUT = 1, BUFFERED = 2, LEND = 1, PAST = 2 };
 
 typedef struct {

@@ -66,22 +66,22 @@ static void share(const Rank *rank, Link *link, int64_t number, int64_t offset, 
     for (int64_t at = first; at < first + large_slots(nbytes); at++) link->shared_used[at] = number;
 }
 
-/* Makes lines that were read ones of this core, by writing to each what stands there, before they are given back: to
- * write to lines that another core has only read takes the sender longer (docs/design/native.md). Slots that are shared have
- * several readers, who all write the same. */
+/* Makes lines that were read this core's own, by writing to each a byte that stands there, before they are given back: the
+ * sender's next writes take longer to lines that another core has only read (docs/design/native.md). Shared slots have several
+ * readers, who all write the same. */
 UNSEEN static inline void own_lines(const char *slots, int64_t nbytes) {
     for (volatile char *line = (volatile char *)slots; line < slots + nbytes; line += LINE)
         __atomic_store_n(line, __atomic_load_n(line, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
 }
 
-/* Copies a message, or part of one, out of a peer's slots, `past` the cache or not. */
+/* Copies a message, or part of one, out of a peer's slots, `past` the cache or not, and makes their lines this core's own. */
 static inline void fetch(char *to, const char *slots, int64_t nbytes, int past) {
     int64_t at = 0;
     for (; past && at + BLOCK_BYTES <= nbytes; at += BLOCK_BYTES) {
         stream(to + at, slots + at, BLOCK_BYTES);
         own_lines(slots + at, BLOCK_BYTES);
     }
-    for (; at + LINE <= nbytes; at += LINE) { /* a tenth quicker than a long copy before */
+    for (; at + LINE <= nbytes; at += LINE) { /* a tenth quicker than to copy all and then own the lines */
         memcpy(to + at, slots + at, LINE);
         own_lines(slots + at, LINE);
     }

@@ -193,7 +193,7 @@ static int until(Player *player, int64_t link, int64_t address, int64_t value) {
 static void consume(Player *player, Link *link, int64_t number) {
     set_word(link->taken_at, 0, number);
     wake(link->block);
-    drain(player); /* the peer does so too: there may be room */
+    drain(player); /* the peer gives back too: what waits may have room now */
 }
 
 /* Finishes the next receive from a peer, or lends what came for it. */
@@ -296,7 +296,8 @@ static int again(const int64_t *first, const int64_t *next) {
 }
 
 /* FOLD, out, elements, element size, kernel, divisor (the bits of a double), own operand, n, requests...
- * Where sends of the result follow, it is copied to where they need it block by block. */
+ * Where sends of the result follow, it is copied to where they need it block by block. Lines of slots that it reads become this
+ * core's own with each block. */
 static void fold(Player *player, const int64_t *words) {
     int64_t elements = words[2], size = words[3], own = words[6], n = words[7], sends = 0, copies = 0, held = 0;
     Fold kernel = (Fold)words[4];

@@ -18,7 +18,7 @@ from ringred.parameter_server import messages as m
 from ringred.parameter_server.door import MOST_SOCKETS, secured
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.near import NearLink
-from ringred.parameter_server.pulse import BEAT, Pulse
+from ringred.parameter_server.pulse import BEAT, Far, Pulse
 from ringred.parameter_server.shard import Frame, bytes_of
 from ringred.parameter_server.shared import WORKERS, Area, SharedValues, map_window, place
 from ringred.parameter_server.wire import pack, unpack
@@ -28,7 +28,7 @@ __all__ = ["Connection", "Request"]
 _AGAIN = 2.0  # seconds after which a request is sent again; then twice as many
 _FAR_AGAIN = 20.0  # the same to another place, where much may be on the way, and a lost connection tells what it loses
 _SLOWEST = 1 << 20  # bytes a second that are on the way there at least
-_SLICE = 0.02
+_SLICE, _LAST_WORDS = 0.02, 1.0
 
 
 class Request:
@@ -44,20 +44,6 @@ class Request:
         self.patience = _AGAIN
         self.near = False  # whether it went past ZeroMQ
         self.answer: Any = None
-
-
-class _Far:
-    """A server of another place: its pulse, and what tells when `link`, whose connection was lost, has a new one."""
-
-    def __init__(self, pulse: Pulse, link: zmq.Socket[bytes]) -> None:
-        self.pulse, self._link = pulse, link
-        self.again = link.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-
-    def close(self, poller: zmq.Poller) -> None:
-        poller.unregister(self.again)
-        self._link.disable_monitor()
-        self.again.close(0)
-        self.pulse.close()
 
 
 class Connection:
@@ -91,9 +77,9 @@ class Connection:
         self._poller = zmq.Poller()
         self._links: list[zmq.Socket[bytes]] = []
         self._processes: dict[int, int] = {}
-        self._ended: set[int] = set()
+        self._ended, self._heard_out = set[int](), set[int]()
         self._backups: dict[int, int] = {}
-        self._far: dict[int, _Far] = {}  # the servers of other places
+        self._far: dict[int, Far] = {}  # the servers of other places
         self._keys = keys
         self.area = Area() if shared and worker < WORKERS and place() else None
         self.values: dict[int, SharedValues] = {}
@@ -127,7 +113,7 @@ class Connection:
             self._backups[server] = met.backup
             if not met.pid:
                 pulse = Pulse(self._context, self._poller, self.addresses[server], self._name, self._keys)
-                self._far[server] = _Far(pulse, self._links[server])
+                self._far[server] = Far(pulse, self._links[server])
                 self._poller.register(self._far[server].again, zmq.POLLIN)
                 continue
             with contextlib.suppress(OSError):
@@ -280,10 +266,13 @@ class Connection:
                 if now - request.sent > request.patience:
                     request.sent, request.patience = now, max(2 * request.patience, self._patience(request))
                     self._send(request)
+            if server in self._ended - self._heard_out and not self._copied(server):
+                self._hear_out(server)
         if self._failure is not None:
             raise self._failure
         if server in self._ended and not self._copied(server):
-            raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: {self._why(server)}")
+            how = "its process ended, or it was not heard of"
+            raise PeerFailed(f"worker {self.worker}: {self._called(server)} is gone: {how}")
 
     @staticmethod
     def _whose(descriptor: int, of: Mapping[int, int]) -> int | None:
@@ -359,8 +348,13 @@ class Connection:
                     request.sent, request.patience = time.monotonic(), self._patience(request)
                     self._send(request, near=False)  # all of them one way, in their order
 
-    def _why(self, server: int) -> str:
-        return "its process ended, or it was not heard of"
+    def _hear_out(self, server: int) -> None:
+        """What it said last may come after the news that it ended."""
+        until = time.monotonic() + _LAST_WORDS
+        while self._failure is None and time.monotonic() < until:
+            self._links[server].poll(int(_SLICE * 1000))
+            self._take_all(server)
+        self._heard_out.add(server)
 
     def _called(self, server: int | None) -> str:
         return f"server {server} at {self.addresses[server or 0]}"

@@ -13,7 +13,7 @@ from ringred.parameter_server.door import secured
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.wire import pack
 
-__all__ = ["BEAT", "SILENCE", "Pulse", "whose"]
+__all__ = ["BEAT", "SILENCE", "Far", "Pulse", "whose"]
 
 SILENCE = 15.0  # seconds after which somebody of another place counts as gone
 BEAT = 3.0  # seconds from one beat to the next
@@ -54,6 +54,20 @@ class Pulse:
         """Ends the connection."""
         self._poller.unregister(self.link)
         self.link.close(0)
+
+
+class Far:
+    """A server of another place: its pulse, and what tells when `link`, whose connection was lost, has a new one."""
+
+    def __init__(self, pulse: Pulse, link: zmq.Socket[bytes]) -> None:
+        self.pulse, self._link = pulse, link
+        self.again = link.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+    def close(self, poller: zmq.Poller) -> None:
+        poller.unregister(self.again)
+        self._link.disable_monitor()
+        self.again.close(0)
+        self.pulse.close()
 
 
 def whose(name: bytes) -> bytes:

@@ -45,9 +45,9 @@ NOWHERE = 1 << 62  # EXPOSED_AT of a rank whose memory does not lie in its windo
 CONSUMED = 32  # a cache line per peer: the last message consumed, and LEFT, which the peer sets when it stops reading
 LEFT = 1
 CONTRACT, LENGTH, PLACE, NUMBER = 0, 1, 2, 3  # words of a descriptor
-# Kinds of place, in the bits below its offset: AT, in the sender's window, where its slots are, too; PUT, in the
-# receiver's; PART, in slots, more parts of PART_BYTES follow; SLOT, in slots that the compiled player filled;
-# SLOT_PART, there, more parts of SEGMENT_BYTES follow.
+# Kinds of place, in the bits below its offset: AT, in the sender's window, in the user's memory or in slots that Python
+# filled; PUT, in the receiver's; PART, in slots that Python filled, more parts of PART_BYTES follow; SLOT, in slots
+# that the compiled player filled; SLOT_PART, there, more parts of SEGMENT_BYTES follow.
 AT, PUT, PART, SLOT, SLOT_PART, KIND_BITS = 0, 1, 2, 3, 4, 3
 FLAG_STRIDE = 64  # bytes from one flag to the next: two a peer, one of the memory that is exposed (`planes`)
 SMALL_STRIDE = SMALL_BYTES + 64  # small slots do not all fall on the same cache sets

@@ -77,7 +77,7 @@ static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int
     } while (0)
     for (int peer = 0; peer < ranks; peer++)
         if (peer != me) {
-            EMIT(SEND, sent[sends++] = request, LINK(peer), SHARE(peer), window ? 0 : 2);
+            EMIT(SEND, sent[sends++] = request, LINK(peer), SHARE(peer), window ? 0 : BUFFERED);
             request++;
         }
     for (int peer = 0; peer < ranks; peer++)

@@ -44,7 +44,7 @@ def played(program: Path, ranks: int, turns: int, seed: int = 1) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=at_once)
 
 
-# Blocks of a line are what is left where a fold has hundreds of operands.
+# With blocks of a line LEAST_BLOCK alone says how much a fold takes at a time, as where it has hundreds of operands.
 @pytest.mark.parametrize("how", [[""], ["", "-DBLOCK_BYTES=64"], ["thread"], ["address,undefined"]], ids=str)
 def test_ranks_play_and_nothing_is_found(tmp_path: Path, how: list[str]) -> None:
     program = built(tmp_path, *how)

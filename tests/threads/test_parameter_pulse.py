@@ -35,6 +35,7 @@ class Far:
     def __init__(self) -> None:
         self.beats, self.answers, self.stop = True, False, False
         self.asked: Counter[int] = Counter()
+        self.last_words = ""  # said where it is asked something
         self.address = "tcp://127.0.0.1:*"
         self._context = zmq.Context()
         self._listening = threading.Event()
@@ -85,6 +86,9 @@ class Far:
                 router.send_multipart([name, pack(0, number, m.Done())])
         else:
             self.asked[number] += 1
+            if self.last_words:
+                time.sleep(0.2)  # the news that it ended is to come before
+                router.send_multipart([name, pack(0, 0, m.Failed("PeerFailed", self.last_words))])
             if self.answers:
                 router.send_multipart([name, pack(0, number, m.Done())])
 
@@ -137,6 +141,15 @@ def test_a_server_whose_pulse_stops_is_gone(monkeypatch: pytest.MonkeyPatch) -> 
             PeerFailed, match=r"server 0 at tcp://127.0.0.1:\d+ is gone: its process ended, or it was not"
         ):
             ask.wait([ask.ask(1, ASKED)])
+
+
+def test_what_a_server_said_last_may_come_after_the_news_that_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    with far(monkeypatch, 10.0) as (server, ask):
+        server.last_words = "server 0 is gone: it was ended"
+        asked = ask.ask(1, ASKED)
+        ask._server_ended(0)
+        with pytest.raises(PeerFailed, match="server 0 is gone: it was ended"):
+            ask.wait([asked])
 
 
 def test_a_worker_of_another_place_that_computes_for_long_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
