@@ -108,8 +108,9 @@ def compiled(
 
 def past(operations: Sequence[tuple[Any, ...]]) -> set[int]:
     """The places of receives and copies that go past the cache: so large that none keeps them, and of memory that the
-    plan does not read after them."""
-    received = sum(operation[3].nbytes for operation in operations if operation[0] == _RECEIVE)
+    plan does not read after them. Beside folds receives do not."""
+    folds = any(operation[0] == _FOLD for operation in operations)
+    received = 0 if folds else sum(operation[3].nbytes for operation in operations if operation[0] == _RECEIVE)
     copied = max((operation[1].nbytes for operation in operations if operation[0] == _SNAPSHOT), default=0)
     found: set[int] = set()
     if received < _RECEIVED_PAST and copied < _COPIED_PAST:

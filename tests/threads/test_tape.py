@@ -25,12 +25,15 @@ def test_a_rank_that_plays_and_one_that_does_not_understand_each_other(by_python
         for turn in range(8):
             ready = turn % 3 == 0 or comm.rank not in by_python
             player.ready = lambda ready=ready: ready
-            comm.runner.recall.armed = comm.runner.recall.armed and ready
             sent = torch.arange(2 * share, dtype=torch.float32) + turn + comm.rank
             got, gathered = torch.empty(2 * share), torch.empty(2 * share)
-            comm.all_to_all(got, sent)
-            comm.all_gather(gathered, sent[:share])
-            comm.all_reduce(sent)
+            for call in (
+                lambda got=got, sent=sent: comm.all_to_all(got, sent),
+                lambda gathered=gathered, sent=sent: comm.all_gather(gathered, sent[:share]),
+                lambda sent=sent: comm.all_reduce(sent),
+            ):
+                comm.runner.recall.armed &= ready  # or it would be played without being asked whether it may
+                call()
             expected = torch.arange(share, dtype=torch.float32) + comm.rank * share + turn
             right &= torch.equal(got, torch.cat([expected, expected + 1]))
             first = torch.arange(share, dtype=torch.float32) + turn
@@ -67,7 +70,8 @@ def test_copies_go_past_the_cache_where_nothing_reads_them_again() -> None:
         ([kept, (take, 0, 0, 1), (send, 1, 1, large[5:9], False, False)], set()),
         ([(send, 1, 1, large, False, False), kept, (take, 0, 0, 1)], {1}),
         ([kept, (take, 0, 0, 1), (copy, other, large[: 2 << 20])], {2}),
-        ([(receive, 0, 1, large, True), (fold, (0,), large, 0, True, 0, (1,))], set()),
+        ([(receive, 0, 1, other, True), (fold, (0,), other, 0, True, 0, (1,)), kept, (take, 0, 0, 1)], set()),
+        ([(fold, (), other, 0, True, 0, ()), (copy, large[: 2 << 20], other)], {1}),
         ([(copy, other, large[: 2 << 20]), (send, 0, 1, other, False, False)], set()),
         ([(copy, small, large[: 1 << 10]), (receive, 0, 1, other, False), (take, 0, 0, 1)], set()),
     ]
