@@ -1,7 +1,7 @@
 /* Plays a tape: the instructions of one rank's plan, over the shared memory that shm.py describes.
  *
- * It does what executor.py does by means of shm.py and shm_sending.py, instruction by instruction, and leaves the same
- * state behind. A wait that cannot end here returns to Python; what is played again goes on where it was. */
+ * It does what executor.py does by means of shm.py and shm_sending.py, instruction by instruction, and leaves a
+ * state from which those go on. A wait that cannot end here returns to Python; what is played again goes on where it was. */
 #include <stdlib.h>
 #include <string.h>
 

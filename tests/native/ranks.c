@@ -2,7 +2,8 @@
  *
  *     ranks RANKS TURNS SEED
  *
- * Each turn draws how many elements, in a window or not, and whether the results may be put. All is built by hand here as
+ * Each turn draws how many elements, in a window or not, and whether the results may be put;
+ * each rank for itself, whether what comes goes past the cache. All is built by hand here as
  * links.py and tape.py build it: rank r owns share r, gets it from everybody, folds it, and gives it to everybody, in
  * pieces that take more slots than there are. */
 #include <pthread.h>
