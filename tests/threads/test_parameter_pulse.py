@@ -87,7 +87,7 @@ class Far:
         else:
             self.asked[number] += 1
             if self.last_words:
-                time.sleep(0.2)  # the news that it ended is to come before
+                time.sleep(0.2)  # `wait` is to know of the end before, and nothing tells when it does
                 router.send_multipart([name, pack(0, 0, m.Failed("PeerFailed", self.last_words))])
             if self.answers:
                 router.send_multipart([name, pack(0, number, m.Done())])
