@@ -8,7 +8,7 @@
 #include "layout.h"
 PyObject *recall_class(void);
 
-enum { PLACES = 128, TRIES = 4 };
+enum { PLACES = 512, TRIES = 32 };
 
 typedef struct {
     PyObject *prepared, *tape, *objects; /* the call, what it plays, and the objects of the key, which stay as long */

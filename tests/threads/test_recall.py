@@ -225,6 +225,20 @@ def test_more_calls_than_there_are_places_for(transport: str) -> None:
     assert run_ranks(body, 2, transport, timeout=30) == [{1.0, 3.0, 5.0}] * 2
 
 
+@pytest.mark.usefixtures("telling")
+def test_a_hundred_calls_are_all_recalled() -> None:
+    def body(comm: Communicator) -> list[bool]:
+        tensors = [torch.zeros(4) for _ in range(100)]
+        for tensor in tensors:
+            comm.all_reduce(tensor)
+        with counted(comm) as told:
+            for tensor in tensors:
+                comm.all_reduce(tensor)
+        return told
+
+    assert run_ranks(body, 2, "shm") == [[True] * 100] * 2
+
+
 @BOTH
 def test_asynchronous_calls_between_them_keep_their_order(transport: str) -> None:
     def body(comm: Communicator) -> list[float]:
