@@ -5,6 +5,7 @@ What it does is written in Python as well; without it everything works, and smal
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 __all__ = ["VERSION", "player", "reason"]
@@ -15,9 +16,9 @@ VERSION = 9
 player: ModuleType | None = None
 reason = ""
 try:
-    from ringred.native import _player  # type: ignore[attr-defined]  # no Python file
+    _player = import_module("ringred.native._player")
 except ImportError as failure:
-    reason = f"it was not built: {failure}"
+    reason = f"it was not built, or does not fit this Python: {failure}"
 else:
     if _player.layout()[0] == VERSION:
         player = _player
