@@ -13,7 +13,7 @@ instructions is fixed here, so that nothing has to be decided at run time:
 - a receive that overwrites memory waits only for the sends that still read that memory;
 - a chunk that is sent and received in one step is copied to a slot (temporary memory) and sent from there; over a
   transport that buffers, it is sent directly instead, and overwritten once the transport has copied it;
-- receives are posted in advance, as early as their destination is free;
+- receives are posted in advance, as early as their destination is free, and where messages take long before sends;
 - a rank that turns from one sender to another tells it so (`order.turns`), over a transport that is slower than memory:
   data that came before its step would share the way with what is needed first, and who is late would fall further
   behind;
@@ -169,13 +169,19 @@ class _Lowering:
             self.step_over += [self.events] * (self.requests - len(self.step_over))
         instructions: list[Instruction] = []
         for event in range(self.events + 1):
-            instructions += self.sends.get(event, ())
-            instructions += self.posts.get(event, ())
+            instructions += self.posted_at(event)
             if event < self.events:
                 instructions += self.arrivals[event]
         for posted in [op for op in instructions if isinstance(op, PostSend) and op.request not in self.waited]:
             instructions.append(WaitSent(posted.request, posted.peer))
         return Program(tuple(instructions), self.requests, self.slot_elements)
+
+    def posted_at(self, event: int) -> list[Instruction]:
+        """What is posted at an event, sends first: their data is in the cache. Where messages take long, and nothing but
+        sends and receives is there, receives are first, since a peer may not send before it knows of them."""
+        sends, posts = self.sends.get(event, []), self.posts.get(event, [])
+        first = self.depth > 1 and all(isinstance(op, PostSend) and not op.buffered for op in sends)
+        return posts + sends if first and not any(isinstance(op, WaitSent) for op in posts) else sends + posts
 
     def order(self) -> Iterable[tuple[int, int]]:
         """Steps and parts in the order in which they run. With a depth of one: (0, 0), (0, 1), (1, 0), (0, 2), (1, 1),

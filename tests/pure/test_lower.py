@@ -47,19 +47,31 @@ def test_every_receive_is_posted_before_it_is_waited_for_and_in_the_order_of_its
 
 
 def check_receives_are_posted_into_free_memory(instructions: tuple) -> None:
-    """Nothing is received into place while an earlier send, not yet waited for, reads the place."""
+    """Nothing is received into place while an earlier send, not yet waited for, reads the place, or before a copy or a
+    send that is to read what was there."""
     reading: dict[int, tuple[int, int]] = {}
+    landing: dict[int, tuple[int, int]] = {}
+
+    def none_of(spans: dict[int, tuple[int, int]], op: PostSend | PostReceive | Snapshot) -> None:
+        overlapping = [span for span in spans.values() if span[0] < op.hi and op.lo < span[1]]
+        assert not overlapping, f"{op} and {overlapping}"
+
     for op in instructions:
+        if isinstance(op, Snapshot) or (isinstance(op, PostSend) and op.slot is None):
+            none_of(landing, op)
         if isinstance(op, PostSend) and op.slot is None:
             reading[op.request] = (op.lo, op.hi)
         elif isinstance(op, WaitSent):
             reading.pop(op.request, None)
         elif isinstance(op, PostReceive) and not op.lend:
-            overlapping = [span for span in reading.values() if span[0] < op.hi and op.lo < span[1]]
-            assert not overlapping, f"{op} while {overlapping} are read"
+            none_of(reading, op)
+            landing[op.request] = (op.lo, op.hi)
+        elif isinstance(op, Take):
+            landing.pop(op.request, None)
 
 
-def test_no_receive_is_posted_into_memory_that_a_send_still_reads() -> None:
+@pytest.mark.parametrize("depth", [1, 8])
+def test_no_receive_is_posted_into_memory_that_a_send_still_reads(depth: int) -> None:
     for collective in COLLECTIVES:
         for entry in algorithms(collective).values():
             for group in [group for size in (2, 3, 5, 6) for group in groups(entry, size)]:
@@ -67,12 +79,16 @@ def test_no_receive_is_posted_into_memory_that_a_send_still_reads() -> None:
                     steps = entry.steps(group)(rank)
                     for segment in (1, 3, 100):
                         bounds = share_bounds(40, entry.units(group))
-                        check_receives_are_posted_into_free_memory(lower(rank, steps, bounds, segment).instructions)
+                        program = lower(rank, steps, bounds, segment, depth=depth).instructions
+                        check_receives_are_posted_into_free_memory(program)
     # Two receives overwrite what one send reads, and only the first of them has to wait.
     steps = [(Send(1, Chunk(0, 2)),), (Recv(1, unit(0)), Recv(2, unit(1)))]
-    program = lower(0, steps, [(0, 4), (4, 8)], 100).instructions
+    program = lower(0, steps, [(0, 4), (4, 8)], 100, depth=depth).instructions
     check_receives_are_posted_into_free_memory(program)
     assert sum(isinstance(op, WaitSent) for op in program) == 1
+    swap = lower(0, [(Send(1, unit(0)), Recv(1, unit(0)))], [(0, 8)], 4, depth=depth).instructions
+    assert sum(isinstance(op, Snapshot) for op in swap) == 2
+    check_receives_are_posted_into_free_memory(swap)
 
 
 def test_ring_waits_only_for_sends_whose_source_is_overwritten() -> None:
@@ -227,6 +243,13 @@ def test_depth_posts_receives_before_their_data_comes() -> None:
                 ahead.append(open_now + 1)
         middle = sorted(ahead)[len(ahead) // 4]
         assert middle >= least, (depth, ahead)
+
+
+def test_where_messages_take_long_receives_are_posted_before_sends() -> None:
+    entry = lookup("all_reduce", "halving_doubling")
+    for depth, kinds in ((1, [PostSend, PostReceive]), (8, [PostReceive, PostSend])):
+        program = lower(0, entry.steps(entry.group(2))(0), share_bounds(64, 2), 16, in_parts=True, depth=depth)
+        assert [type(op) for op in program.instructions[:4:2]] == kinds
 
 
 def test_a_rank_that_turns_to_another_sender_tells_it_and_long_data_waits_for_that() -> None:
