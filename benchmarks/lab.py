@@ -38,6 +38,10 @@ def _run(options: argparse.Namespace) -> int:
         spent = time.monotonic() - began
         left = f", about {spent / number * (len(chosen) - number) / 60:.0f} min left" if number else ""
         print(f"[{number + 1}/{len(chosen)}{left}] {name}: {experiment.question}", flush=True)
+        unknown = next(filter(None, (network.unknown for network in experiment.networks)), None)
+        if unknown is not None:
+            print(f"left out: {unknown}\n", flush=True)
+            continue
         result = run(name, experiment, options.out, options.profile)
         print(table(result), flush=True)
     return 0

@@ -2,7 +2,8 @@
 
 Needs root, iproute2 and `tc`. Nothing leaves the machine, and nothing is seen in its own network: switches are bridges
 in a namespace of their own. Each port is limited in both directions, as a cable is. With racks, the hosts of a rack
-share an uplink to the others. What a killed run leaves is found by its name: `clean`.
+share an uplink to the others. TCP's congestion control is CUBIC, Linux's own choice, whatever the machine has set. What
+a killed run leaves is found by its name: `clean`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from ipaddress import ip_network
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +27,7 @@ __all__ = ["BURST_BYTES", "Hosts", "Network", "clean", "left_behind", "unavailab
 _PREFIX = "ringred-lab-"
 BURST_BYTES = 32 << 10
 """A queue's tokens: two packets as large as the kernel may hand them down."""
+_SUBNET = ip_network("10.78.0.0/24")
 _QUEUE = "2mb"  # what a switch with shared memory gives to a port
 _GSO_BYTES = "16384"
 _PAYLOAD = 1448 / 1514  # of the bytes that a queue counts (frames, without preamble and gap), TCP's payload
@@ -58,7 +61,7 @@ def unavailable() -> str | None:
 
 class Network:
     """`hosts` hosts of `each` ranks with ports of `mbit` Mbit/s, in `racks` equal racks whose uplinks have
-    `uplink_mbit`; the port of the last host has `slow_mbit`."""
+    `uplink_mbit`; the port of the last host has `slow_mbit`. `control` is TCP's congestion control."""
 
     def __init__(
         self,
@@ -68,10 +71,11 @@ class Network:
         uplink_mbit: float | None = None,
         slow_mbit: float | None = None,
         each: int = 1,
+        control: str = "cubic",
     ) -> None:
         if hosts % racks:
             raise ValueError(f"expected racks of equal size, got {hosts} hosts in {racks}")
-        self.hosts, self.mbit, self.racks, self.each = hosts, mbit, racks, each
+        self.hosts, self.mbit, self.racks, self.each, self.control = hosts, mbit, racks, each, control
         self.uplink_mbit, self.slow_mbit = uplink_mbit or mbit, slow_mbit or mbit
 
     @property
@@ -91,7 +95,7 @@ class Network:
     @property
     def one_each(self) -> Network:
         """The same with one rank on each host."""
-        return Network(self.hosts, self.mbit, self.racks, self.uplink_mbit, self.slow_mbit)
+        return Network(self.hosts, self.mbit, self.racks, self.uplink_mbit, self.slow_mbit, control=self.control)
 
     @property
     def bytes_per_second(self) -> float:
@@ -110,7 +114,14 @@ class Network:
         slow = "" if self.slow_mbit == self.mbit else f", one of {self.slow_mbit:g} Mbit/s"
         racks = "" if self.racks == 1 else f" in {self.racks} racks with uplinks of {self.uplink_mbit:g} Mbit/s"
         ranks = "" if self.each == 1 else f" with {self.each} ranks each"
-        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{slow}{racks}{ranks}"
+        control = "" if self.control == "cubic" else f", TCP's {self.control}"
+        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{slow}{racks}{ranks}{control}"
+
+    @property
+    def unknown(self) -> str | None:
+        """Why this machine cannot make it; None if it can."""
+        known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+        return None if self.control in known else f"this kernel has no {self.control} (modprobe tcp_{self.control})"
 
 
 class Hosts:
@@ -124,7 +135,7 @@ class Hosts:
 
     def address(self, host: int) -> str:
         """The address of a host."""
-        return f"10.78.0.{host + 1}"
+        return str(_SUBNET[host + 1])
 
     def __enter__(self) -> Hosts:
         network = self.network
@@ -139,11 +150,13 @@ class Hosts:
                 _run("ip", "netns", "add", space)
                 ends = ["link", "add", "eth0", "type", "veth", "peer", "name", f"port{host}", "netns", switch]
                 _run("ip", "-n", space, *ends)
-                _run("ip", "-n", space, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
+                _run("ip", "-n", space, "address", "add", f"{self.address(host)}/{_SUBNET.prefixlen}", "dev", "eth0")
                 self._plug(switch, f"port{host}", network.rack_of(host))
                 for where, device in ((space, "eth0"), (switch, f"port{host}")):
                     _run("ip", "-n", where, "link", "set", device, "up")
                     _limit(where, device, network.mbit_of(host))
+                route = ["route", "replace", str(_SUBNET), "dev", "eth0", "congctl", network.control]
+                _run("ip", "-n", space, *route)
                 _run("ip", "-n", space, "link", "set", "lo", "up")
             if network.racks > 1:
                 self._core(switch)

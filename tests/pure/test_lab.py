@@ -184,3 +184,10 @@ def test_who_waits_for_whom_decides_what_a_straggler_costs() -> None:
     assert seconds("servers:k_sync:3", 1.5) == seconds("servers:k_sync:3", 1.0) == seconds("servers:sync", 1.0) * 4 / 3
     a_quarter_is_slower = seconds("servers:async", 1.5) / seconds("servers:async", 1.0)
     assert a_quarter_is_slower == pytest.approx(1 / (3 / 4 + 1 / 4 / 1.5), rel=0.05)
+
+
+def test_a_network_says_which_congestion_control_this_kernel_lacks() -> None:
+    assert Network(2, 100).unknown is None
+    network = Network(2, 100, control="none")
+    assert str(network) == "2 hosts of 100 Mbit/s, TCP's none"
+    assert network.unknown == "this kernel has no none (modprobe tcp_none)"

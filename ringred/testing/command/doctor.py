@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_doctor"]
 
+_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 _FAST = 100e6  # bytes per second that encryption should do
 
 
@@ -66,6 +67,7 @@ def _doctor(options: argparse.Namespace) -> int:
         _check_player,
         _check_gloo,
         _check_encryption,
+        *([_check_tcp] if _CONGESTION_CONTROL.exists() else []),
         *([_check_cuda] if _has_nvidia() else []),
     ]
     results = [check() for check in checks]
@@ -203,3 +205,9 @@ def _check_encryption() -> tuple[bool, str, str]:
         f"encryption of a parameter server's messages between hosts: {rate / 1e6:.0f} MB/s",
         "" if rate > _FAST else remedy,
     )
+
+
+def _check_tcp() -> tuple[bool, str, str]:
+    control = _CONGESTION_CONTROL.read_text().strip()
+    remedy = "with cubic, halving-doubling and torus are faster between hosts: docs/how-to/several-hosts.md"
+    return True, f"TCP between hosts: {control}", remedy if control == "bbr" else ""
