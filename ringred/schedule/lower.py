@@ -177,8 +177,8 @@ class _Lowering:
         return Program(tuple(instructions), self.requests, self.slot_elements)
 
     def posted_at(self, event: int) -> list[Instruction]:
-        """What is posted at an event, sends first: their data is in the cache. Where messages take long, and nothing but
-        sends and receives is there, receives are first, since a peer may not send before it knows of them."""
+        """What is posted at an event, sends first: their data is in the cache. Where messages take long, and only sends
+        and receives are there, receives are first, since a peer may not send before it knows of them."""
         sends, posts = self.sends.get(event, []), self.posts.get(event, [])
         first = self.depth > 1 and all(isinstance(op, PostSend) and not op.buffered for op in sends)
         return posts + sends if first and not any(isinstance(op, WaitSent) for op in posts) else sends + posts
