@@ -42,7 +42,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 _AGENT = """#!/bin/sh
 address=$1; shift
 host=$((${address##*.} - 1))
-HOST_NAME=host$host exec ip netns exec PREFIX-$host unshare --uts PYTHON -c 'NAMED' /bin/sh -c "$*"
+export HOST_NAME=host$host RINGRED_INTERFACE=$address
+exec ip netns exec PREFIX-$host unshare --uts PYTHON -c 'NAMED' /bin/sh -c "$*"
 """
 
 
@@ -237,7 +238,8 @@ class Hosts:
         for name in (*settings, "PYTHONPATH"):
             command += ["-x", name]
         with tempfile.TemporaryFile("w+") as output:
-            began = self.start(0, [*command, sys.executable, str(program), *arguments], settings, output)
+            first = settings | {"RINGRED_INTERFACE": self.address(0)}  # the others' is the agent's
+            began = self.start(0, [*command, sys.executable, str(program), *arguments], first, output)
             return self._outputs([began], [output])
 
     def _agent(self) -> Path:

@@ -98,7 +98,7 @@ def _look_once(pause: float) -> float:
             and _told.get(comm) != call
         ):
             _told[comm] = call
-            _tell(comm)
+            _tell(comm, call)
     return min([_LONGEST_PAUSE, *(seconds / _LOOKS for seconds in watched.values())])
 
 
@@ -115,8 +115,10 @@ def _probe(comm: Any) -> None:
             comm.abort(failure)
 
 
-def _tell(comm: Any) -> None:
-    line = verdict(comm, ask_all(comm.seat.member, comm.seat.view))
+def _tell(comm: Any, call: object) -> None:
+    told = ask_all(comm.seat.member, comm.seat.view)
+    over = comm.runner.doings.seen()[0] != call
+    line = None if over else verdict(comm, told)
     if line is not None:
         comm.stalls += 1
         print(f"ringred: {line}", file=sys.stderr, flush=True)
@@ -138,7 +140,10 @@ def verdict(comm: Observed, told: Sequence[dict[str, Any]]) -> str | None:
     head = f"rank {comm.rank} has waited {_waits.of(comm, call):.0f} s in {doing.text} at {doing.site}"
     if not missing:
         return f"{head}; no rank is missing: all are in it, and data moves slowly or not at all"
-    parts = [f"rank {rank} is missing: {in_short(told[rank], lineage, generation)}" for rank in missing[:_NAMED]]
+    parts = []
+    for rank in missing[:_NAMED]:
+        state = "may be missing" if "silent" in told[rank] else "is missing"
+        parts.append(f"rank {rank} {state}: {in_short(told[rank], lineage, generation)}")
     if len(missing) > _NAMED:
         parts.append(f"{len(missing) - _NAMED} more are missing")
     return f"{head}; {'; '.join(parts)}"

@@ -131,7 +131,8 @@ def _asked(member: Member, card: Card) -> dict[str, Any]:
 
 def _why_silent(card: Card) -> str:
     if not card.is_here():
-        return "it does not answer: stopped, or its host is cut off"
+        unknown = "it cannot be asked: its host has no address that others reach (RINGRED_INTERFACE)"
+        return "it does not answer: stopped, or its host is cut off" if card.port else unknown
     try:
         state = Path(f"/proc/{card.process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

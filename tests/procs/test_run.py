@@ -56,7 +56,7 @@ def test_a_rank_that_is_stopped_is_left_out_and_replaced() -> None:
     assert job.status == 0, job.output[-3000:]
     assert job.left_behind == []
     assert {one["size"] for one in ended(job.output)} == {3}
-    assert "rank 1 is missing: it is stopped (SIGSTOP)" in job.output
+    assert "rank 1 may be missing: it is stopped (SIGSTOP)" in job.output
     assert "rank 1 did not take part within the timeout of 3 s" in job.output
 
 

@@ -12,6 +12,8 @@ from ringred.communicator import Communicator
 from ringred.runtime import stall, status
 from ringred.testing import run_ranks
 from ringred.transports.membership.caller import Connection
+from ringred.transports.membership.card import Card
+from ringred.transports.membership.view import View
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "torch_p2p"])
 
@@ -130,3 +132,14 @@ def test_asking_goes_on_while_the_program_holds_all_locks_it_has() -> None:
         comm.barrier()
 
     run_ranks(body, 2, "shm")
+
+
+def test_a_rank_whose_host_named_no_address_cannot_be_asked() -> None:
+    def body(comm: Communicator) -> str:
+        assert comm.seat is not None
+        elsewhere = Card("another", 7, "another place", "its name")
+        view = View.first("world", (*comm.seat.view.members, elsewhere))
+        return str(status.ask_all(comm.seat.member, view)[2]["silent"])
+
+    unknown = "it cannot be asked: its host has no address that others reach (RINGRED_INTERFACE)"
+    assert run_ranks(body, 2, "shm") == [unknown] * 2
