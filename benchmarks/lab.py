@@ -33,18 +33,20 @@ def _run(options: argparse.Namespace) -> int:
         return 3
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = {"short": SHORT} if options.short else {name: EXPERIMENTS[name] for name in options.names or EXPERIMENTS}
+    left_out: list[str] = []
     began = time.monotonic()
     for number, (name, experiment) in enumerate(chosen.items()):
         spent = time.monotonic() - began
         left = f", about {spent / number * (len(chosen) - number) / 60:.0f} min left" if number else ""
         print(f"[{number + 1}/{len(chosen)}{left}] {name}: {experiment.question}", flush=True)
-        unknown = next(filter(None, (network.unknown for network in experiment.networks)), None)
-        if unknown is not None:
-            print(f"left out: {unknown}\n", flush=True)
+        lacking = next(filter(None, (network.unavailable for network in experiment.networks)), None)
+        if lacking is not None:
+            print(f"left out: {lacking}\n", flush=True)
+            left_out.append(name)
             continue
         result = run(name, experiment, options.out, options.profile)
         print(table(result), flush=True)
-    return 0
+    return 3 if left_out and (options.names or len(left_out) == len(chosen)) else 0
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -252,9 +252,12 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
 
 
 def predict(name: str, experiment: Experiment, folder: Path) -> dict[str, Any] | None:
-    """Predicts again what was measured, from the same calibrations; None if the experiment was not run."""
+    """Predicts again what was measured, from the same calibrations; None if the experiment was not run, or was run on
+    other networks than it names now."""
     path = folder / f"{name}.json"
-    return _predicted(json.loads(path.read_text()), experiment, folder) if path.exists() else None
+    result = json.loads(path.read_text()) if path.exists() else {}
+    same = result.get("networks") == list(map(str, experiment.networks))
+    return _predicted(result, experiment, folder) if same else None
 
 
 def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> dict[str, Any]:

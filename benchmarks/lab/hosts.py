@@ -2,8 +2,8 @@
 
 Needs root, iproute2 and `tc`. Nothing leaves the machine, and nothing is seen in its own network: switches are bridges
 in a namespace of their own. Each port is limited in both directions, as a cable is. With racks, the hosts of a rack
-share an uplink to the others. TCP's congestion control is CUBIC, Linux's own choice, whatever the machine has set. What
-a killed run leaves is found by its name: `clean`.
+share an uplink to the others. Between hosts TCP's congestion control is CUBIC, Linux's own choice, whatever the machine
+has set. What a killed run leaves is found by its name: `clean`.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ class Network:
         return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{slow}{racks}{ranks}{control}"
 
     @property
-    def unknown(self) -> str | None:
+    def unavailable(self) -> str | None:
         """Why this machine cannot make it; None if it can."""
-        known = CONTROLS.read_text().split()
+        known = CONTROLS.read_text().split() if CONTROLS.exists() else []
         return None if self.control in known else f"this kernel has no {self.control} (modprobe tcp_{self.control})"
 
 
@@ -238,7 +238,7 @@ class Hosts:
         for name in (*settings, "PYTHONPATH"):
             command += ["-x", name]
         with tempfile.TemporaryFile("w+") as output:
-            first = settings | {"RINGRED_INTERFACE": self.address(0)}  # the others' is the agent's
+            first = settings | {"RINGRED_INTERFACE": self.address(0)}  # the agent sets it on the other hosts
             began = self.start(0, [*command, sys.executable, str(program), *arguments], first, output)
             return self._outputs([began], [output])
 

@@ -8,7 +8,9 @@
 #include "layout.h"
 PyObject *recall_class(void);
 
-enum { PLACES = 512, TRIES = 32 };
+/* A call that is kept keeps its plan, up to 1 MiB of copies. With four tries, two of a dozen calls could take one another's
+ * place for ever. */
+enum { PLACES = 256, TRIES = 32 };
 
 typedef struct {
     PyObject *prepared, *tape, *objects; /* the call, what it plays, and the objects of the key, which stay as long */

@@ -5,7 +5,7 @@
 | RINGRED_TIMEOUT | seconds after which a collective fails if its peers do not take part | 300 |
 | RINGRED_SEGMENT_BYTES | greatest message in bytes; larger chunks are pipelined | the transport's |
 | RINGRED_TRANSPORT | the one transport to use: shm, mpi or torch_p2p | shm within a host, else by the launcher |
-| RINGRED_INTERFACE | address that torch_p2p binds, where the host has several | the host's own |
+| RINGRED_INTERFACE | address by which other hosts reach this one, where it has several | the host's own |
 | RINGRED_TUNING | file of measured costs that "auto" uses; off: built-in costs | ~/.cache/ringred/tuning.json |
 | RINGRED_COMPILED | off: plans on shared memory are run by Python, not by the compiled player | on |
 | RINGRED_CHECK | sites: ranks must also call at the same file and line, or get a CollectiveMismatch | arguments |

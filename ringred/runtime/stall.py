@@ -13,7 +13,7 @@ from typing import Any
 from ringred.errors import PeerFailed
 from ringred.runtime import lifetime
 from ringred.runtime.seat import check_alive
-from ringred.runtime.status import Observed, Waits, ask_all, call_of, describe, in_short
+from ringred.runtime.status import ENDED, Observed, Waits, ask_all, call_of, describe, in_short
 
 __all__ = ["verdict", "watch"]
 
@@ -116,21 +116,19 @@ def _probe(comm: Any) -> None:
 
 
 def _tell(comm: Any, call: object) -> None:
-    told = ask_all(comm.seat.member, comm.seat.view)
-    over = comm.runner.doings.seen()[0] != call
-    line = None if over else verdict(comm, told)
+    line = verdict(comm, call, ask_all(comm.seat.member, comm.seat.view))
     if line is not None:
         comm.stalls += 1
         print(f"ringred: {line}", file=sys.stderr, flush=True)
 
 
-def verdict(comm: Observed, told: Sequence[dict[str, Any]]) -> str | None:
-    """Who is missing from the call that `comm` is in, by what each rank has told. None if it is over, or if a lower
-    rank waits in it and says so itself."""
+def verdict(comm: Observed, call: object, told: Sequence[dict[str, Any]]) -> str | None:
+    """Who is missing from `call` of `comm`, by what each rank has told. None if it is over, or if a lower rank waits in
+    it and says so itself."""
     assert comm.seat is not None, "only who is reached by others asks them"
     lineage, generation = comm.seat.view.lineage, comm.seat.view.generation
-    call, doing, under_way = comm.runner.doings.seen()
-    if not under_way:
+    current, doing, under_way = comm.runner.doings.seen()
+    if current != call or not under_way:
         return None
     there = [call_of(one, lineage, generation) for one in told]
     waiting = [r for r, one in enumerate(there) if one and one["under_way"] and one["number"] == doing.number]
@@ -142,7 +140,7 @@ def verdict(comm: Observed, told: Sequence[dict[str, Any]]) -> str | None:
         return f"{head}; no rank is missing: all are in it, and data moves slowly or not at all"
     parts = []
     for rank in missing[:_NAMED]:
-        state = "may be missing" if "silent" in told[rank] else "is missing"
+        state = "is missing" if told[rank].get("silent", ENDED) == ENDED else "may be missing"
         parts.append(f"rank {rank} {state}: {in_short(told[rank], lineage, generation)}")
     if len(missing) > _NAMED:
         parts.append(f"{len(missing) - _NAMED} more are missing")

@@ -22,8 +22,10 @@ from ringred.transports.membership.member import Member
 from ringred.transports.membership.view import View
 from ringred.transports.membership.wire import Malformed
 
-__all__ = ["Observed", "ask_all", "describe", "in_short"]
+__all__ = ["ENDED", "Observed", "ask_all", "describe", "in_short"]
 
+ENDED = "it has ended"
+"""Why a rank is silent that will not come again."""
 _ANSWER_SECONDS = 1.0
 _CALLS = 32  # at once
 _FRAMES = 12  # of a stack
@@ -124,15 +126,17 @@ def _asked(member: Member, card: Card) -> dict[str, Any]:
         with member.call(card, _ANSWER_SECONDS) as connection:
             return connection.ask({"do": "describe"}, _ANSWER_SECONDS)
     except (Gone, Malformed):
-        return {"process": card.process, "silent": "it has ended"}
+        return {"process": card.process, "silent": ENDED}
     except (Silent, Cut):
         return {"process": card.process, "silent": _why_silent(card)}
 
 
 def _why_silent(card: Card) -> str:
     if not card.is_here():
-        unknown = "it cannot be asked: its host has no address that others reach (RINGRED_INTERFACE)"
-        return "it does not answer: stopped, or its host is cut off" if card.port else unknown
+        unreached = (
+            "it cannot be asked: it listens on its own host only (RINGRED_INTERFACE names an address for others)"
+        )
+        return "it does not answer: stopped, or its host is cut off" if card.port else unreached
     try:
         state = Path(f"/proc/{card.process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -140,7 +144,7 @@ def _why_silent(card: Card) -> str:
     return {
         "T": "it is stopped (SIGSTOP)",
         "t": "it is stopped by a debugger",
-        "Z": "it has ended",
+        "Z": ENDED,
     }.get(state, "it does not answer: its code keeps Python from running")
 
 

@@ -13,7 +13,7 @@ instructions is fixed here, so that nothing has to be decided at run time:
 - a receive that overwrites memory waits only for the sends that still read that memory;
 - a chunk that is sent and received in one step is copied to a slot (temporary memory) and sent from there; over a
   transport that buffers, it is sent directly instead, and overwritten once the transport has copied it;
-- receives are posted in advance, as early as their destination is free, and where messages take long before sends;
+- receives are posted in advance, as early as their destination is free, and, where messages take long, before sends;
 - a rank that turns from one sender to another tells it so (`order.turns`), over a transport that is slower than memory:
   data that came before its step would share the way with what is needed first, and who is late would fall further
   behind;
@@ -42,8 +42,9 @@ __all__ = ["lower"]
 LEND_AHEAD = 2
 # The same for receives that replace data in the buffer; these hold nothing but a request.
 REPLACE_AHEAD = 16
-# The part of a segment from which on a message is worth the word that it may be sent. Between 8 hosts of 250 Mbit/s
-# halving-doubling's 1 MiB took 64 to 128 ms without words, 69 to 91 with them from 256 KiB on; less was not tried.
+# The part of a segment from which on a message is worth the word that it may be sent. Between 8 hosts of 250 Mbit/s,
+# with TCP's BBR, halving-doubling's 1 MiB took 64 to 128 ms without words, 69 to 91 with them from 256 KiB on; less was
+# not tried.
 TOLD_PART = 1 / 4
 
 
@@ -90,7 +91,8 @@ def lower(
     separate tensors. With `in_parts=True` a step of many segments need not finish before the next step starts; this is
     for schedules that are `order.in_step`, if all ranks know the same `bounds`.
     `depth` is how many parts a step may be ahead, and how early receives are posted: more than one for a transport on
-    whose way much is under way at once, where a receive that is posted late holds its sender up.
+    whose way much is under way at once, where a receive that is posted late holds its sender up; so it is posted before
+    the sends of its moment, if these wait for nothing.
     `turns` are the messages whose sender is to wait for its receiver's word, if they are long; steps then run one after
     the other.
     `snapshots=False` omits the slots and gives wrong results; it exists for the test that shows this. `buffers=True`

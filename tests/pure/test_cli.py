@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from ringred.collectives.registry import COLLECTIVES, algorithms, groups
+from ringred.testing.command import doctor
 from ringred.testing.command.main import main
 
 
@@ -172,3 +174,18 @@ def test_status_of_what_is_no_rank(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "status", "1")
     assert status == 2
     assert "process 1 is no rank that is running here" in err
+
+
+def test_doctor_says_what_another_congestion_control_would_give(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = {}
+    for control in ("cubic", "bbr"):
+        path = tmp_path / control
+        path.write_text(f"{control}\n")
+        monkeypatch.setattr(doctor, "_CONGESTION_CONTROL", path)
+        good, what, told[control] = doctor._check_tcp()
+        assert good
+        assert what == f"TCP between hosts: {control}"
+    assert told["cubic"] == ""
+    assert "docs/how-to/several-hosts.md" in told["bbr"]

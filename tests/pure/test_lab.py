@@ -190,5 +190,5 @@ def test_who_waits_for_whom_decides_what_a_straggler_costs() -> None:
 def test_a_network_says_which_congestion_control_this_kernel_lacks() -> None:
     network = Network(2, 100, control="none")
     assert str(network) == "2 hosts of 100 Mbit/s, TCP's none"
-    assert network.unknown == "this kernel has no none (modprobe tcp_none)"
-    assert Network(2, 100, control=hosts.CONTROLS.read_text().split()[0]).unknown is None
+    assert network.unavailable == "this kernel has no none (modprobe tcp_none)"
+    assert Network(2, 100, control=hosts.CONTROLS.read_text().split()[0]).unavailable is None

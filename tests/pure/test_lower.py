@@ -76,11 +76,13 @@ def test_no_receive_is_posted_into_memory_that_a_send_still_reads(depth: int) ->
         for entry in algorithms(collective).values():
             for group in [group for size in (2, 3, 5, 6) for group in groups(entry, size)]:
                 for rank in range(group.size):
-                    steps = entry.steps(group)(rank)
+                    steps, bounds = entry.steps(group)(rank), share_bounds(40, entry.units(group))
+                    in_parts = in_step(entry.steps(group), group.size)
+                    told = turns(entry.steps(group), group.size) if in_parts and depth > 1 else ()
                     for segment in (1, 3, 100):
-                        bounds = share_bounds(40, entry.units(group))
-                        program = lower(rank, steps, bounds, segment, depth=depth).instructions
-                        check_receives_are_posted_into_free_memory(program)
+                        for how in ({}, {"in_parts": in_parts, "turns": told}):
+                            program = lower(rank, steps, bounds, segment, depth=depth, **how).instructions
+                            check_receives_are_posted_into_free_memory(program)
     # Two receives overwrite what one send reads, and only the first of them has to wait.
     steps = [(Send(1, Chunk(0, 2)),), (Recv(1, unit(0)), Recv(2, unit(1)))]
     program = lower(0, steps, [(0, 4), (4, 8)], 100, depth=depth).instructions

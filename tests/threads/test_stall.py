@@ -80,7 +80,10 @@ def test_a_rank_in_another_call_is_named_with_it() -> None:
             waiting = other.all_reduce(torch.ones(4), async_op=True)
         time.sleep(0.4)
         assert comm.seat is not None
-        line = stall.verdict(comm, status.ask_all(comm.seat.member, comm.seat.view))
+        call = comm.runner.doings.seen()[0]
+        told = status.ask_all(comm.seat.member, comm.seat.view)
+        line = stall.verdict(comm, call, told)
+        assert stall.verdict(comm, object(), told) is None, "a call that is over"
         asked.wait(10)
         (comm if comm.rank else other).all_reduce(torch.ones(3 if comm.rank else 4))
         waiting.wait()
@@ -141,5 +144,5 @@ def test_a_rank_whose_host_named_no_address_cannot_be_asked() -> None:
         view = View.first("world", (*comm.seat.view.members, elsewhere))
         return str(status.ask_all(comm.seat.member, view)[2]["silent"])
 
-    unknown = "it cannot be asked: its host has no address that others reach (RINGRED_INTERFACE)"
-    assert run_ranks(body, 2, "shm") == [unknown] * 2
+    unreached = "it cannot be asked: it listens on its own host only (RINGRED_INTERFACE names an address for others)"
+    assert run_ranks(body, 2, "shm") == [unreached] * 2
