@@ -22,13 +22,12 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["BURST_BYTES", "CONTROLS", "Hosts", "Network", "clean", "left_behind", "unavailable"]
+__all__ = ["BURST_BYTES", "Hosts", "Network", "clean", "left_behind", "unavailable"]
 
 _PREFIX = "ringred-lab-"
 BURST_BYTES = 32 << 10
 """A queue's tokens: two packets as large as the kernel may hand them down."""
-CONTROLS = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
-"""What this kernel has, in a row."""
+_CONTROLS = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _SUBNET = ip_network("10.78.0.0/24")
 _QUEUE = "2mb"  # what a switch with shared memory gives to a port
 _GSO_BYTES = "16384"
@@ -123,7 +122,7 @@ class Network:
     @property
     def unavailable(self) -> str | None:
         """Why this machine cannot make it; None if it can."""
-        known = CONTROLS.read_text().split() if CONTROLS.exists() else []
+        known = _CONTROLS.read_text().split() if _CONTROLS.exists() else []
         return None if self.control in known else f"this kernel has no {self.control} (modprobe tcp_{self.control})"
 
 
