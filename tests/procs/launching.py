@@ -34,6 +34,10 @@ class Ended(NamedTuple):
     at: float
     left_behind: list[str]
 
+    def said(self) -> str:
+        """What the ranks printed, without torchrun's account of how they ended: a crash is last."""
+        return self.output.partition('bin/torchrun", line')[0]
+
 
 def launch(
     launcher: str, ranks: int, program: str | Path, *arguments: str, limit: float = 100.0, **variables: str
@@ -59,6 +63,7 @@ def run_to_its_end(command: list[str], limit: float, variables: dict[str, str]) 
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
         "RINGRED_TEST_TOKEN": token,
         "RINGRED_TUNING": "off",
         **variables,
