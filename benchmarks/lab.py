@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 from lab import hosts, published, record
 from lab.experiments import EXPERIMENTS, SHORT, predict, run
-from lab.rows import cells
+from lab.rows import cells, setting
 from tabulate import tabulate
 
 
@@ -31,9 +32,15 @@ def _run(options: argparse.Namespace) -> int:
     if reason is not None:
         print(f"lab: {reason}", file=sys.stderr)
         return 3
+    if hosts.left_behind():
+        print("lab: a run that was killed has left something behind: `lab.py clean` removes it", file=sys.stderr)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # and hosts are removed on the way out
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = {"short": SHORT} if options.short else {name: EXPERIMENTS[name] for name in options.names or EXPERIMENTS}
-    left_out: list[str] = []
+    stepping = [name for name, experiment in EXPERIMENTS.items() if experiment.cases is not None]
+    names = options.names or (EXPERIMENTS if options.profile is None else stepping)
+    chosen = {"short": SHORT} if options.short else {name: EXPERIMENTS[name] for name in names}
+    left_out, failed = list[str](), list[str]()
     began = time.monotonic()
     for number, (name, experiment) in enumerate(chosen.items()):
         spent = time.monotonic() - began
@@ -44,8 +51,14 @@ def _run(options: argparse.Namespace) -> int:
             print(f"left out: {lacking}\n", flush=True)
             left_out.append(name)
             continue
-        result = run(name, experiment, options.out, options.profile)
-        print(table(result), flush=True)
+        try:
+            print(table(run(name, experiment, options.out, options.profile)), flush=True)
+        except (RuntimeError, OSError) as failure:  # the others may do
+            print(f"failed: {failure}\n", flush=True)
+            failed.append(name)
+    if failed:
+        print(f"lab: failed: {', '.join(failed)}", file=sys.stderr)
+        return 1
     return 3 if left_out and (options.names or len(left_out) == len(chosen)) else 0
 
 
@@ -59,7 +72,7 @@ def _predict(options: argparse.Namespace) -> int:
 def table(result: dict[str, Any]) -> str:
     """The rows of an experiment as text."""
     heads, rows = cells(result)
-    return f"{'; '.join(result['networks'])}; {result['by']}\n{tabulate(rows, headers=heads)}\n"
+    return f"{setting(result)}\n{tabulate(rows, headers=heads)}\n"
 
 
 def _record(options: argparse.Namespace) -> int:
@@ -85,29 +98,48 @@ def _published(options: argparse.Namespace) -> int:
         rows.append((*told, row.left_out, time.monotonic() - began))
     heads = ["work", "model", "grid", "print %", "simulated %", "points", "", "left out", "s"]
     print(tabulate(rows, headers=heads, floatfmt=("", "", "", ".1f", ".1f", "+.1f", "", "", ".1f")))
+    began = time.monotonic()
+    got, grid = published.simulated(published.LARGEST, fit), "x".join(map(str, published.LARGEST.grid))
+    print(
+        f"{published.LARGEST.processors} processors ({grid}), whose efficiency is not in print: {got:.1f} % simulated, "
+        f"in {time.monotonic() - began:.1f} s"
+    )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "published.json").write_text(json.dumps([list(map(str, row)) for row in rows], indent=1) + "\n")
+    table = {"heads": heads[:-1], "rows": [[*row[:3], *(f"{x:.1f}" for x in row[3:6]), *row[6:-1]] for row in rows]}
+    (options.out / "published.json").write_text(json.dumps(table, indent=1) + "\n")
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
     from lab.report import write
 
-    paths = [options.out / f"{name}.json" for name in ("short", *EXPERIMENTS)]
-    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    order = {name: at for at, name in enumerate(("short", *EXPERIMENTS))}
+    texts = {path.stem: json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))}
+    printed = texts.pop("published", None)
+    found = [texts[name] for name in sorted(texts, key=lambda name: order.get(name, len(order)))]
+    for result in list(found):
+        if not all("error" in row for row in result["rows"]):
+            print(f"lab: {result['name']} was measured, not predicted: left out (`lab.py predict`)", file=sys.stderr)
+            found.remove(result)
     if not found:
         print(f"lab: nothing was run yet: no experiment's file in {options.out}", file=sys.stderr)
         return 2
     path = options.out / "report.html"
-    write(path, found)
+    write(path, found, printed)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, of {len(found)} experiments")
     return 0
 
 
 def _clean(options: argparse.Namespace) -> int:
-    names = hosts.clean() if hosts.unavailable() is None else []
-    print("removed " + ", ".join(names) if names else "nothing to do")
-    return 0
+    reason = hosts.unavailable()
+    if reason is not None:
+        print(f"lab: {reason}", file=sys.stderr)
+        return 3
+    gone, still = hosts.clean()
+    if still:
+        print(f"lab: could not remove {', '.join(still)}", file=sys.stderr)
+    print("removed " + ", ".join(gone) if gone else "nothing to do" if not still else "nothing removed")
+    return 1 if still else 0
 
 
 def main() -> int:
@@ -125,6 +157,12 @@ def main() -> int:
     for name, job in (("predict", _predict), ("published", _published), ("report", _report), ("clean", _clean)):
         commands.add_parser(name).set_defaults(run=job)
     options = parser.parse_args()
+    if options.run is _run and options.short and (options.names or options.profile):
+        parser.error("--short is an experiment of its own: expected neither names nor --profile")
+    if options.run is _run and options.profile:
+        without = [name for name in options.names if EXPERIMENTS[name].cases is None]
+        if without:
+            parser.error(f"--profile: expected experiments with training steps, got {', '.join(without)}")
     status: int = options.run(options)
     return status
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
-import sys
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from lab.cases import Case, Experiment
 from lab.costs import fitted
@@ -19,12 +23,14 @@ from lab.profiles import read
 from lab.served import served_seconds
 from ringred.buckets import MIB
 from ringred.testing.bench.all_reduce import bus_bandwidth
+from ringred.topology.detect import machine
 
 __all__ = ["EXPERIMENTS", "SHORT", "predict", "run"]
 
 HERE = Path(__file__).parent
 _WAYS = ("ring", "halving_doubling", "torus", "double_tree", "direct", "tree", "central", "auto")
 _SIZES = (1 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20)
+_PEERS = ("gloo", "native", "MPI_Allreduce")  # `native` is MPI_Iallreduce, with our deadlines
 _GRADIENTS = ("alone", "ring", "halving_doubling", "torus", "tree", "double_tree", "auto", "central", "gloo")
 
 
@@ -44,14 +50,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "The same over Open MPI's TCP, beside its own all-reduce.",
         (Network(4, 250),),
         "mpi",
-        (*_WAYS, "native"),
+        (*_WAYS, "native", "MPI_Allreduce"),
         _SIZES,
     ),
     "reduce-8-mpi": Experiment(
         "And between 8 hosts?",
         (Network(8, 125),),
         "mpi",
-        ("ring", "halving_doubling", "torus", "direct", "central", "auto", "native"),
+        ("ring", "halving_doubling", "torus", "direct", "central", "auto", "native", "MPI_Allreduce"),
         (64 << 10, 1 << 20, 4 << 20, 16 << 20),
     ),
     "reduce-8-torch": Experiment(
@@ -65,7 +71,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Between 16?",
         (Network(16, 62.5),),
         "mpi",
-        ("ring", "halving_doubling", "torus", "auto", "native"),
+        ("ring", "halving_doubling", "torus", "auto", "native", "MPI_Allreduce"),
         (64 << 10, 1 << 20, 4 << 20),
     ),
     "bbr": Experiment(
@@ -80,7 +86,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         (Network(8, 250, racks=2, uplink_mbit=250),),
         "mpi",
         ("ring", "torus", "halving_doubling", "direct", "tree", "central"),
-        (64 << 10, 1 << 20, 4 << 20, 16 << 20),
+        (64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 4 << 20, 16 << 20),
+    ),
+    "racks-slow": Experiment(
+        "And with an uplink of a quarter of that?",
+        (Network(8, 250, racks=2, uplink_mbit=62.5),),
+        "mpi",
+        ("ring", "torus", "halving_doubling", "double_tree"),
+        (64 << 10, 256 << 10, 1 << 20, 4 << 20),
     ),
     "slow-link": Experiment(
         "One host of four has a quarter of the others' rate: who suffers least?",
@@ -233,17 +246,24 @@ SHORT = Experiment(
 
 def run(name: str, experiment: Experiment, folder: Path, profile: str | None = None) -> dict[str, Any]:
     """Measures an experiment and predicts it; the result is written to `folder` as well. With `profile`, training steps
-    are those of a recorded model."""
-    began = time.monotonic()
-    result = {"name": name, "question": experiment.question, "networks": list(map(str, experiment.networks))}
-    result |= {"by": experiment.by, "seconds": 0.0, "calibrations": [], "costs": [], "rows": []}
-    for number, network in enumerate(experiment.networks, 1):
+    are those of a recorded model, and the result has its name."""
+    began, here = time.monotonic(), machine()
+    stem = "" if profile is None else Path(profile).stem
+    result: dict[str, Any] = {"name": f"{name}-{stem}" if stem else name, "question": experiment.question}
+    if stem:
+        result["question"] += f" (with the model {stem})"
+    result |= {"networks": list(map(str, experiment.networks)), "by": experiment.by, "seconds": 0.0}
+    result |= {"date": datetime.date.today().isoformat(), "cores": here.usable_cores}
+    result["machine"] = (
+        f"{here.processor}, {here.usable_cores} cores; Linux {platform.release()}; torch {torch.__version__}"
+    )
+    result |= {"calibrations": [], "costs": [], "rows": []}
+    for network in experiment.networks:
         cases = [] if experiment.cases is None else list(experiment.cases(network.hosts))
         if profile is not None:
             whole = (case for case in cases if case.batch is None)  # a recorded batch cannot be divided
             cases = list({Case(**{**asdict(case), "model": profile}): None for case in whole})
         found = list(_measured(experiment, network, cases))
-        print(f"  [{number}/{len(experiment.networks)}] {network}: measured", file=sys.stderr)
         result["calibrations"].append(next((line["calibrations"] for line in found if "calibrations" in line), None))
         result["rows"] += [{"hosts": network.hosts, **line} for line in found if "way" in line]
     result["seconds"] = time.monotonic() - began
@@ -267,7 +287,7 @@ def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> 
         costs: Costs | None = None
         seen: set[tuple[str, int]] = set()
         if calibrations is not None:
-            costs = fitted(calibrations, network, len(os.sched_getaffinity(0)), experiment.by == "torch")
+            costs = fitted(calibrations, network, result["cores"], experiment.by == "torch")
             result["costs"].append(asdict(costs))
             samples = calibrations[0]["samples"]
             seen = {(known["name"], known["nbytes"]) for known in samples if known["ranks"] == network.ranks}
@@ -279,7 +299,9 @@ def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> 
 
 
 def _write(result: dict[str, Any], folder: Path) -> None:
-    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    unfinished = folder / f".{result['name']}.{os.getpid()}"
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(folder / f"{result['name']}.json")
 
 
 def _measured(experiment: Experiment, network: Network, cases: list[Case]) -> Iterator[dict[str, Any]]:
@@ -292,12 +314,21 @@ def _measured(experiment: Experiment, network: Network, cases: list[Case]) -> It
         program, task = HERE / "reduce_ranks.py", {**task, "sizes": experiment.sizes}
     root = HERE.parents[1]
     variables = {"PYTHONPATH": f"{root}:{HERE.parent}", "RINGRED_TUNING": "off"}
-    with Hosts(network) as hosts:
+    drawn: dict[str, Any] = {"bar_format": "{l_bar}{bar}| {elapsed}, {remaining} left", "leave": False, "disable": None}
+    with tqdm(total=1.0, desc=f"  {network}", **drawn) as bar, Hosts(network, lambda text: _show(bar, text)) as hosts:
         start = hosts.torch_ranks if experiment.by == "torch" else hosts.mpi_ranks
         texts = start(program, json.dumps(task), RINGRED_TIMEOUT=600, **variables)
     for line in texts[0].splitlines():
         if line.startswith("{"):
             yield json.loads(line)
+
+
+def _show(bar: tqdm[Any], text: str) -> None:
+    """How much ranks have done, by the last line in which they say so."""
+    told = text.rpartition('{"done": ')[2].partition("}")
+    if told[1]:
+        bar.n = float(told[0])
+        bar.refresh()
 
 
 def _row(
@@ -314,7 +345,7 @@ def _row(
     if "nbytes" in found:
         row["case"] = f"{found['nbytes']} B"
         row["of_line"] = bus_bandwidth(network.ranks, found["nbytes"], found["seconds"]) / network.bytes_per_second
-        if costs is not None and way not in ("gloo", "native"):
+        if costs is not None and way not in _PEERS:
             row["predicted"] = all_reduce_seconds(way, found["nbytes"], costs, network)
     elif "training" in found:
         row["case"] = found["training"]
@@ -337,7 +368,7 @@ def _row(
 def _step(case: Case, alone: float, costs: Costs | None, network: Network) -> float | None:
     if case.way == "alone":
         return alone * case.slowness
-    if case.way in ("gloo", "native") or costs is None:
+    if case.way in _PEERS or costs is None:
         return None
     model = read(case.model, case.batch)
     if ":" in case.way:

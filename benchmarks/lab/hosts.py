@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from ipaddress import ip_network
 from pathlib import Path
@@ -31,6 +31,8 @@ _CONTROLS = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _SUBNET = ip_network("10.78.0.0/24")
 _QUEUE = "2mb"  # what a switch with shared memory gives to a port
 _GSO_BYTES = "16384"
+_LOOK_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 20.0  # for the others, once a rank has failed
 _PAYLOAD = 1448 / 1514  # of the bytes that a queue counts (frames, without preamble and gap), TCP's payload
 _NAMED = """
 import os, socket, sys
@@ -53,11 +55,15 @@ def unavailable() -> str | None:
     missing = [tool for tool in ("ip", "tc", "unshare") if shutil.which(tool) is None]
     if missing:
         return f"the laboratory needs {', '.join(missing)}: install iproute2 and util-linux"
-    trial = f"{_PREFIX}{os.getpid()}-trial"
-    made = subprocess.run(["ip", "netns", "add", trial], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "delete", trial], capture_output=True, check=False)
-    if made.returncode:
-        return f"the laboratory cannot make network namespaces here: {made.stderr.strip()}"
+    trial = f"{_mine()}-trial"
+    try:
+        _run("ip", "netns", "add", trial)
+        _run("ip", "-n", trial, "link", "add", "eth0", "type", "veth", "peer", "name", "port0")
+        _limit(trial, "eth0", 100)
+    except RuntimeError as failure:
+        return f"the laboratory cannot make its networks here: {failure}"
+    finally:
+        subprocess.run(["ip", "netns", "delete", trial], capture_output=True, check=False)
     return None
 
 
@@ -127,13 +133,15 @@ class Network:
 
 
 class Hosts:
-    """A network of hosts, as a context: at its end, processes on them are killed and everything is removed."""
+    """A network of hosts, as a context: at its end, processes on them are killed and everything is removed. While ranks
+    run, `watch` gets what the first one has printed so far."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, watch: Callable[[str], None] | None = None) -> None:
         self.network = network
-        self.name = f"{_PREFIX}{os.getpid()}"
+        self.name = _mine()
+        self._watch = watch
         self._running: list[subprocess.Popen[str]] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-")  # temporary files of the ranks as well
 
     def address(self, host: int) -> str:
         """The address of a host."""
@@ -191,7 +199,8 @@ class Hosts:
     ) -> subprocess.Popen[str]:
         """Starts a command on a host."""
         inner = ["ip", "netns", "exec", f"{self.name}-{host}", "unshare", "--uts", sys.executable, "-c", _NAMED]
-        environment = {**os.environ, "HOST_NAME": f"host{host}", **{k: str(v) for k, v in variables.items()}}
+        environment = {**os.environ, "HOST_NAME": f"host{host}", "TMPDIR": self._folder.name}
+        environment |= {name: str(value) for name, value in variables.items()}
         started = subprocess.Popen(
             [*inner, shutil.which(command[0]) or command[0], *command[1:]],
             env=environment,
@@ -243,8 +252,6 @@ class Hosts:
 
     def _agent(self) -> Path:
         """A file that starts commands on hosts, as ssh would."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-")
         path = Path(self._folder.name) / "agent"
         text = _AGENT.replace("PREFIX", self.name).replace("PYTHON", sys.executable).replace("NAMED", _NAMED.strip())
         path.write_text(text)
@@ -252,14 +259,17 @@ class Hosts:
         return path
 
     def _outputs(self, began: Sequence[subprocess.Popen[str]], files: Sequence[IO[str]]) -> list[str]:
-        statuses = [process.wait() for process in began]
-        texts = []
-        for file in files:
-            file.seek(0)
-            texts.append(file.read())
+        deadline = float("inf")
+        while time.monotonic() < deadline and any(process.poll() is None for process in began):
+            if deadline == float("inf") and any(process.returncode for process in began):
+                deadline = time.monotonic() + _LAST_WORDS_SECONDS
+            if self._watch is not None:
+                self._watch(_text(files[0]))
+            time.sleep(_LOOK_SECONDS)
+        statuses = [process.poll() for process in began]  # None: it waits for one that has failed
         if any(statuses):
-            raise RuntimeError(f"exit statuses {statuses}: {[text[-1500:] for text in texts if text]}")
-        return texts
+            raise RuntimeError(f"exit statuses {statuses}: {[_text(file)[-1500:] for file in files if _text(file)]}")
+        return [_text(file) for file in files]
 
     def __exit__(self, *_: object) -> None:
         for process in self._running:
@@ -267,8 +277,7 @@ class Hosts:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         _remove([name for name in _namespaces() if name.startswith(f"{self.name}-")])
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._folder.cleanup()
 
 
 def left_behind() -> list[str]:
@@ -276,20 +285,40 @@ def left_behind() -> list[str]:
     return [name for name in _namespaces() if name.startswith(_PREFIX) and not _lives(name)]
 
 
-def clean() -> list[str]:
-    """Removes what runs that were killed have left: namespaces, the processes in them, files. Returns their names."""
+def clean() -> tuple[list[str], list[str]]:
+    """Removes what runs that were killed have left: namespaces, the processes in them, files. Returns the names of what
+    is gone, and of what could not be removed."""
     names = left_behind()
     _remove(names)
     folders = [path for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*") if not _lives(path.name)]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-    return [*names, *map(str, folders)]
+    still = set(left_behind()) | {str(folder) for folder in folders if folder.exists()}
+    return [name for name in (*names, *map(str, folders)) if name not in still], sorted(still)
+
+
+def _mine() -> str:
+    """What everything of this process is called by: its number, and when it was started, for numbers come again."""
+    return f"{_PREFIX}{os.getpid()}.{_started(os.getpid())}"
 
 
 def _lives(name: str) -> bool:
-    """Whether the run still goes on that gave this name: the process with the number in it."""
-    number = name.removeprefix(_PREFIX).partition("-")[0]
-    return Path("/proc", number).exists()
+    """Whether the process still runs that gave this name."""
+    number, _, started = name.removeprefix(_PREFIX).partition("-")[0].partition(".")
+    return bool(started) and _started(number) == started
+
+
+def _started(process: int | str) -> str:
+    """When a process was started, in ticks of the kernel; nothing if it has ended."""
+    try:
+        return Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _text(file: IO[str]) -> str:
+    """What is in a file that others write to: they share its position, which stays."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
 def _namespaces() -> list[str]:
@@ -298,19 +327,23 @@ def _namespaces() -> list[str]:
 
 
 def _remove(names: Sequence[str]) -> None:
+    """A namespace whose processes cannot be killed keeps its name, by which they are found."""
     for name in names:
-        inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
-        for number in inside.split():
+        for number in _inside(name):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(number), signal.SIGKILL)
-    deadline = time.monotonic() + 2
+                os.kill(number, signal.SIGKILL)
     for name in names:
-        while time.monotonic() < deadline:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
-            if not pids.strip():
-                break
+        deadline = time.monotonic() + 2
+        while _inside(name) and time.monotonic() < deadline:
             time.sleep(0.02)  # a killed process is gone when its kernel is done with it
-        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        if not _inside(name):
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def _inside(name: str) -> list[int]:
+    """The processes in a namespace."""
+    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+    return list(map(int, listed.split()))
 
 
 def _limit(space: str, device: str, mbit: float) -> None:

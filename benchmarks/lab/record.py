@@ -71,7 +71,8 @@ def load(name: str) -> nn.Module:
 
 
 def record(name: str, model: nn.Module) -> Profile:
-    """The profile of a module that returns its loss: medians of a few steps on one processor, after a first one."""
+    """The profile of a module that returns its loss: medians of a few steps on one processor, after a first one, as
+    parts of the median of the whole step."""
     trained = {called: parameter for called, parameter in model.named_parameters() if parameter.requires_grad}
     names = {id(parameter): called for called, parameter in trained.items()}
     came: list[tuple[int, float]] = []
@@ -81,6 +82,7 @@ def record(name: str, model: nn.Module) -> Profile:
     ]
     spans: dict[int, list[float]] = defaultdict(list)
     forwards: list[float] = []
+    steps: list[float] = []
     order: list[int] = []
     for _ in range(1 + _STEPS):
         model.zero_grad()
@@ -93,12 +95,13 @@ def record(name: str, model: nn.Module) -> Profile:
         for (_, before), (at, now) in itertools.pairwise([(0, forward), *came]):
             spans[at].append(now - before)
         forwards.append(forward - began)
+        steps.append(came[-1][1] - began)
     for hook in hooks:
         hook.remove()
     sizes = {id(parameter): parameter.numel() for parameter in trained.values()}
     layers = tuple(Layer(names[at], sizes[at], 0.0) for at in reversed(order))
-    medians = [statistics.median(spans[at][1:]) for at in reversed(order)]
-    recorded = (*medians, statistics.median(forwards[1:]))
+    medians = [statistics.median(took[1:]) for took in (*(spans[at] for at in reversed(order)), forwards)]
+    recorded = tuple(median * statistics.median(steps[1:]) / sum(medians) for median in medians)
     return Profile(name, layers, 1, Processor(machine().processor, 0.0), recorded)
 
 

@@ -47,23 +47,29 @@ def main() -> None:
 
         dist.init_process_group("gloo")
         peers["gloo"] = dist.all_reduce
+    if "MPI_Allreduce" in task["ways"]:
+        from mpi4py import MPI
+
+        peers["MPI_Allreduce"] = lambda tensor: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, tensor.numpy())
     calibrations = [calibrated(comm)]
     times: dict[tuple[int, str], list[float]] = {case: [] for case in itertools.product(task["sizes"], task["ways"])}
-    for _ in range(ROUNDS):
-        for nbytes, name in times:
+    for turn in range(ROUNDS):
+        for at, (nbytes, name) in enumerate(times):
             tensor = torch.zeros(nbytes // 4)
 
             def call(name: str = name, tensor: torch.Tensor = tensor) -> object:
                 return peers[name](tensor) if name in peers else comm.all_reduce(tensor, algorithm=name)
 
             times[nbytes, name] += seconds(comm, call, task["seconds"] / ROUNDS, 200)
+            if comm.rank == 0:
+                print(json.dumps({"done": (turn * len(times) + at + 1) / ROUNDS / len(times)}), flush=True)
         calibrations.append(calibrated(comm))
     if comm.rank == 0:
         for (nbytes, name), took in times.items():
             found = {"nbytes": nbytes, "way": name, "seconds": statistics.median(took), "calls": len(took)}
             print(json.dumps({**found, "low": min(took), "high": max(took)}))
         print(json.dumps({"calibrations": calibrations}), flush=True)
-    if peers:
+    if "gloo" in peers:
         dist.destroy_process_group()
     comm.close()
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import html
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
-import torch
 
 from lab.hosts import Network
 from lab.predict import Costs, step_of
 from lab.profiles import profile
-from lab.rows import cells, foretold
-from ringred.topology.detect import machine
+from lab.rows import cells, foretold, setting
 
 __all__ = ["write"]
 
@@ -45,8 +42,8 @@ document.querySelectorAll("th").forEach(head => head.addEventListener("click", (
 _LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": {"t": 20, "l": 60, "r": 20, "b": 50}}
 
 
-def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Writes the report of experiments, as `experiments.run` gives them."""
+def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any] | None = None) -> None:
+    """Writes the report of experiments, as `experiments.run` gives them, and of the efficiencies in print."""
     errors = sorted(abs(row["error"]) for result in results for row in foretold(result))
     by_name = {result["name"]: result for result in results}
     parts = [
@@ -65,20 +62,25 @@ def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
     for result in results:
         way = {"torch": "Gloo's point-to-point", "mpi": "Open MPI's TCP"}[result["by"]]
         parts.append(f"<h2>{html.escape(result['question'])}</h2>")
-        parts.append(f"<p>{html.escape('; '.join(result['networks']))}, over {way}.</p>")
+        parts.append(f"<p>{html.escape(setting(result))}: over {way}; {result['date']}.</p>")
         if "training" not in result["rows"][0]:
             parts.append(_figure(_bars(result)))
         parts.append(_table(*cells(result)))
+    if printed is not None:
+        parts += [
+            "<h2>Efficiencies in print, and simulated (in percent)</h2>",
+            _table(printed["heads"], printed["rows"]),
+        ]
     parts.append(f"<h2>The ten worst predictions</h2>{_worst(results)}")
-    here = machine()
+    parts.append("<p>Why: benchmarks/results/lab.md, where the simulator is wrong.</p>")
+    machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     parts.append(
-        f"<p><small>{html.escape(here.processor)}, {here.usable_cores} cores, shared with others; Linux "
-        f"{html.escape(platform.release())}; torch {torch.__version__}; <code>python benchmarks/lab.py run</code>, "
-        f"<code>report</code>. All hosts are namespaces of this machine: beyond its cores' speed nothing is told of "
-        f"real ones. Where a model's times are slowed down, the network's rate is by the same factor (20 where nothing "
-        f"else is said: 500 Mbit/s stand for 10 Gbit/s). The baseline of an efficiency is one rank alone: the times of "
-        f"the profile, or of a real model while all hosts compute by themselves. Only the parameter server steps an "
-        f"optimizer there.</small></p><script>{_SORT}</script></body></html>"
+        f"<p><small>{html.escape(machines)}; shared with others; <code>python benchmarks/lab.py run</code>, "
+        f"<code>published</code>, <code>report</code>. All hosts are namespaces of one machine: beyond its cores' "
+        f"speed nothing is told of real ones. Where models are 20 times slower than their profile, 500 Mbit/s stand "
+        f"for 10 Gbit/s. The baseline of an efficiency is one rank alone: the times of the profile, or of a real model "
+        f"while all hosts compute by themselves. Only the parameter server steps an optimizer there.</small></p>"
+        f"<script>{_SORT}</script></body></html>"
     )
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text("\n".join(parts))
@@ -88,13 +90,9 @@ def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
 def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[str]:
     """Three sentences."""
     sentences = []
-    reduced = [
-        row
-        for result in results
-        if result["name"].startswith("reduce")
-        for row in result["rows"]
-        if row["nbytes"] >= 4 << 20
-    ]
+    even = [row for result in results if result["name"].startswith(("reduce", "short")) for row in result["rows"]]
+    least = min(4 << 20, max((row["nbytes"] for row in even), default=0))
+    reduced = [row for row in even if row["nbytes"] >= least]
     if reduced:
         told = []
         for way in ("ring", "halving_doubling", "torus", "tree", "central"):
@@ -102,7 +100,7 @@ def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[
             if parts:
                 told.append(f"{way.replace('_', '-')} {parts[len(parts) // 2]:.0%}")
         sentences.append(
-            f"From 4 MiB on the ways use these parts of the line's rate, in the median: {', '.join(told)}."
+            f"From {least >> 20} MiB on the ways use these parts of the line's rate, in the median: {', '.join(told)}."
         )
     steps = {
         (result["name"], row["case"], row["hosts"], row["way"]): row
@@ -120,7 +118,7 @@ def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[
             f"{case} on {hosts} hosts {ring['efficiency']:.0%} against {one['efficiency']:.0%}"
             for case, hosts, ring, one in pairs
         ]
-        sentences.append(f"A ring leaves more of a step's efficiency than one server: {', '.join(told)}.")
+        sentences.append(f"Of a step's efficiency a ring leaves, against one server: {', '.join(told)}.")
     if errors:
         middle, late = errors[len(errors) // 2], errors[int(0.9 * len(errors))]
         sentences.append(
@@ -198,9 +196,8 @@ def _timeline() -> go.Figure:
     """When the buckets of one step are reduced, by two ways."""
     model, network = profile("vgg16"), Network(8, 10_000)
     costs = Costs(3e-5, 1 / network.bytes_per_second, 1e-10, 2e-5, 0.0, 1 << 20)
-    figure = go.Figure(
-        layout={**_LAYOUT, "title": "Predicted: buckets become full, and are reduced", "barmode": "overlay"}
-    )
+    title = "Predicted, for 30 µs a message and 20 µs a call: buckets become full, and are reduced"
+    figure = go.Figure(layout={**_LAYOUT, "title": title, "barmode": "overlay"})
     for way in ("ring", "central"):
         step = step_of(model, 1.0, way, costs, network)
         begins = [begin for begin, _ in step.times]

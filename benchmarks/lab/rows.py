@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["cells", "foretold"]
+__all__ = ["cells", "foretold", "setting"]
 
 
 def foretold(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that were predicted, without those that the costs were fitted to, and ranks alone, which say nothing."""
     return [row for row in result["rows"] if row["error"] is not None and not row["fitted"] and row["way"] != "alone"]
+
+
+def setting(result: dict[str, Any]) -> str:
+    """Where it was measured: the networks, what connects the ranks, and how many times slower models are replayed."""
+    told = f"{'; '.join(result['networks'])}; {result['by']}"
+    slower = sorted({row.get("dilation", 1.0) for row in result["rows"]} - {1.0})
+    if not slower:
+        return told
+    span = f"{slower[0]:g} to {slower[-1]:g}" if len(slower) > 1 else f"{slower[0]:g}"
+    return f"{told}; models {span} times slower than their profile"
 
 
 def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -31,7 +41,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     steps = "efficiency" in first
     heads = ["case", "by", "ms", "efficiency" if steps else "of line rate", "predicted ms", "error"]
     if steps:
-        heads += ["MiB sent", "received", "reducing ms"]
+        heads += ["MiB sent", "received", "reducing ms", "late ms"]
     rows = []
     for row in result["rows"]:
         case = f"{row['case']}, {row['hosts']} hosts" if several else row["case"]
@@ -40,7 +50,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         told = (case, row["way"], _number(row["seconds"], 1e3, 2), part, _number(row["predicted"], 1e3, 2), error)
         if steps:
             told += (_number(row["sent"], 2**-20, 1), _number(row["received"], 2**-20, 1))
-            told += (_number(row.get("reducing") or None, 1e3, 2),)
+            told += (_number(row["reducing"] or None, 1e3, 2), _number(row["late"] or None, 1e3, 1))
         rows.append(told)
     return heads, rows
 

@@ -1,8 +1,8 @@
 """What each rank of the laboratory's step experiments does: trains replayed models, case by case.
 
-A replayed layer sleeps until its backward is over and hands over a gradient of its true size. Rank 0 prints one JSON
-line a measured case: seconds a step, bytes of the busiest host in each direction, seconds for which its reductions ran
-(ringred's), and how late a layer was.
+A replayed layer sleeps until its backward is over, or keeps its core busy where its times are those of this machine,
+and hands over a gradient of its true size. Rank 0 prints one JSON line a measured case: seconds a step, bytes of the
+busiest host in each direction, seconds for which its reductions ran (ringred's), and how late a layer was.
 """
 
 from __future__ import annotations
@@ -37,32 +37,38 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         made = torch.full_like(weight, 1e-3)  # memory that is written, as by real arithmetic
-        ctx.clock.sleep_until(ctx.until)
+        ctx.clock.wait_until(ctx.until)
         return gradients[0], made, None, None
 
 
 class _Clock:
-    """Times since the step began; `late` is the longest that a layer came after its time."""
+    """Times since the step began; `late` is the longest that a layer came after its time. A `busy` one has its core
+    compute meanwhile, as a real layer does that what is received at the same time shares the core with."""
 
-    def __init__(self) -> None:
+    def __init__(self, busy: bool) -> None:
         self.began, self.late = time.perf_counter(), 0.0
+        self._numbers = torch.ones(1 << 14) if busy else None
 
     def start(self) -> None:
         self.began = time.perf_counter()
 
-    def sleep_until(self, seconds: float) -> None:
-        left = self.began + seconds - time.perf_counter()
+    def wait_until(self, seconds: float) -> None:
+        end = self.began + seconds
+        left = end - time.perf_counter()
         self.late = max(self.late, -left)
-        if left > 0:
+        if self._numbers is not None:
+            while time.perf_counter() < end:
+                self._numbers.mul_(1.0)
+        elif left > 0:
             time.sleep(left)
 
 
 class Replayed(nn.Module):
     """A model of a profile whose times are `dilation` times as long."""
 
-    def __init__(self, model: Profile, dilation: float) -> None:
+    def __init__(self, model: Profile, dilation: float, busy: bool = False) -> None:
         super().__init__()
-        self.clock = _Clock()
+        self.clock = _Clock(busy)
         self.weights = nn.ParameterList([nn.Parameter(torch.zeros(layer.elements)) for layer in model.layers])
         self.forward_seconds = model.forward * dilation
         ends, now = [], self.forward_seconds
@@ -73,7 +79,7 @@ class Replayed(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         self.clock.start()
-        self.clock.sleep_until(self.forward_seconds)
+        self.clock.wait_until(self.forward_seconds)
         layer: Any = _Layer.apply
         for weight, until in zip(self.weights, self.ends, strict=True):
             x = layer(x, weight, self.clock, until)
@@ -173,7 +179,7 @@ def module_of(comm: ringred.Communicator, case: Case) -> nn.Module:
         return load(name)
     if kind == "replayed":
         comm.barrier()
-        return Replayed(record(name, load(name)), 1.0)
+        return Replayed(record(name, load(name)), 1.0, busy=True)
     slowness = case.slowness if comm.hosts[comm.rank] == comm.hosts[-1] else 1.0
     return Replayed(read(case.model, case.batch), case.dilation * slowness)
 
@@ -202,10 +208,10 @@ def main() -> None:
 
         dist.init_process_group("gloo")
     calibrations = [calibrated(comm)]
-    for case in cases:
+    for done, case in enumerate(cases, 1):
         found = measured(comm, case, task["steps"])
         if comm.rank == 0:
-            print(json.dumps({**asdict(case), **found}), flush=True)
+            print(json.dumps({**asdict(case), **found}), json.dumps({"done": done / len(cases)}), sep="\n", flush=True)
     calibrations.append(calibrated(comm))
     if comm.rank == 0:
         print(json.dumps({"calibrations": calibrations}), flush=True)

@@ -167,19 +167,20 @@ def main() -> None:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-    for name in given["trainings"]:
-        for way in given["ways"]:
-            task = TASKS[name]()
-            comm.barrier()
-            watch = _Watch(task)
-            kind, _, policy = way.partition(":")
-            if kind == "servers":
-                on_servers(comm, task, policy, watch)
-            else:
-                by_collectives(comm, task, way, watch)
-            if comm.rank == 0:
-                reached = watch.reached or {"seconds": None, "batches": None}
-                print(json.dumps({"training": name, "way": way, **reached, "quality": watch.quality}), flush=True)
+    cases = list(itertools.product(given["trainings"], given["ways"]))
+    for done, (name, way) in enumerate(cases, 1):
+        task = TASKS[name]()
+        comm.barrier()
+        watch = _Watch(task)
+        kind, _, policy = way.partition(":")
+        if kind == "servers":
+            on_servers(comm, task, policy, watch)
+        else:
+            by_collectives(comm, task, way, watch)
+        if comm.rank == 0:
+            reached = watch.reached or {"seconds": None, "batches": None}
+            found = {"training": name, "way": way, **reached, "quality": watch.quality}
+            print(json.dumps(found), json.dumps({"done": done / len(cases)}), sep="\n", flush=True)
     if "gloo" in given["ways"]:
         dist.destroy_process_group()
     comm.close()

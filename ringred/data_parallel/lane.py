@@ -32,7 +32,7 @@ class Lane:
         self._name = f"rank {comm.rank}: {name}"
         self._progress = Progress(f"ringred-{name}-{comm.rank}")
         _threads.add(self._progress)
-        weakref.finalize(self, _end, self._progress, self.comm)
+        weakref.finalize(self, _end, self._progress, self.comm).atexit = False  # it would start a thread too late
 
     def submit(self, job: Callable[[Communicator], T], purpose: str = "", device: torch.device = _HOST) -> Work[T]:
         """Runs `job` on the lane's communicator, after all jobs submitted before. If it raises, other ranks raise too.
@@ -81,6 +81,7 @@ _threads: set[Progress] = set()
 
 @atexit.register
 def _join_all() -> None:
-    """Joins all lanes' threads: a thread still inside torch when Python exits would abort the process."""
+    """Joins all lanes' threads: a thread still inside torch when Python exits would abort the process. Their
+    communicators are closed with all others."""
     for progress in list(_threads):
         progress.close()

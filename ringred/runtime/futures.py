@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 from collections import deque
@@ -11,13 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from ringred.runtime import lifetime
 from ringred.runtime.work import Work
 
 __all__ = ["future_of"]
 
 _T = TypeVar("_T")
 _IDLE_SECONDS = 10.0  # after which a thread without work ends
-_LAST_SECONDS = 2.0  # for callbacks that still run when the process ends
 
 
 def future_of(works: Sequence[Work[Any]], outcome: Callable[[], _T], devices: Collection[torch.device] = ()) -> Any:
@@ -72,12 +71,13 @@ class _Callbacks:
                 self._busy -= 1
                 self._news.notify_all()
 
-    def settle(self) -> None:
-        """Called at exit: waits briefly for running callbacks, because a thread must not be killed inside torch."""
+    def settle(self, limit: float) -> None:
+        """Called at exit: waits for running callbacks, at most `limit` seconds, because a thread must not be killed
+        inside torch."""
         with self._news:
             self._ending = True
             self._news.notify_all()
-            self._news.wait_for(lambda: not (self._busy or self._idle or self._ready), _LAST_SECONDS)
+            self._news.wait_for(lambda: not (self._busy or self._idle or self._ready), limit)
 
 
 def _begin_anew() -> None:
@@ -85,10 +85,6 @@ def _begin_anew() -> None:
     _callbacks = _Callbacks()
 
 
-@atexit.register
-def _settle() -> None:
-    _callbacks.settle()
-
-
 _callbacks = _Callbacks()
+lifetime.afterwards.append(lambda limit: _callbacks.settle(limit))  # those that lanes and closing have ended as well
 os.register_at_fork(after_in_child=_begin_anew)  # the threads of a parent are not in its child

@@ -39,6 +39,7 @@ class Renewing:
 
     def _take_seat(self, seat: Seat | None, stall_seconds: float) -> None:
         self.seat, self.successor = seat, None
+        self._leaves = threading.Lock()  # taken by who leaves the seat, for good
         self.thread, self.stalls, self.noted = threading.get_ident(), 0, []
         self.recovery: Any = None  # what its models have in common, if they go on after failures
         if seat is not None:
@@ -46,15 +47,15 @@ class Renewing:
             watch(self, stall_seconds)
 
     def _leave_seat(self) -> None:
-        if self.seat is not None:
+        if self.seat is not None and self._leaves.acquire(blocking=False):
             self.seat.member.leave(self.seat.view)
             self.seat.member.let_go()
 
     def drop_seat(self) -> None:
         """Is no part of its job any more, and tells nobody that this rank has left: it goes on in another view."""
-        if self.seat is not None:
+        if self.seat is not None and self._leaves.acquire(blocking=False):
             self.seat.member.let_go()
-            self.seat = None
+        self.seat = None
 
     def note(self, name: str, value: Any) -> None:
         """Tells who asks what the ranks do (`ringred status`) a fact of this one, as JSON."""

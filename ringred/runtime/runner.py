@@ -236,7 +236,7 @@ class Runner:
         Raises `CollectiveMismatch` where this rank was done with a collective, and now hears that another rank called
         something else in its place.
         """
-        with self.order:
+        with self.order, self._failing:  # what aborts has done so before
             if self.closed:
                 return
             self.closed, self.recall.armed = True, False

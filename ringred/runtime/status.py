@@ -115,8 +115,11 @@ def _stack(frame: Any) -> list[str]:
 
 def ask_all(member: Member, view: View) -> list[dict[str, Any]]:
     """What each member of `view` answers, by rank, or why it does not: {"silent": ...}."""
-    with ThreadPoolExecutor(_CALLS, thread_name_prefix="ringred-ask") as calls:
-        return list(calls.map(lambda card: _asked(member, card), view.members))
+    try:
+        with ThreadPoolExecutor(_CALLS, thread_name_prefix="ringred-ask") as calls:
+            return list(calls.map(lambda card: _asked(member, card), view.members))
+    except RuntimeError:  # no thread starts any more: the interpreter ends
+        return [_asked(member, card) for card in view.members]
 
 
 def _asked(member: Member, card: Card) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Window:
     """One rank's window as this process maps it: `address` is where it begins here, `words` its 64-bit words."""
 
     def __init__(self, memory: mmap.mmap) -> None:
+        memory.madvise(mmap.MADV_DONTDUMP)  # a crash does not write the machine's memory once for each window
         self.memory = memory
         self.nbytes = len(memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

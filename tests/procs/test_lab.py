@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
-from tests.procs.launching import ROOT
+from tests.procs.launching import ROOT, processes_with
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -24,9 +27,10 @@ pytestmark = [
 ]
 
 
-def lab(*arguments: str) -> subprocess.CompletedProcess[str]:
+def lab(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "lab.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
 def test_a_short_run_measures_predicts_and_reports(tmp_path: Path) -> None:
@@ -45,21 +49,48 @@ def test_a_short_run_measures_predicts_and_reports(tmp_path: Path) -> None:
     assert 'src="http' not in page, "it needs no network"
 
 
-def test_what_a_killed_run_leaves_is_found_and_removed(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "lab.py"), "--out", str(tmp_path), "run", "--short"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    mine = f"ringred-lab-{run.pid}-"
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not any(name.startswith(mine + "3") for name in hosts._namespaces()):
+@pytest.mark.parametrize("experiment", ["--short", "reduce-4-mpi"])
+def test_what_a_killed_run_leaves_is_found_and_removed(tmp_path: Path, experiment: str) -> None:
+    run, token = started(tmp_path, experiment)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(ranks(token)) < 4:
         time.sleep(0.05)
-    time.sleep(2)  # its ranks have begun
+    time.sleep(1)  # its ranks find each other
     run.kill()
     run.wait()
-    left = [name for name in hosts.left_behind() if name.startswith(mine)]
+    left = [name for name in hosts.left_behind() if f"-{run.pid}." in name]
     assert len(left) == 5
-    cleaned = lab("clean")
+    assert len(ranks(token)) >= 4, "killing a run leaves its ranks"
+    assert list(tmp_path.glob("ringred-lab-*"))
+    cleaned = lab("clean", TMPDIR=str(tmp_path))
+    assert cleaned.returncode == 0, cleaned.stderr
     assert all(name in cleaned.stdout for name in left)
     assert hosts.left_behind() == []
-    assert lab("clean").stdout == "nothing to do\n"
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in processes
+    assert processes_with(token) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert lab("clean", TMPDIR=str(tmp_path)).stdout == "nothing to do\n"
+
+
+def test_a_run_that_is_told_to_end_removes_its_hosts_itself(tmp_path: Path) -> None:
+    run, token = started(tmp_path, "--short")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ranks(token):
+        time.sleep(0.05)
+    run.terminate()
+    assert run.wait(timeout=30) == 128 + signal.SIGTERM
+    assert processes_with(token) == []
+    assert [name for name in hosts.left_behind() if f"-{run.pid}." in name] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def started(folder: Path, experiment: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A run whose temporary files are in `folder`, and the token by which its processes are found."""
+    token = uuid.uuid4().hex
+    environment = {**os.environ, "RINGRED_TEST_TOKEN": token, "TMPDIR": str(folder)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "lab.py"), "--out", str(folder / "out"), "run", experiment]
+    devices = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=environment, **devices), token
+
+
+def ranks(token: str) -> list[str]:
+    return [command for command in processes_with(token, patience=0.0) if "reduce_ranks.py" in command]

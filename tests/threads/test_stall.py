@@ -146,3 +146,33 @@ def test_a_rank_whose_host_named_no_address_cannot_be_asked() -> None:
 
     unreached = "it cannot be asked: it listens on its own host only (RINGRED_INTERFACE names an address for others)"
     assert run_ranks(body, 2, "shm") == [unreached] * 2
+
+
+def test_a_communicator_that_is_closed_twice_takes_no_seat_but_its_own() -> None:
+    def body(comm: Communicator) -> list[bool]:
+        part = comm.subset(range(comm.size), "part")
+        for _ in range(3):
+            part.close()
+        comm.barrier()
+        assert comm.seat is not None
+        told = status.ask_all(comm.seat.member, comm.seat.view)
+        comm.barrier()
+        return ["silent" in one for one in told]
+
+    assert run_ranks(body, 2, "shm") == [[False, False]] * 2
+
+
+def test_ranks_are_asked_when_no_thread_can_be_started_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(status, "ThreadPoolExecutor", Ended)
+
+    def body(comm: Communicator) -> list[bool]:
+        assert comm.seat is not None
+        told = status.ask_all(comm.seat.member, comm.seat.view)
+        comm.barrier()
+        return ["silent" in one for one in told]
+
+    assert run_ranks(body, 2, "shm") == [[False, False]] * 2

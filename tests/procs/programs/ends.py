@@ -1,12 +1,25 @@
-"""At the end of a program, whatever it did, no thread of ringred is left that the interpreter would have to kill."""
+"""At the end of a program, whatever it did, no thread of ringred is left that the interpreter would have to kill, and
+none is started."""
 
 import atexit
 import threading
 
+late = []
+
 
 def tell():
     left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    print(f"threads left: {left}\n", end="", flush=True)
+    print(f"threads left: {left + late}\n", end="", flush=True)
+
+
+def note_starts():
+    start = threading.Thread.start
+
+    def noted(thread):
+        late.append(f"{thread.name}, started at the end")
+        start(thread)
+
+    threading.Thread.start = noted
 
 
 def main():
@@ -16,6 +29,7 @@ def main():
     from torch.nn.parallel import DistributedDataParallel
 
     import ringred
+    from ringred.data_parallel.lane import Lane
     from ringred.hooks import all_reduce_hook
 
     dist.init_process_group("gloo")
@@ -26,7 +40,9 @@ def main():
     comm.all_reduce(torch.ones(4), async_op=True).wait()
     work = {thread.name.rstrip("-0123456789") for thread in threading.enumerate()}
     assert work >= {"ringred-listener", "ringred-watch", "ringred-callbacks", "ringred-neighbours"}, work
+    tell.unused = Lane(comm, "unused")  # alive to the end
     dist.destroy_process_group()
+    atexit.register(note_starts)  # called first
 
 
 atexit.register(tell)  # before anything of torch or ringred is imported: what is registered first is called last
