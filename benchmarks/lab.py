@@ -35,7 +35,8 @@ def _run(options: argparse.Namespace) -> int:
     if hosts.left_behind():
         print("lab: a run that was killed has left something behind: `lab.py clean` removes it", file=sys.stderr)
     for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # and hosts are removed on the way out
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))  # and hosts are removed on the way out
     options.out.mkdir(parents=True, exist_ok=True)
     stepping = [name for name, experiment in EXPERIMENTS.items() if experiment.cases is not None]
     names = options.names or (EXPERIMENTS if options.profile is None else stepping)
@@ -53,8 +54,8 @@ def _run(options: argparse.Namespace) -> int:
             continue
         try:
             print(table(run(name, experiment, options.out, options.profile)), flush=True)
-        except (RuntimeError, OSError) as failure:  # the others may do
-            print(f"failed: {failure}\n", flush=True)
+        except Exception as failure:  # the others may do
+            print(f"failed: {type(failure).__name__}: {failure}\n", flush=True)
             failed.append(name)
     if failed:
         print(f"lab: failed: {', '.join(failed)}", file=sys.stderr)
@@ -64,8 +65,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     for name, experiment in {"short": SHORT, **EXPERIMENTS}.items():
-        if (result := predict(name, experiment, options.out)) is not None:
-            print(f"{name}: {experiment.question}\n{table(result)}", flush=True)
+        for path in [options.out / f"{name}.json", *sorted(options.out.glob(f"{name}+*.json"))]:
+            if (result := predict(path.stem, experiment, options.out)) is not None:
+                print(f"{path.stem}: {result['question']}\n{table(result)}", flush=True)
     return 0
 
 
@@ -118,8 +120,11 @@ def _report(options: argparse.Namespace) -> int:
     printed = texts.pop("published", None)
     found = [texts[name] for name in sorted(texts, key=lambda name: order.get(name, len(order)))]
     for result in list(found):
+        why = None if "machine" in result else "of an earlier version, which did not say where it was measured"
         if not all("error" in row for row in result["rows"]):
-            print(f"lab: {result['name']} was measured, not predicted: left out (`lab.py predict`)", file=sys.stderr)
+            why = "measured, not predicted (`lab.py predict`)"
+        if why is not None:
+            print(f"lab: {result['name']} is {why}: left out", file=sys.stderr)
             found.remove(result)
     if not found:
         print(f"lab: nothing was run yet: no experiment's file in {options.out}", file=sys.stderr)

@@ -249,7 +249,7 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
     are those of a recorded model, and the result has its name."""
     began, here = time.monotonic(), machine()
     stem = "" if profile is None else Path(profile).stem
-    result: dict[str, Any] = {"name": f"{name}-{stem}" if stem else name, "question": experiment.question}
+    result: dict[str, Any] = {"name": f"{name}+{stem}" if stem else name, "question": experiment.question}
     if stem:
         result["question"] += f" (with the model {stem})"
     result |= {"networks": list(map(str, experiment.networks)), "by": experiment.by, "seconds": 0.0}
@@ -325,9 +325,10 @@ def _measured(experiment: Experiment, network: Network, cases: list[Case]) -> It
 
 def _show(bar: tqdm[Any], text: str) -> None:
     """How much ranks have done, by the last line in which they say so."""
-    told = text.rpartition('{"done": ')[2].partition("}")
-    if told[1]:
-        bar.n = float(told[0])
+    _, found, told = text.rpartition('{"done": ')
+    part, whole, _ = told.partition("}")
+    if found and whole:
+        bar.n = float(part)
         bar.refresh()
 
 

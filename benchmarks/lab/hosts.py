@@ -309,11 +309,12 @@ def _lives(name: str) -> bool:
 
 
 def _started(process: int | str) -> str:
-    """When a process was started, in ticks of the kernel; nothing if it has ended."""
+    """When a process was started, in ticks of the kernel; nothing if it has ended, though nobody has waited for it."""
     try:
-        return Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def _text(file: IO[str]) -> str:

@@ -62,7 +62,7 @@ def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any]
     for result in results:
         way = {"torch": "Gloo's point-to-point", "mpi": "Open MPI's TCP"}[result["by"]]
         parts.append(f"<h2>{html.escape(result['question'])}</h2>")
-        parts.append(f"<p>{html.escape(setting(result))}: over {way}; {result['date']}.</p>")
+        parts.append(f"<p>{html.escape(setting(result))} ({way}); {result['date']}.</p>")
         if "training" not in result["rows"][0]:
             parts.append(_figure(_bars(result)))
         parts.append(_table(*cells(result)))

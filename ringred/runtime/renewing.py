@@ -47,15 +47,16 @@ class Renewing:
             watch(self, stall_seconds)
 
     def _leave_seat(self) -> None:
-        if self.seat is not None and self._leaves.acquire(blocking=False):
-            self.seat.member.leave(self.seat.view)
-            self.seat.member.let_go()
+        seat = self.seat
+        if seat is not None and self._leaves.acquire(blocking=False):
+            seat.member.leave(seat.view)
+            seat.member.let_go()
 
     def drop_seat(self) -> None:
         """Is no part of its job any more, and tells nobody that this rank has left: it goes on in another view."""
-        if self.seat is not None and self._leaves.acquire(blocking=False):
-            self.seat.member.let_go()
-        self.seat = None
+        seat, self.seat = self.seat, None
+        if seat is not None and self._leaves.acquire(blocking=False):
+            seat.member.let_go()
 
     def note(self, name: str, value: Any) -> None:
         """Tells who asks what the ranks do (`ringred status`) a fact of this one, as JSON."""

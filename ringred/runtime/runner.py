@@ -60,7 +60,7 @@ class Runner:
         self.closed = False
         self._purpose = ""
         self._progress = Progress(f"ringred-{name}-{self.rank}")
-        self._failing = threading.Lock()
+        self._failing = threading.RLock()  # a signal's handler may close or abort in the middle of either
         self._pairs: dict[tuple[int, int], array[int]] = {}
         self._outgoing: deque[list[Request]] = deque()
         self._started: deque[Work[None]] = deque()  # to find those that failed while nobody waited for them

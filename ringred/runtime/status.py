@@ -115,11 +115,12 @@ def _stack(frame: Any) -> list[str]:
 
 def ask_all(member: Member, view: View) -> list[dict[str, Any]]:
     """What each member of `view` answers, by rank, or why it does not: {"silent": ...}."""
-    try:
-        with ThreadPoolExecutor(_CALLS, thread_name_prefix="ringred-ask") as calls:
-            return list(calls.map(lambda card: _asked(member, card), view.members))
-    except RuntimeError:  # no thread starts any more: the interpreter ends
-        return [_asked(member, card) for card in view.members]
+    with ThreadPoolExecutor(_CALLS, thread_name_prefix="ringred-ask") as calls:
+        try:
+            answers = [calls.submit(_asked, member, card) for card in view.members]
+        except RuntimeError:  # no thread starts any more: the interpreter ends
+            return [_asked(member, card) for card in view.members]
+        return [answer.result() for answer in answers]
 
 
 def _asked(member: Member, card: Card) -> dict[str, Any]:

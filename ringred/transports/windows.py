@@ -8,6 +8,7 @@ peers, which mapped the whole window at the start.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -36,7 +37,8 @@ class Window:
     """One rank's window as this process maps it: `address` is where it begins here, `words` its 64-bit words."""
 
     def __init__(self, memory: mmap.mmap) -> None:
-        memory.madvise(mmap.MADV_DONTDUMP)  # a crash does not write the machine's memory once for each window
+        with contextlib.suppress(OSError):  # a crash need not write the machine's memory once for each window
+            memory.madvise(mmap.MADV_DONTDUMP)
         self.memory = memory
         self.nbytes = len(memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

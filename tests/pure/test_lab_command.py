@@ -71,11 +71,11 @@ def test_a_report_leaves_out_what_was_measured_and_not_predicted(
     monkeypatch.setattr(sys, "argv", ["lab.py", "--out", str(tmp_path), "report"])
     assert command.main() == 2
     told = capsys.readouterr().err
-    assert "short was measured, not predicted" in told
+    assert "short is measured, not predicted" in told
     assert "nothing was run yet" in told
     known = {"case": "8 B", "of_line": 0.5, "predicted": 2.0, "error": 1.0, "fitted": False}
-    result |= {"name": "short-mine", "rows": [row | known], "date": "2026-11-30", "machine": "one of 2 cores"}
-    (tmp_path / "short-mine.json").write_text(json.dumps(result))
+    result |= {"name": "short+mine", "rows": [row | known], "date": "2026-11-30", "machine": "one of 2 cores"}
+    (tmp_path / "short+mine.json").write_text(json.dumps(result))
     (tmp_path / "published.json").write_text(json.dumps({"heads": ["work"], "rows": [["Goyal"]]}))
     assert command.main() == 0
     page = (tmp_path / "report.html").read_text()
@@ -114,15 +114,16 @@ def test_a_table_says_how_many_times_slower_models_were() -> None:
 def test_a_replayed_step_takes_as_long_as_was_recorded_with_its_core_busy() -> None:
     recorded = record.record("mlp", record.load("mlp"))
     model = step_ranks.Replayed(recorded, 1.0, busy=True)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     model(torch.ones(1, requires_grad=True)).backward()
     assert time.perf_counter() - began >= recorded.seconds
+    assert time.process_time() - used > 0.2 * recorded.seconds, "asleep it uses less than a tenth"
     assert [tuple(weight.grad.shape) for weight in model.weights] == [(layer.elements,) for layer in recorded.layers]
 
 
 def test_a_bar_shows_what_the_ranks_have_done_last() -> None:
     with tqdm(total=1.0, disable=True) as bar:
-        experiments._show(bar, "no word of it yet")
+        experiments._show(bar, 'no word of it yet {"way": "ring"}')
         assert bar.n == 0
         experiments._show(bar, '{"done": 0.25}\n{"way": "ring"}\n{"done": 0.5}\n{"way"')
         assert bar.n == 0.5

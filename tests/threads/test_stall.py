@@ -163,11 +163,10 @@ def test_a_communicator_that_is_closed_twice_takes_no_seat_but_its_own() -> None
 
 
 def test_ranks_are_asked_when_no_thread_can_be_started_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ended:
-        def __init__(self, *_: object, **__: object) -> None:
-            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+    def refused(*_: object) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    monkeypatch.setattr(status, "ThreadPoolExecutor", Ended)
+    monkeypatch.setattr(status.ThreadPoolExecutor, "submit", refused)
 
     def body(comm: Communicator) -> list[bool]:
         assert comm.seat is not None
