@@ -265,7 +265,7 @@ class Hosts:
                 deadline = time.monotonic() + _LAST_WORDS_SECONDS
             if self._watch is not None:
                 self._watch(_text(files[0]))
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)  # whichever ends first counts, and `watch` is told meanwhile
         statuses = [process.poll() for process in began]  # None: it waits for one that has failed
         if any(statuses):
             raise RuntimeError(f"exit statuses {statuses}: {[_text(file)[-1500:] for file in files if _text(file)]}")

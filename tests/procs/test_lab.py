@@ -52,10 +52,6 @@ def test_a_short_run_measures_predicts_and_reports(tmp_path: Path) -> None:
 @pytest.mark.parametrize("experiment", ["--short", "reduce-4-mpi"])
 def test_what_a_killed_run_leaves_is_found_and_removed(tmp_path: Path, experiment: str) -> None:
     run, token = started(tmp_path, experiment)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(ranks(token)) < 4:
-        time.sleep(0.05)
-    time.sleep(1)  # its ranks find each other
     run.kill()
     run.wait()
     left = [name for name in hosts.left_behind() if f"-{run.pid}." in name]
@@ -73,9 +69,6 @@ def test_what_a_killed_run_leaves_is_found_and_removed(tmp_path: Path, experimen
 
 def test_a_run_that_is_told_to_end_removes_its_hosts_itself(tmp_path: Path) -> None:
     run, token = started(tmp_path, "--short")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(ranks(token)) < 4:
-        time.sleep(0.05)
     run.terminate()
     assert run.wait(timeout=30) == 128 + signal.SIGTERM
     assert processes_with(token) == []
@@ -84,12 +77,18 @@ def test_a_run_that_is_told_to_end_removes_its_hosts_itself(tmp_path: Path) -> N
 
 
 def started(folder: Path, experiment: str) -> tuple[subprocess.Popen[bytes], str]:
-    """A run whose temporary files are in `folder`, and the token by which its processes are found."""
+    """A run whose four ranks have begun and whose temporary files are in `folder`, and the token by which its processes
+    are found."""
     token = uuid.uuid4().hex
     environment = {**os.environ, "RINGRED_TEST_TOKEN": token, "TMPDIR": str(folder)}
     command = [sys.executable, str(ROOT / "benchmarks" / "lab.py"), "--out", str(folder / "out"), "run", experiment]
     devices = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=environment, **devices), token
+    run = subprocess.Popen(command, env=environment, **devices)
+    deadline = time.monotonic() + 60
+    while len(ranks(token)) < 4:
+        assert time.monotonic() < deadline, "no ranks"
+        time.sleep(0.05)  # nothing tells the test of the ranks of a run that it did not start itself
+    return run, token
 
 
 def ranks(token: str) -> list[str]:
