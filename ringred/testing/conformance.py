@@ -7,157 +7,132 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
+from ringred.testing.expecting import (
+    PATIENCE,
+    Check,
+    barrier,
+    check,
+    expect,
+    expect_same,
+    neighbours_of,
+    pattern,
+    ready,
+    soon,
+)
 from ringred.transports.base import Fault, FaultKind, Transport
 
-__all__ = ["BREAKING", "CHECKS", "Check"]
-
-Check = Callable[[Transport], None]
+__all__ = ["BREAKING", "CHECKS"]
 
 CHECKS: dict[str, Check] = {}
 BREAKING: dict[str, Check] = {}
 
-_PATIENCE = 20.0  # seconds that any message may take on a loaded machine
 
-
-def _check(table: dict[str, Check]) -> Callable[[Check], Check]:
-    def register(check: Check) -> Check:
-        table[check.__name__] = check
-        return check
-
-    return register
-
-
-def _soon() -> float:
-    return time.monotonic() + _PATIENCE
-
-
-def _next(transport: Transport) -> tuple[int, int]:
-    """The ranks to the left and to the right."""
-    return (transport.rank - 1) % transport.size, (transport.rank + 1) % transport.size
-
-
-def _pattern(count: int, seed: int) -> Tensor:
-    return torch.arange(count, dtype=torch.int64) * 31 + seed
-
-
-def _expect(what: str, got: object, expected: object) -> None:
-    if got != expected:
-        raise AssertionError(f"{what}: expected {expected}, got {got}")
-
-
-def _same(what: str, got: Tensor | None, expected: Tensor) -> None:
-    if got is None or not torch.equal(got, expected):
-        raise AssertionError(f"{what}: expected {expected[:5]}..., got {None if got is None else got[:5]}...")
-
-
-@_check(CHECKS)
+@check(CHECKS)
 def messages_keep_their_order(transport: Transport) -> None:
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     transport.begin(1, 1)
-    sources = [_pattern(1 + index % 7, index) for index in range(50)]
+    sources = [pattern(1 + index % 7, index) for index in range(50)]
     targets = [torch.empty_like(source) for source in sources]
     sends = [transport.isend(right, source) for source in sources]
     receives = [transport.irecv(left, target, lend=False) for target in targets]
     for receive in receives:
-        transport.wait(receive, _soon())
+        transport.wait(receive, soon())
     for send in sends:
-        transport.wait(send, _soon())
+        transport.wait(send, soon())
     for index, target in enumerate(targets):
-        _same(f"message {index}", target, sources[index])
+        expect_same(f"message {index}", target, sources[index])
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def receives_may_be_posted_before_sends(transport: Transport) -> None:
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     transport.begin(2, 2)
     targets = [torch.empty(3, dtype=torch.int64) for _ in range(20)]
     receives = [transport.irecv(left, target, lend=False) for target in targets]
-    sends = [transport.isend(right, _pattern(3, index)) for index in range(20)]
+    sends = [transport.isend(right, pattern(3, index)) for index in range(20)]
     for request in [*receives, *sends]:
-        transport.wait(request, _soon())
+        transport.wait(request, soon())
     for index, target in enumerate(targets):
-        _same(f"message {index}", target, _pattern(3, index))
+        expect_same(f"message {index}", target, pattern(3, index))
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def empty_messages_are_messages(transport: Transport) -> None:
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     transport.begin(3, 3)
     empty, one = torch.empty(0), torch.full((1,), 7.0)
     target = torch.zeros(1)
     sends = [transport.isend(right, source) for source in (empty, one, empty)]
     for into in (torch.empty(0), target, torch.empty(0)):
-        transport.wait(transport.irecv(left, into, lend=False), _soon())
+        transport.wait(transport.irecv(left, into, lend=False), soon())
     for send in sends:
-        transport.wait(send, _soon())
-    _same("the message between", target, one)
+        transport.wait(send, soon())
+    expect_same("the message between", target, one)
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def large_messages_arrive_whole_both_ways_at_once(transport: Transport) -> None:
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     transport.begin(4, 4)
     count = 1 << 20  # 8 MiB: more than anything buffers
-    source, target = _pattern(count, transport.rank), torch.empty(count, dtype=torch.int64)
+    source, target = pattern(count, transport.rank), torch.empty(count, dtype=torch.int64)
     send = transport.isend(right, source)
-    transport.wait(transport.irecv(left, target, lend=False), _soon())
-    transport.wait(send, _soon())
-    _same("8 MiB", target, _pattern(count, left))
+    transport.wait(transport.irecv(left, target, lend=False), soon())
+    transport.wait(send, soon())
+    expect_same("8 MiB", target, pattern(count, left))
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def every_pair_may_talk_at_once(transport: Transport) -> None:
     transport.begin(5, 5)
     peers = [peer for peer in range(transport.size) if peer != transport.rank]
-    sends = [transport.isend(peer, _pattern(1000, transport.rank * 100 + peer)) for peer in peers]
+    sends = [transport.isend(peer, pattern(1000, transport.rank * 100 + peer)) for peer in peers]
     targets = {peer: torch.empty(1000, dtype=torch.int64) for peer in peers}
     receives = [transport.irecv(peer, targets[peer], lend=False) for peer in peers]
     for request in [*receives, *sends]:
-        transport.wait(request, _soon())
+        transport.wait(request, soon())
     for peer in peers:
-        _same(f"from rank {peer}", targets[peer], _pattern(1000, peer * 100 + transport.rank))
+        expect_same(f"from rank {peer}", targets[peer], pattern(1000, peer * 100 + transport.rank))
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def views_of_all_peers_are_lent_at_once(transport: Transport) -> None:
     transport.begin(6, 6)
     own = torch.zeros(500, dtype=torch.int64)
     peers = [peer for peer in range(transport.size) if peer != transport.rank]
-    sends = [transport.isend(peer, _pattern(500, 10 * turn + transport.rank)) for turn in range(3) for peer in peers]
+    sends = [transport.isend(peer, pattern(500, 10 * turn + transport.rank)) for turn in range(3) for peer in peers]
     for turn in range(3):
         loans = [transport.irecv(peer, own, lend=True) for peer in peers]
-        views = [transport.wait(loan, _soon()) for loan in loans]
+        views = [transport.wait(loan, soon()) for loan in loans]
         for peer, view in zip(peers, views, strict=True):
-            _same(f"lent by rank {peer}", view, _pattern(500, 10 * turn + peer))
+            expect_same(f"lent by rank {peer}", view, pattern(500, 10 * turn + peer))
         for loan in reversed(loans):
             transport.release(loan)
     for send in sends:
-        transport.wait(send, _soon())
-    _same("the destination of lending receives", own, torch.zeros(500, dtype=torch.int64))
+        transport.wait(send, soon())
+    expect_same("the destination of lending receives", own, torch.zeros(500, dtype=torch.int64))
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def a_source_may_be_overwritten_after_its_wait(transport: Transport) -> None:
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     transport.begin(7, 7)
-    source = _pattern(4000, 1)
+    source = pattern(4000, 1)
     send = transport.isend(right, source)
     target = torch.empty(4000, dtype=torch.int64)
     receive = transport.irecv(left, target, lend=False)
-    transport.wait(receive, _soon())
-    transport.wait(send, _soon())
+    transport.wait(receive, soon())
+    transport.wait(send, soon())
     source.fill_(-1)
-    _same("what was sent before it was overwritten", target, _pattern(4000, 1))
+    expect_same("what was sent before it was overwritten", target, pattern(4000, 1))
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def all_dtypes_travel(transport: Transport) -> None:
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     dtypes = [torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.complex64, torch.int16]
     for number, dtype in enumerate(dtypes):
         transport.begin(100 + number, 100 + number)
@@ -165,12 +140,12 @@ def all_dtypes_travel(transport: Transport) -> None:
         target = torch.zeros(5, dtype=dtype)
         send = transport.isend(right, source)
         lent = transport.irecv(left, target, lend=True)
-        _same(f"lent {dtype}", transport.wait(lent, _soon()), source)
+        expect_same(f"lent {dtype}", transport.wait(lent, soon()), source)
         transport.release(lent)
-        transport.wait(send, _soon())
+        transport.wait(send, soon())
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def another_thread_may_drive_it(transport: Transport) -> None:
     failures: list[BaseException] = []
 
@@ -188,38 +163,38 @@ def another_thread_may_drive_it(transport: Transport) -> None:
         raise failures[0]
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def payload_is_counted(transport: Transport) -> None:
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     counters = transport.counters
     before = (counters.messages_sent, counters.bytes_sent, counters.messages_received, counters.bytes_received)
     transport.begin(8, 8)
     sends = [transport.isend(right, torch.zeros(10)), transport.isend(right, torch.zeros(3, dtype=torch.uint8))]
     for into in (torch.empty(10), torch.empty(3, dtype=torch.uint8)):
-        transport.wait(transport.irecv(left, into, lend=False), _soon())
+        transport.wait(transport.irecv(left, into, lend=False), soon())
     for send in sends:
-        transport.wait(send, _soon())
+        transport.wait(send, soon())
     after = (counters.messages_sent, counters.bytes_sent, counters.messages_received, counters.bytes_received)
-    _expect("counted", tuple(b - a for a, b in zip(before, after, strict=True)), (2, 43, 2, 43))
+    expect("counted", tuple(b - a for a, b in zip(before, after, strict=True)), (2, 43, 2, 43))
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def a_subset_is_a_world_of_its_own(transport: Transport) -> None:
     members = [rank for rank in range(transport.size) if rank != 1]
     members.reverse()
     if transport.rank not in members:
         return
     inner = transport.subset(members, "without one")
-    _expect("rank in the subset", inner.rank, members.index(transport.rank))
-    _expect("size of the subset", inner.size, transport.size - 1)
+    expect("rank in the subset", inner.rank, members.index(transport.rank))
+    expect("size of the subset", inner.size, transport.size - 1)
     if inner.size > 1:
         messages_keep_their_order(inner)
     inner.close()
 
 
-@_check(CHECKS)
+@check(CHECKS)
 def closing_twice_is_closing_once(transport: Transport) -> None:
-    _barrier(transport)
+    barrier(transport)
     transport.close()
     transport.close()
 
@@ -227,29 +202,7 @@ def closing_twice_is_closing_once(transport: Transport) -> None:
 # ---------------------------------------------------------------------- what goes wrong
 
 
-def _barrier(transport: Transport) -> None:
-    transport.begin(9, 9)
-    token, peers = torch.zeros(1), [peer for peer in range(transport.size) if peer != transport.rank]
-    sends = [transport.isend(peer, token) for peer in peers]
-    receives = [transport.irecv(peer, torch.empty(1), lend=False) for peer in peers]
-    for request in [*receives, *sends]:
-        transport.wait(request, _soon())
-
-
-def _ready(transport: Transport, report: str, turn: int, contract: int | None = None) -> bool:
-    """Waits for all ranks and begins. If a faster rank has already aborted, publishes `report`, returns False."""
-    try:
-        _barrier(transport)
-        transport.begin(turn if contract is None else contract, turn)
-    except Fault as fault:
-        if fault.kind not in (FaultKind.ABORTED, FaultKind.PEER):
-            raise
-        transport.abort(report)
-        return False
-    return True
-
-
-def _fault(transport: Transport, peer: int, seconds: float = _PATIENCE) -> Fault:
+def _fault(transport: Transport, peer: int, seconds: float = PATIENCE) -> Fault:
     """The fault that a receive from `peer` ends in."""
     try:
         transport.wait(transport.irecv(peer, torch.empty(4), lend=False), time.monotonic() + seconds)
@@ -258,16 +211,16 @@ def _fault(transport: Transport, peer: int, seconds: float = _PATIENCE) -> Fault
     raise AssertionError(f"a receive from rank {peer} ended well")
 
 
-@_check(BREAKING)
+@check(BREAKING)
 def a_deadline_ends_a_wait_and_names_the_peer(transport: Transport) -> None:
-    if not _ready(transport, "timed out", 20):
+    if not ready(transport, "timed out", 20):
         return
-    left, _ = _next(transport)
+    left, _ = neighbours_of(transport)
     began = time.monotonic()
     fault = _fault(transport, left, 0.5)
     waited = time.monotonic() - began
     if fault.kind == FaultKind.TIMEOUT:
-        _expect("the peer", fault.peer, left)
+        expect("the peer", fault.peer, left)
     elif fault.kind not in (FaultKind.PEER, FaultKind.ABORTED):  # another rank's deadline came first
         raise AssertionError(f"expected a timeout, got {fault}")
     if not 0.2 <= waited < 3:
@@ -275,11 +228,11 @@ def a_deadline_ends_a_wait_and_names_the_peer(transport: Transport) -> None:
     transport.abort("timed out")
 
 
-@_check(BREAKING)
+@check(BREAKING)
 def a_message_of_another_collective_is_found_out(transport: Transport) -> None:
-    if not _ready(transport, "mismatch", 30, contract=30 + transport.rank):
+    if not ready(transport, "mismatch", 30, contract=30 + transport.rank):
         return
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     send = transport.isend(right, torch.zeros(4))
     fault = _fault(transport, left, 5)
     if fault.kind not in (FaultKind.MISMATCH, FaultKind.ABORTED, FaultKind.PEER):
@@ -288,11 +241,11 @@ def a_message_of_another_collective_is_found_out(transport: Transport) -> None:
     del send
 
 
-@_check(BREAKING)
+@check(BREAKING)
 def a_longer_message_is_found_out_and_written_nowhere(transport: Transport) -> None:
-    if not _ready(transport, "mismatch", 40):
+    if not ready(transport, "mismatch", 40):
         return
-    left, right = _next(transport)
+    left, right = neighbours_of(transport)
     memory = torch.zeros(1 << 16)
     send = transport.isend(right, torch.ones(1 << 18))
     try:
@@ -303,13 +256,13 @@ def a_longer_message_is_found_out_and_written_nowhere(transport: Transport) -> N
     else:
         raise AssertionError("a message of 2^18 elements was taken for one of 16")
     transport.abort("mismatch")
-    _expect("elements written behind the destination", int(memory[16:].count_nonzero()), 0)
+    expect("elements written behind the destination", int(memory[16:].count_nonzero()), 0)
     del send
 
 
-@_check(BREAKING)
+@check(BREAKING)
 def an_abort_reaches_those_who_wait_and_carries_reports(transport: Transport) -> None:
-    if not _ready(transport, f"report of {transport.rank}", 50):
+    if not ready(transport, f"report of {transport.rank}", 50):
         return
     last = transport.size - 1
     if transport.rank == last:
@@ -317,22 +270,22 @@ def an_abort_reaches_those_who_wait_and_carries_reports(transport: Transport) ->
         transport.abort(f"report of {last}")
     else:
         fault = _fault(transport, last)
-        _expect("the kind of fault", fault.kind, FaultKind.ABORTED)
+        expect("the kind of fault", fault.kind, FaultKind.ABORTED)
         transport.abort(f"report of {transport.rank}")
     reports = transport.reports(10.0)
-    _expect("reports", reports, {rank: f"report of {rank}" for rank in range(transport.size)})
+    expect("reports", reports, {rank: f"report of {rank}" for rank in range(transport.size)})
     # And from here on everything raises.
-    left, _ = _next(transport)
+    left, _ = neighbours_of(transport)
     try:
         transport.begin(51, 51)
         _fault(transport, left, 5)
     except Fault as fault:
-        _expect("the kind of fault", fault.kind, FaultKind.ABORTED)
+        expect("the kind of fault", fault.kind, FaultKind.ABORTED)
 
 
-@_check(BREAKING)
+@check(BREAKING)
 def a_peer_that_leaves_is_missed(transport: Transport) -> None:
-    if not _ready(transport, "rank 1 left", 60):
+    if not ready(transport, "rank 1 left", 60):
         return
     if transport.rank == 1:
         transport.close()

@@ -81,14 +81,16 @@ def at_random(seed: int, ranks: int, action: str, unit: str, most: int, count: i
 
 
 def inject(comm: Communicator, *faults: Fault | str) -> None:
-    """From here on `faults` happen to the ranks of `comm`; to this one, those of its rank. Plans are played by Python
-    from then on, message by message. Not for a communicator that is in use already."""
+    """From here on `faults` happen to the ranks of `comm`; to this one, those of its rank. Where one is at a message or
+    a byte, plans are played by Python from then on, message by message; the other ranks, and steps, go on as ever.
+    Not for a communicator that is in use already."""
     parsed = [fault if isinstance(fault, Fault) else parse(fault) for fault in faults]
     mine = [fault for fault in parsed if fault.rank == comm.rank]
     transport = Injecting(comm.transport, mine)
-    comm.transport = comm.runner.transport = transport
-    comm.runner.play_by_python()
     comm.noted.append(lambda name, value: transport.step(value) if name == "step" else None)
+    if any(fault.unit != "step" for fault in mine):
+        comm.transport = comm.runner.transport = transport
+        comm.runner.play_by_python()
 
 
 class Injecting(Wrapped):

@@ -83,9 +83,10 @@ def run_ranks(
     without a device; `driver` makes each rank's, by default `FakeDevice`), "staged:fake" (the same between hosts), or
     "torch_p2p" (Gloo over the loopback).
     Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
-    `delay=(seconds, seed)` puts random delays into sends and waits. The exception of the first rank that raised one is
-    raised, after all have ended; with `return_exceptions` each rank's is returned as its result. `sites` is
-    RINGRED_CHECK=sites, `stall_seconds` is RINGRED_STALL_SECONDS.
+    `delay=(seconds, seed)` puts random delays into sends and waits; where there is a compiled player, into those of the
+    odd or of the even ranks, by the seed: Python runs their plans, and the player of the others meets them.
+    The exception of the first rank that raised one is raised, after all have ended; with `return_exceptions` each
+    rank's is returned as its result. `sites` is RINGRED_CHECK=sites, `stall_seconds` is RINGRED_STALL_SECONDS.
     """
     config = Config(timeout=timeout, segment_bytes=segment_bytes, sites=sites, stall_seconds=stall_seconds)
     make = connect(transport, size, slots=slots, timeout=timeout, driver=driver)
@@ -98,7 +99,7 @@ def run_ranks(
         try:
             end = make(rank)
             seat = None if seats is None else seats(rank, end)
-            comm = Communicator(end if delay is None else Faulty(end, *delay), config=config, seat=seat)
+            comm = Communicator(end if delay is None else _late(end, *delay), config=config, seat=seat)
             results[rank] = fn(comm)
             comm.newest().close()
         except BaseException as failure:
@@ -120,6 +121,10 @@ def run_ranks(
     if raised and not return_exceptions:
         raise raised[0][1]
     return results
+
+
+def _late(end: Transport, seconds: float, seed: int) -> Transport:
+    return end if end.player is not None and (end.rank + seed) % 2 else Faulty(end, seconds, seed)
 
 
 def connect(

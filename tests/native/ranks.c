@@ -2,10 +2,11 @@
  *
  *     ranks RANKS TURNS SEED
  *
- * Each turn draws how many elements, in a window or not, and whether the results may be put;
- * each rank for itself, whether what comes goes past the cache. All is built by hand here as
- * links.py and tape.py build it: rank r owns share r, gets it from everybody, folds it, and gives it to everybody, in
- * pieces that take more slots than there are. */
+ * Each turn draws how many elements of which kind, sum or maximum, in a window or not, and whether the results may be put;
+ * each rank for itself, whether what comes goes past the cache, whether it is timed, and whether it plays in many short goes,
+ * with pauses. All is built by hand here as links.py and tape.py build it: rank r owns share r, gets it from everybody, folds
+ * it, and gives it to everybody, in pieces that take more slots than there are. In the last turn the last rank does not play,
+ * or another collective, by the seed: the others find it out, and drop what they had. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +25,33 @@ static int64_t entries_at, small_at, large_at, block_bytes, window_bytes;
 static pthread_barrier_t met;
 static int failures;
 
+/* What the elements are: small whole numbers, which every kind holds. */
+static const struct { int kind, bytes; } kinds[] = {{F32, 4}, {BF16, 2}, {I64, 8}, {U8, 1}, {F64, 8}};
+
+static int64_t value_at(int kind, const void *data, int64_t i) {
+    uint32_t bits = (uint32_t)((const uint16_t *)data)[kind == BF16 ? i : 0] << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return kind == F32    ? (int64_t)((const float *)data)[i]
+           : kind == F64  ? (int64_t)((const double *)data)[i]
+           : kind == I64  ? ((const int64_t *)data)[i]
+           : kind == BF16 ? (int64_t)wide
+                          : ((const uint8_t *)data)[i];
+}
+
+static void set_value(int kind, void *data, int64_t i, int value) {
+    float wide = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &wide, 4);
+    switch (kind) {
+    case F32: ((float *)data)[i] = wide; break;
+    case F64: ((double *)data)[i] = value; break;
+    case I64: ((int64_t *)data)[i] = value; break;
+    case BF16: ((uint16_t *)data)[i] = (uint16_t)(bits >> 16); break;
+    default: ((uint8_t *)data)[i] = (uint8_t)value;
+    }
+}
+
 static unsigned drawn(unsigned *state) { return *state = *state * 1103515245u + 12345u, *state >> 8; }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -33,7 +61,7 @@ static void layout(void) {
     small_at = entries_at + ranks * ENTRIES * 32 + REPORT_BYTES;
     large_at = (small_at + ranks * SMALL_SLOTS * SMALL_STRIDE + 4095) / 4096 * 4096;
     block_bytes = large_at + (int64_t)ranks * SLOTS * SLOT_BYTES;
-    window_bytes = block_bytes + 4 * MOST_ELEMENTS;
+    window_bytes = block_bytes + 8 * MOST_ELEMENTS;
 }
 
 static Rank *made(int me) {
@@ -61,15 +89,16 @@ static Rank *made(int me) {
     return rank;
 }
 
-/* The tape of rank `me` for an all-reduce of `data`, whose share r is the elements bounds[r] to bounds[r + 1]. */
-static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int put, int past) {
+/* The tape of rank `me` for an all-reduce of `data`, whose share r is the elements bounds[r] to bounds[r + 1], each of `size`
+ * bytes. */
+static Tape *tape_of(int me, char *data, int64_t size, Fold kernel, const int64_t *bounds, int window, int put, int past) {
     Tape *tape = calloc((size_t)(HEAD + 32 * (MOST_PIECES + 2) * ranks), 8);
     tape->count = 2 * (MOST_PIECES + 1) * ranks;
     tape->requests = (int64_t)calloc((size_t)tape->count, sizeof(Request));
-    if (window) tape->exposed = (int64_t)data, tape->exposed_end = (int64_t)(data + bounds[ranks]);
+    if (window) tape->exposed = (int64_t)data, tape->exposed_end = (int64_t)(data + size * bounds[ranks]);
     int64_t *word = tape->words, request = 0, received[MOST_RANKS], sent[(MOST_PIECES + 1) * MOST_RANKS], sends = 0;
-#define SHARE(r) (int64_t)(data + bounds[r]), 4 * (bounds[(r) + 1] - bounds[r])
-#define PIECE(r, at) (int64_t)(data + (at)), 4 * least(PIECE_ELEMENTS, bounds[(r) + 1] - (at))
+#define SHARE(r) (int64_t)(data + size * bounds[r]), size * (bounds[(r) + 1] - bounds[r])
+#define PIECE(r, at) (int64_t)(data + size * (at)), size * least(PIECE_ELEMENTS, bounds[(r) + 1] - (at))
 #define LINK(peer) ((peer) - ((peer) > me))
 #define EMIT(...)                                          \
     do {                                                   \
@@ -86,7 +115,7 @@ static Tape *tape_of(int me, float *data, const int64_t *bounds, int window, int
             EMIT(RECEIVE, received[LINK(peer)] = request, LINK(peer), SHARE(me), LEND);
             request++;
         }
-    EMIT(FOLD, (int64_t)(data + bounds[me]), bounds[me + 1] - bounds[me], 4, (int64_t)fold_of(F32, SUM, 2), 0, me, ranks - 1);
+    EMIT(FOLD, (int64_t)(data + size * bounds[me]), bounds[me + 1] - bounds[me], size, (int64_t)kernel, 0, me, ranks - 1);
     for (int at = 0; at < ranks - 1; at++) *word++ = received[at];
     for (int64_t at = bounds[me]; at < bounds[me + 1]; at += PIECE_ELEMENTS)
         for (int peer = 0; peer < ranks; peer++)
@@ -112,7 +141,8 @@ static void *run(void *given) {
     int me = (int)(intptr_t)given;
     unsigned state = seed, own = seed + 77u * (unsigned)me;
     Rank *rank = made(me);
-    float *outside = malloc(4 * MOST_ELEMENTS), *inside = (float *)(windows[me] + block_bytes);
+    char *outside = malloc(8 * MOST_ELEMENTS), *inside = windows[me] + block_bytes;
+    int64_t *times = calloc(3 * (MOST_PIECES + 2) * MOST_RANKS, 8);
     pthread_barrier_wait(&met);
     for (int turn = 1; turn <= turns; turn++) {
         static const int64_t most[] = {40, 3000, 40000, MOST_ELEMENTS};
@@ -120,16 +150,35 @@ static void *run(void *given) {
         int window = drawn(&state) & 1, put = window && drawn(&state) & 1;
         int64_t bounds[MOST_RANKS + 1];
         for (int r = 0; r <= ranks; r++) bounds[r] = elements * r / ranks;
-        float *data = window ? inside : outside;
-        for (int64_t i = 0; i < elements; i++) data[i] = (float)((i + turn) % 97 + me);
-        Tape *tape = tape_of(me, data, bounds, window, put, drawn(&own) % 2 ? PAST : 0);
+        unsigned which = drawn(&state) % (sizeof kinds / sizeof *kinds);
+        int kind = kinds[which].kind, op = drawn(&state) & 1 ? SUM : MAX;
+        char *data = window ? inside : outside;
+        for (int64_t i = 0; i < elements; i++) set_value(kind, data, i, (int)((i + turn) % 13) + me);
+        Fold kernel = fold_of(kind, op, 2);
+        Tape *tape = tape_of(me, data, kinds[which].bytes, kernel, bounds, window, put, drawn(&own) % 2 ? PAST : 0);
         if (drawn(&own) % 4 == 0) usleep(drawn(&own) % 300);
-        int ended;
-        do ended = play(rank, tape, turn, INT64_C(8000000000), 0, 0);
-        while (ended == SIGNAL);
+        int ended, how = drawn(&own) % 3 ? 0 : BRIEFLY, timed = drawn(&own) & 1, amiss = turn == turns;
+        if (amiss && me == ranks - 1 && seed % 2) { /* the others wait in vain */
+            free((void *)tape->requests), free(tape);
+            break;
+        }
+        int64_t contract = turn + (amiss && me == ranks - 1), timeout = amiss ? 300000000 : INT64_C(8000000000);
+        memset(times, 0, 24 * (MOST_PIECES + 2) * MOST_RANKS);
+        while ((ended = play(rank, tape, contract, timeout, timed ? times : 0, how)) == SIGNAL || (ended == LOOK && how))
+            if (amiss && now() > tape->deadline) how = 0; /* only a wait that may sleep ends at its deadline */
+            else if (drawn(&own) % 4 == 0) usleep(drawn(&own) % 100);
+        if (amiss) {
+            if (ended != (seed % 2 ? LATE : MISMATCH)) {
+                printf("rank %d, last turn: ended %d\n", me, ended);
+                __atomic_fetch_add(&failures, 1, __ATOMIC_RELAXED);
+            }
+            drop(tape);
+            free((void *)tape->requests), free(tape);
+            break;
+        }
         int64_t wrong = 0;
         for (int64_t i = 0; i < elements; i++)
-            wrong += data[i] != (float)((i + turn) % 97 * ranks + ranks * (ranks - 1) / 2);
+            wrong += value_at(kind, data, i) != (i + turn) % 13 * (op == SUM ? ranks : 1) + (ranks - 1) * (op == SUM ? ranks : 2) / 2;
         if (ended != DONE || wrong) {
             printf("rank %d, turn %d: %lld elements, ended %d, %lld wrong\n", me, turn, (long long)elements, ended,
                    (long long)wrong);
@@ -141,7 +190,7 @@ static void *run(void *given) {
         free(tape);
     }
     pthread_barrier_wait(&met);
-    free(outside);
+    free(outside), free(times);
     free((void *)rank->counters);
     free(rank);
     return 0;
@@ -159,6 +208,6 @@ int main(int count, char **arguments) {
     for (int r = 0; r < ranks; r++) pthread_create(threads + r, 0, run, (void *)(intptr_t)r);
     for (int r = 0; r < ranks; r++) pthread_join(threads[r], 0);
     for (int r = 0; r < ranks; r++) free(windows[r]);
-    printf("%d ranks, %d turns: all right\n", ranks, turns);
+    if (!failures) printf("%d ranks, %d turns: all right\n", ranks, turns);
     return failures != 0;
 }

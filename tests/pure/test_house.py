@@ -40,6 +40,7 @@ PUBLIC = {
     "ringred.schedule.verify": "Proof verify",
     "ringred.testing": "Faulty run_ranks",
     "ringred.testing.conformance": "BREAKING CHECKS",
+    "ringred.testing.conformance_plans": "BREAKING CHECKS",
     "ringred.topology.detect": "machine",
     "ringred.topology.model": "Topology flat hosts",
     "ringred.torch_backend": "monitored_barrier register",

@@ -17,13 +17,14 @@ from ringred.testing import run_ranks
 KINDS = ["central", "direct", "double_tree", "halving_doubling", "hierarchical", "one_shot", "ring", "torus", "tree"]
 
 
-def mixed(comm: Communicator, count: int, seed: int) -> int:
-    """`count` collectives drawn from `seed`, alike on all ranks; every result is checked."""
+def mixed(comm: Communicator, count: int, seed: int, scale: int = 1) -> int:
+    """`count` collectives drawn from `seed`, alike on all ranks, of `scale` times a few elements; every result is
+    checked."""
     draw = random.Random(seed)
     size, rank = comm.size, comm.rank
     everyone = range(size)
     for turn in range(count):
-        elements, root = draw.choice((0, 1, size, 5, 13)), draw.randrange(size)
+        elements, root = scale * draw.choice((0, 1, size, 5, 13)), draw.randrange(size)
         base = torch.arange(elements) + turn
         kind = draw.choice(
             [*KINDS, *KINDS, "broadcast", "chain", "reduce_scatter", "all_gather", "all_to_all", "barrier"]
@@ -69,6 +70,7 @@ def mixed(comm: Communicator, count: int, seed: int) -> int:
         ("shm:python", None, True),
         ("shm:python", None, False),
         ("shm", None, False),
+        ("shm", None, True),
         ("cuda_ipc:fake", None, True),
         ("cuda_ipc:fake", None, False),
     ],
@@ -78,6 +80,15 @@ def test_two_hundred_mixed_collectives(size: int, transport: str, slots: int | N
     delay = (0.0005, size) if delayed else None
     done = run_ranks(body, size, transport, slots=slots, segment_bytes=8, delay=delay)
     assert done == [200] * size
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("delayed", [True, False])
+@pytest.mark.parametrize("transport", ["shm", "shm:python"])
+def test_mixed_collectives_of_long_messages(transport: str, delayed: bool, size: int) -> None:
+    """Up to 2 MB in segments: slots of a message's own, shared ones, parts of them, and queues for room."""
+    body = functools.partial(mixed, count=40, seed=size, scale=20_011)
+    assert run_ranks(body, size, transport, delay=(0.001, size) if delayed else None) == [40] * size
 
 
 def test_without_snapshots_the_same_stress_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from ringred.communicator import Communicator
 from ringred.runtime.config import Config
-from ringred.testing import Faulty
-from ringred.testing.conformance import BREAKING, CHECKS, Check
+from ringred.testing import Faulty, conformance, conformance_plans
+from ringred.testing.conformance import CHECKS
+from ringred.testing.expecting import Check
 from ringred.testing.fake_device import FakeDevice
 from ringred.testing.ranks import connect
 from ringred.transports import neighbours, routed
@@ -59,6 +60,7 @@ TRANSPORTS: dict[str, Connect] = {
     "local-delayed": delayed(lambda size: Hub(size).transport),
     "torch_p2p": lambda size: connect("torch_p2p", size),
     "shm": lambda size: connect("shm", size),
+    "shm-python": lambda size: connect("shm:python", size),
     "shm-delayed": delayed(lambda size: connect("shm", size)),
     "cuda_ipc": lambda size: (lambda make: lambda rank: Awaited(make(rank), 0.0005, seed=7))(
         connect("cuda_ipc:fake", size)
@@ -92,10 +94,22 @@ def run_check(check: Check, connect: Connect, size: int) -> None:
         raise failures[0]
 
 
+def every(kit: Any) -> list[Check]:
+    return [*kit.CHECKS.values(), *kit.BREAKING.values()]
+
+
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("check", [*CHECKS.values(), *BREAKING.values()], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", every(conformance), ids=lambda check: check.__name__)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_conforms(transport: str, check: Check, size: int) -> None:
+    run_check(check, TRANSPORTS[transport], size)
+
+
+# Of a device all is enqueued, and done when it is asked for; "shm" has the compiled player, where there is one.
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("check", every(conformance_plans), ids=lambda check: check.__name__)
+@pytest.mark.parametrize("transport", ["local", "local-one-slot", "torch_p2p", "shm", "shm-python", "shm-delayed"])
+def test_plans_are_run_as_they_must_be(transport: str, check: Check, size: int) -> None:
     run_check(check, TRANSPORTS[transport], size)
 
 

@@ -4,16 +4,18 @@ import torch
 
 from ringred.collectives.registry import algorithms
 from ringred.runtime.config import detect_launch
-from ringred.testing.conformance import BREAKING, CHECKS
+from ringred.testing import conformance, conformance_plans
 from ringred.transports.base import Fault
 from tests.table import check_all_reduce, check_others
+
+KITS = (conformance, conformance_plans)
 
 
 def check(comm):
     """How many all-reduces, other collectives and checks of the kit were right."""
     reduced, others, kit = check_all_reduce(comm), check_others(comm), 0
     if comm.transport.name in ("mpi", "shm"):
-        for check in (*CHECKS.values(), *BREAKING.values()):
+        for check in (check for kit in KITS for table in (kit.CHECKS, kit.BREAKING) for check in table.values()):
             name = check.__name__
             transport = comm.transport.subset(range(comm.size), f"kit on {comm.size}: {name}")
             try:
