@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from lab import hosts, published, record
-from lab.experiments import EXPERIMENTS, SHORT, predict, run
+from lab.experiments import EXPERIMENTS, SHORT
 from lab.rows import cells, setting
+from lab.running import predict, run
 from tabulate import tabulate
 
 

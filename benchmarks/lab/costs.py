@@ -16,6 +16,7 @@ import ringred
 from lab.hosts import Network
 from lab.predict import Costs, all_reduce_seconds
 from ringred.collectives.registry import lookup
+from ringred.parameter_server.keys import encryption_rate
 from ringred.runtime.probe import probe
 from ringred.runtime.select import CROWDED, share_bounds
 from ringred.schedule.cost import simulate
@@ -72,7 +73,17 @@ def calibrated(comm: ringred.Communicator) -> dict[str, Any]:
         between = calibrate.rounded(calibrate.fit([_priced(sample) for sample in samples]))
         comm.tune({"tensor": between, **_within(comm), "between": between})
     found = {"samples": [asdict(sample) for sample in samples], "segment": comm.transport.segment_bytes}
-    return found | {"tuning": comm.tuning}
+    return found | {"tuning": comm.tuning, "cipher": _cipher(comm)}
+
+
+def _cipher(comm: ringred.Communicator) -> float:
+    """A processor's seconds to encrypt and send a byte, or to receive and decrypt it, as rank 0 finds it while others
+    wait: one message, which is first the one and then the other."""
+    found = torch.zeros(1, dtype=torch.float64)
+    if comm.rank == 0:
+        found[0] = 0.5 / statistics.median(encryption_rate() for _ in range(5))
+    comm.broadcast(found, 0)
+    return found.item()
 
 
 def _within(comm: ringred.Communicator) -> calibrate.Tuning:
@@ -129,10 +140,11 @@ def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int, posted:
     # On two ranks all bytes go both ways, at once.
     beta = (high.seconds - low.seconds) / (high.nbytes - low.nbytes)
     segment, tuning, one_each = runs[0]["segment"], runs[0]["tuning"], network.one_each
+    cipher = statistics.median(run.get("cipher", 0.0) for run in runs)
 
     def costs(logarithms: Sequence[float]) -> Costs:
         alpha, latency, call, copy, crowded = map(math.exp, logarithms)
-        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, posted, tuning)
+        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, posted, tuning, cipher)
 
     def error(logarithms: Sequence[float]) -> float:
         found = costs(logarithms)

@@ -43,7 +43,8 @@ _SETTLED = 8 << 20  # bytes after which several senders use a port as well as on
 class Costs:
     """α, β, γ, λ between two hosts, and what a call takes beside, in seconds; the greatest message in bytes; how many
     processors all hosts share (0: each has its own), and a processor's seconds to send or to receive a byte; how many
-    times as long a byte takes at a port that several send to at once; whether messages leave once they are expected."""
+    times as long a byte takes at a port that several send to at once; whether messages leave once they are expected;
+    a processor's seconds to send or to receive a byte that is encrypted, as those of parameter servers are."""
 
     alpha: float
     beta: float
@@ -58,6 +59,8 @@ class Costs:
 
     tuning: calibrate.Tuning | None = None
     """By what "auto" chose, if not by the same; its "tensor" is what ranks of one host cost each other."""
+
+    cipher: float = 0.0
 
     def topology(self, network: Network) -> Topology:
         """The ranks of a network, with these links between its hosts."""

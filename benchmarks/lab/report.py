@@ -43,7 +43,7 @@ _LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": 
 
 
 def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any] | None = None) -> None:
-    """Writes the report of experiments, as `experiments.run` gives them, and of the efficiencies in print."""
+    """Writes the report of experiments, as `running.run` gives them, and of the efficiencies in print."""
     errors = sorted(abs(row["error"]) for result in results for row in foretold(result))
     by_name = {result["name"]: result for result in results}
     parts = [

@@ -6,6 +6,8 @@ one worker, both are those of a grid (ranks on a host, hosts). To one server all
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lab.hosts import Network
 from lab.predict import Costs, filled, job_of, simulated
 from lab.profiles import Profile
@@ -27,8 +29,10 @@ def served_seconds(
     times as long. `way` is that of a `Case`, its policy one of `FirstK`.
 
     Workers that wait for all others, or whose mini-batches an update cancels, take turns: compute and push, and pull
-    once it is made. Of those that do not, each takes its own time, or the busiest port all that passes it.
+    once it is made. Of those that do not, each takes its own time, or the busiest port all that passes it, or the
+    processors, where the hosts share some, all that is encrypted and decrypted.
     """
+    costs = replace(costs, copy=max(costs.copy, costs.cipher))
     kind, _, name = way.partition(":")
     policy = parse(name)
     assert isinstance(policy, FirstK), f"{policy} is not predicted"
@@ -41,7 +45,9 @@ def served_seconds(
     usual, slow = (_round(kind, model, dilation * times, costs, alone) for times in (1.0, slowness))
     late = workers // network.hosts  # those of the last host
     own = workers / ((workers - late) / usual + late / slow)
-    return max(own, costs.beta * _port_bytes(kind, model.nbytes, network))
+    port = _port_bytes(kind, model.nbytes, network)
+    everywhere = port * (2 if kind == "server" else network.hosts)  # the server's port, in both directions, sees it all
+    return max(own, costs.beta * port, 2 * costs.copy * everywhere / costs.cores if costs.cores else 0.0)
 
 
 def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> float:

@@ -174,6 +174,18 @@ def test_servers_take_what_their_busiest_port_takes() -> None:
     assert by_host == pytest.approx(each, rel=0.1), "a host's ranks send what one rank does"
 
 
+def test_encryption_takes_time_of_the_processors_that_the_hosts_share() -> None:
+    model, network = profile("resnet50"), Network(4, 800)
+    plain = replace(COSTS, cores=2, copy=COSTS.beta / 100)
+    encrypted = replace(plain, cipher=COSTS.beta)
+    sealed, opened = 6 * model.nbytes, 6 * model.nbytes
+    for policy in ("sync", "async"):
+        seconds = served_seconds(f"servers:{policy}", model, 0.0, encrypted, network)
+        assert seconds == pytest.approx((sealed + opened) * COSTS.beta / 2, rel=0.1)
+        assert seconds > 3 * served_seconds(f"servers:{policy}", model, 0.0, plain, network)
+    assert served_seconds("server:async", model, 0.0, encrypted, network) > 2.5 * model.nbytes * COSTS.beta
+
+
 def test_who_waits_for_whom_decides_what_a_straggler_costs() -> None:
     model, network = profile("graph"), Network(4, 800)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lab import experiments, hosts, record, rows, step_ranks
+from lab import hosts, record, rows, running, step_ranks
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_replayed_step_takes_as_long_as_was_recorded_with_its_core_busy() -> N
 
 def test_a_bar_shows_what_the_ranks_have_done_last() -> None:
     with tqdm(total=1.0, disable=True) as bar:
-        experiments._show(bar, 'no word of it yet {"way": "ring"}')
+        running._show(bar, 'no word of it yet {"way": "ring"}')
         assert bar.n == 0
-        experiments._show(bar, '{"done": 0.25}\n{"way": "ring"}\n{"done": 0.5}\n{"way"')
+        running._show(bar, '{"done": 0.25}\n{"way": "ring"}\n{"done": 0.5}\n{"way"')
         assert bar.n == 0.5
