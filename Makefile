@@ -9,7 +9,7 @@ TERMINAL := $(shell test -t 2 && echo yes)
 PIP := $(BIN)/python -m pip install $(if $(TERMINAL),,--quiet) --disable-pip-version-check -c constraints.txt
 BAR := $(if $(TERMINAL),--bar)
 
-.PHONY: demo test test-python check docs examples wheels lab faults gpu-check torch-suite install clean
+.PHONY: demo test test-python check docs examples wheels arm64 lab faults gpu-check torch-suite install clean
 
 install: $(STAMP)
 
@@ -74,6 +74,14 @@ wheels: $(STAMP)
 	        --config-settings "--build-option=--plat-name=manylinux_2_17_$$processor" . || exit 1; \
 	done
 	ls dist
+
+# The player's instructions on arm64, by an emulator (Debian: qemu-user); it keeps the orders of memory of this processor.
+arm64: $(STAMP)
+	@$(PIP) ziglang
+	mkdir -p out
+	$(BIN)/python -m ziglang cc -target aarch64-linux-musl -static -O2 -std=c11 -D_GNU_SOURCE -ffp-contract=off -Iringred/native \
+	    tests/native/ranks.c ringred/native/tape.c ringred/native/folds.c ringred/native/copy.c -o out/ranks-arm64
+	for ranks in 2 3 5; do qemu-aarch64 out/ranks-arm64 $$ranks 60 $$ranks || exit 1; done
 
 # Hosts on this machine, with networks of a stated rate; needs root. All experiments: `python benchmarks/lab.py run`.
 lab: $(STAMP)

@@ -85,6 +85,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("ring", "halving_doubling", "torus", "double_tree", "direct", "tree", "central"),
         (64 << 10, 1 << 20, 4 << 20),
     ),
+    "slow-link-steps": Experiment(
+        "And in a training step?",
+        (Network(4, 500, slow_mbit=125),),
+        "torch",
+        cases=lambda hosts: _each(
+            ("resnet50", "lstm"),
+            ("alone", "ring", "halving_doubling", "torus", "double_tree", "auto", "gloo", "servers:sync"),
+            20,
+        ),
+        steps=1,
+    ),
     "steps": Experiment(
         "How much of a training step is left of a P100's on 10 Gbit/s (all times and the rate 20 times slower)?",
         (Network(4, 500),),
@@ -219,12 +230,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         steps=2,
     ),
     "stragglers": Experiment(
-        "One host computes 1.5 times as long: what do those lose that wait for it, and those that need not?",
+        "One host computes 1.5 or 2 times as long: what do those lose that wait for it, and those that need not?",
         (Network(4, 100),),
         "torch",
         cases=lambda hosts: [
             Case("graph", way, 20, slowness=slowness, label=f"x{slowness:g}")
-            for slowness in (1.0, 1.5)
+            for slowness in (1.0, 1.5, 2.0)
             for way in ("ring", "gloo", "servers:sync", "servers:k_sync:3", "servers:async")
         ],
         steps=8,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from ringred import native
 from ringred.transports import futex
 
 HERE = Path(__file__).parent
-NATIVE = HERE.parents[1] / "ringred" / "native"
+ROOT = HERE.parents[1]
+NATIVE = ROOT / "ringred" / "native"
 COMPILER = shutil.which("cc")
 FLAGS = ("-g", "-O1", "-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-tsan", "-D_GNU_SOURCE", "-ffp-contract=off")
 ALONE = "-DNOTHING_IS_SHARED"
@@ -58,6 +62,36 @@ def test_ranks_play_and_nothing_is_found(tmp_path: Path, how: list[str]) -> None
 def test_lines_are_written_back_before_they_are_given_back(tmp_path: Path) -> None:
     ended = played(built(tmp_path, "thread", ALONE), 2, 200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_calls_from_python_under_the_sanitizers(tmp_path: Path) -> None:
+    """The extension as Python has it, with module.c and recall.c: calls, memories of them, and errors amid one."""
+    assert COMPILER is not None, "skipped above"
+    shutil.copytree(ROOT / "ringred", tmp_path / "ringred", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    files = [NATIVE / name for name in ("module.c", "recall.c", "tape.c", "folds.c", "copy.c")]
+    extension = tmp_path / "ringred" / "native" / "_player.abi3.so"
+    macros = ["-DPy_LIMITED_API=0x030a0000", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}"]
+    command = [COMPILER, *FLAGS, *sanitize, *macros, *map(str, files), "-o", str(extension)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    first = [
+        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    # Python keeps some memory for good; a `malloc` of its own would hide what is wrong with the rest.
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0", "PYTHONMALLOC": "malloc"}
+    environment = {**os.environ, **options, "LD_PRELOAD": ":".join(first), "OMP_NUM_THREADS": "1"}
+    tests = [f"tests/threads/test_{name}.py" for name in ("recall", "recall_interrupted", "tape", "player")]
+    chosen = ["-k", "not folds and not rounded and not ctrl_c", "-p", "no:cacheprovider"]
+    asked = [sys.executable, "-m", "pytest", "-q", *chosen, *tests]
+    ended = subprocess.run(
+        asked, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "skipped" not in ended.stdout
 
 
 MUTANTS = {
