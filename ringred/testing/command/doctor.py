@@ -184,7 +184,7 @@ def _check_player() -> tuple[bool, str, str]:
     why = unusable()
     if why is None:
         return True, f"collectives on shared memory are run by {engine(True)}", ""
-    remedy = "short calls take 10 µs, not 2 to 3: install ringred again, with a C compiler or after pip install ziglang"
+    remedy = "short calls take 10 µs, not 2: install ringred again, with a C compiler or after pip install ziglang"
     return True, f"collectives on shared memory are run by {engine(None)}", remedy
 
 
