@@ -78,7 +78,9 @@ def test_calls_from_python_under_the_sanitizers(tmp_path: Path) -> None:
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     first = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     # Python keeps some memory for good; a `malloc` of its own would hide what is wrong with the rest.
