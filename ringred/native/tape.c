@@ -48,7 +48,7 @@ static int start(Player *player, Request *request) {
         int64_t part = least(request->nbytes - request->done, SEGMENT_BYTES);
         int64_t offset = room(link, number, part);
         if (offset < 0) return 0;
-        memcpy((char *)player->rank->window + offset, (char *)request->address + request->done, (size_t)part);
+        if (part) memcpy((char *)player->rank->window + offset, (char *)request->address + request->done, (size_t)part);
         request->done += part;
         int last = request->done == request->nbytes;
         if (last) request->until = 0;
@@ -402,7 +402,7 @@ int play(Rank *rank, Tape *tape, int64_t contract, int64_t timeout, int64_t *tim
             break;
         case SNAPSHOT: /* target, source, bytes, how */
             if (words[4] & PAST) stream((char *)words[1], (char *)words[2], words[3]);
-            else memcpy((void *)words[1], (void *)words[2], (size_t)words[3]);
+            else if (words[3]) memcpy((void *)words[1], (void *)words[2], (size_t)words[3]);
             tape->at += 5;
             break;
         default:

@@ -87,7 +87,7 @@ def test_calls_from_python_under_the_sanitizers(tmp_path: Path) -> None:
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0", "PYTHONMALLOC": "malloc"}
     environment = {**os.environ, **options, "LD_PRELOAD": ":".join(first), "OMP_NUM_THREADS": "1"}
     tests = [f"tests/threads/test_{name}.py" for name in ("recall", "recall_interrupted", "tape", "player")]
-    chosen = ["-k", "not folds and not rounded and not ctrl_c", "-p", "no:cacheprovider"]
+    chosen = ["-k", "not folds and not rounded and not ctrl_c", "-p", "no:cacheprovider", "-s"]
     asked = [sys.executable, "-m", "pytest", "-q", *chosen, *tests]
     ended = subprocess.run(
         asked, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
