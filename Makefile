@@ -77,6 +77,7 @@ wheels: $(STAMP)
 
 # The player's instructions on arm64, by an emulator (Debian: qemu-user); it keeps the orders of memory of this processor.
 arm64: $(STAMP)
+	@command -v qemu-aarch64 > /dev/null || { echo "make arm64 needs qemu-aarch64 (Debian: qemu-user)"; exit 1; }
 	@$(PIP) ziglang
 	mkdir -p out
 	$(BIN)/python -m ziglang cc -target aarch64-linux-musl -static -O2 -std=c11 -D_GNU_SOURCE -ffp-contract=off -Iringred/native \

@@ -44,10 +44,11 @@ class Sample:
     seconds: float
 
 
-def calibrated(comm: ringred.Communicator) -> dict[str, Any]:
+def calibrated(comm: ringred.Communicator, servers: bool = False) -> dict[str, Any]:
     """The samples, the same on all ranks, and the costs by which "auto" chooses from the first time on. Collective.
 
-    It is done before and after what is measured: the machine's other users are not the same all the time.
+    With `servers`, also what encryption costs. It is done before and after what is measured: the machine's other users
+    are not the same all the time.
     """
     hosts = len(set(comm.hosts))
     cases = [("all", name, nbytes) for name in _ALGORITHMS for nbytes in _SHORT]
@@ -73,12 +74,12 @@ def calibrated(comm: ringred.Communicator) -> dict[str, Any]:
         between = calibrate.rounded(calibrate.fit([_priced(sample) for sample in samples]))
         comm.tune({"tensor": between, **_within(comm), "between": between})
     found = {"samples": [asdict(sample) for sample in samples], "segment": comm.transport.segment_bytes}
-    return found | {"tuning": comm.tuning, "cipher": _cipher(comm)}
+    return found | {"tuning": comm.tuning} | ({"cipher": _cipher(comm)} if servers else {})
 
 
 def _cipher(comm: ringred.Communicator) -> float:
     """A processor's seconds to encrypt and send a byte, or to receive and decrypt it, as rank 0 finds it while others
-    wait: one message, which is first the one and then the other."""
+    wait: one message, which is first the one and then the other, by the one thread of a ZeroMQ context."""
     found = torch.zeros(1, dtype=torch.float64)
     if comm.rank == 0:
         found[0] = 0.5 / statistics.median(encryption_rate() for _ in range(5))
@@ -144,7 +145,7 @@ def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int, posted:
 
     def costs(logarithms: Sequence[float]) -> Costs:
         alpha, latency, call, copy, crowded = map(math.exp, logarithms)
-        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, posted, tuning, cipher)
+        return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, posted, cipher, tuning)
 
     def error(logarithms: Sequence[float]) -> float:
         found = costs(logarithms)

@@ -155,7 +155,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         steps=8,
     ),
     "hierarchy-servers-others": Experiment(
-        "And for models of other shapes, whose bytes are encrypted by two cores in all?",
+        "And for models of other shapes, whose bytes are encrypted by the few cores that all hosts share?",
         (Network(4, 500, each=2),),
         "torch",
         cases=lambda hosts: [
@@ -188,7 +188,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         steps=8,
     ),
     "servers-others": Experiment(
-        "And for models of other shapes, whose bytes are encrypted by two cores in all?",
+        "And for models of other shapes, whose bytes are encrypted by the few cores that all hosts share?",
         (Network(4, 500),),
         "torch",
         cases=lambda hosts: [

@@ -56,11 +56,10 @@ class Costs:
     copy: float = 0.0
     crowded: float = 1.0
     posted: bool = False
+    cipher: float = 0.0
 
     tuning: calibrate.Tuning | None = None
     """By what "auto" chose, if not by the same; its "tensor" is what ranks of one host cost each other."""
-
-    cipher: float = 0.0
 
     def topology(self, network: Network) -> Topology:
         """The ranks of a network, with these links between its hosts."""

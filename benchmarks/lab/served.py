@@ -30,9 +30,9 @@ def served_seconds(
 
     Workers that wait for all others, or whose mini-batches an update cancels, take turns: compute and push, and pull
     once it is made. Of those that do not, each takes its own time, or the busiest port all that passes it, or the
-    processors, where the hosts share some, all that is encrypted and decrypted.
+    thread of a server, or the processors, where the hosts share some, all that is encrypted and decrypted.
     """
-    costs = replace(costs, copy=max(costs.copy, costs.cipher))
+    sealed = replace(costs, copy=max(costs.copy, costs.cipher))
     kind, _, name = way.partition(":")
     policy = parse(name)
     assert isinstance(policy, FirstK), f"{policy} is not predicted"
@@ -40,14 +40,16 @@ def served_seconds(
     several = policy.gradients_per_update(workers)
     if (several == workers and policy.finisher_waits) or policy.others_cancelled:
         last = slowness if several == workers else 1.0
-        return _round(kind, model, dilation, costs, network, last) * workers / several
+        return _round(kind, model, dilation, sealed, network, last) * workers / several
     alone = Network(2, network.mbit) if kind == "server" else network  # one that nobody else is in the way of
-    usual, slow = (_round(kind, model, dilation * times, costs, alone) for times in (1.0, slowness))
+    usual, slow = (_round(kind, model, dilation * times, sealed, alone) for times in (1.0, slowness))
     late = workers // network.hosts  # those of the last host
     own = workers / ((workers - late) / usual + late / slow)
     port = _port_bytes(kind, model.nbytes, network)
-    everywhere = port * (2 if kind == "server" else network.hosts)  # the server's port, in both directions, sees it all
-    return max(own, costs.beta * port, 2 * costs.copy * everywhere / costs.cores if costs.cores else 0.0)
+    # One server sees all of it, in both directions; of one on each host a server sees half of what its host does.
+    thread, everywhere = (2 * port, 2 * port) if kind == "server" else (port, network.hosts * port)
+    crowded = 2 * sealed.copy * everywhere / costs.cores if costs.cores else 0.0
+    return max(own, costs.beta * port, sealed.copy * thread, crowded)
 
 
 def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> float:

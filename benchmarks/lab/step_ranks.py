@@ -107,15 +107,15 @@ class Measured(NamedTuple):
 
 
 def on_collectives(comm: ringred.Communicator, case: Case, module: nn.Module, steps: int) -> Measured:
-    """Each step of all ranks together, after two: in the second, buckets are laid out anew, in memory that is new. A
-    collective takes as long as its last rank."""
+    """Each step of all ranks together, after one, and where gradients are shared after two: in the second, buckets are
+    laid out anew, in memory that is new. A collective takes as long as its last rank."""
     model, times, x = sharing(comm, case, module), [], torch.ones(1, requires_grad=True)
 
     def step() -> None:
         model(x).backward()  # without an optimizer, whose time is none here
         module.zero_grad()
 
-    for _ in range(0 if case.way == "alone" else 2):
+    for _ in range(1 if case.way == "alone" else 2):
         step()
     comm.barrier()
     traffic = Traffic()
@@ -207,12 +207,13 @@ def main() -> None:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-    calibrations = [calibrated(comm)]
+    servers = any(":" in case.way for case in cases)
+    calibrations = [calibrated(comm, servers)]
     for done, case in enumerate(cases, 1):
         found = measured(comm, case, task["steps"])
         if comm.rank == 0:
             print(json.dumps({**asdict(case), **found}), json.dumps({"done": done / len(cases)}), sep="\n", flush=True)
-    calibrations.append(calibrated(comm))
+    calibrations.append(calibrated(comm, servers))
     if comm.rank == 0:
         print(json.dumps({"calibrations": calibrations}), flush=True)
     if peer:

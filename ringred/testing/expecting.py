@@ -19,6 +19,7 @@ __all__ = [
     "expect_same",
     "neighbours_of",
     "pattern",
+    "peers_of",
     "ready",
     "soon",
 ]
@@ -46,6 +47,11 @@ def neighbours_of(transport: Transport) -> tuple[int, int]:
     return (transport.rank - 1) % transport.size, (transport.rank + 1) % transport.size
 
 
+def peers_of(transport: Transport) -> list[int]:
+    """All ranks but this."""
+    return [peer for peer in range(transport.size) if peer != transport.rank]
+
+
 def pattern(count: int, seed: int) -> Tensor:
     return torch.arange(count, dtype=torch.int64) * 31 + seed
 
@@ -62,7 +68,7 @@ def expect_same(what: str, got: Tensor | None, expected: Tensor) -> None:
 
 def barrier(transport: Transport) -> None:
     transport.begin(9, 9)
-    token, peers = torch.zeros(1), [peer for peer in range(transport.size) if peer != transport.rank]
+    token, peers = torch.zeros(1), peers_of(transport)
     sends = [transport.isend(peer, token) for peer in peers]
     receives = [transport.irecv(peer, torch.empty(1), lend=False) for peer in peers]
     for request in [*receives, *sends]:

@@ -79,14 +79,14 @@ def run_ranks(
     """Runs `fn(comm)` on `size` ranks at once and returns the results by rank.
 
     The ranks are threads: `transport` is "local" (memory; `slots` as in `ringred.transports.local`), "shm" (windows, as
-    between processes of one host), "shm:python" (the same without the compiled player), "cuda_ipc:fake" (device memory
-    without a device; `driver` makes each rank's, by default `FakeDevice`), "staged:fake" (the same between hosts), or
-    "torch_p2p" (Gloo over the loopback).
+    between processes of one host), "shm:python" (the same without the compiled player), "shm:mixed" (without it on each
+    second rank), "cuda_ipc:fake" (device memory without a device; `driver` makes each rank's, by default `FakeDevice`),
+    "staged:fake" (the same between hosts), or "torch_p2p" (Gloo over the loopback).
     Ranks that are processes need a launcher, mpirun or torchrun. `timeout` is that of a collective, in seconds.
-    `delay=(seconds, seed)` puts random delays into sends and waits; where there is a compiled player, into those of the
-    odd or of the even ranks, by the seed: Python runs their plans, and the player of the others meets them.
-    The exception of the first rank that raised one is raised, after all have ended; with `return_exceptions` each
-    rank's is returned as its result. `sites` is RINGRED_CHECK=sites, `stall_seconds` is RINGRED_STALL_SECONDS.
+    `delay=(seconds, seed)` puts random delays into sends and waits of ranks whose plans Python runs: of all, but on
+    "shm:mixed". The exception of the first rank that raised one is raised, after all have ended; with
+    `return_exceptions` each rank's is returned as its result. `sites` is RINGRED_CHECK=sites, `stall_seconds` is
+    RINGRED_STALL_SECONDS.
     """
     config = Config(timeout=timeout, segment_bytes=segment_bytes, sites=sites, stall_seconds=stall_seconds)
     make = connect(transport, size, slots=slots, timeout=timeout, driver=driver)
@@ -99,7 +99,8 @@ def run_ranks(
         try:
             end = make(rank)
             seat = None if seats is None else seats(rank, end)
-            comm = Communicator(end if delay is None else _late(end, *delay), config=config, seat=seat)
+            played = transport == "shm:mixed" and end.player is not None
+            comm = Communicator(end if delay is None or played else Faulty(end, *delay), config=config, seat=seat)
             results[rank] = fn(comm)
             comm.newest().close()
         except BaseException as failure:
@@ -123,10 +124,6 @@ def run_ranks(
     return results
 
 
-def _late(end: Transport, seconds: float, seed: int) -> Transport:
-    return end if end.player is not None and (end.rank + seed) % 2 else Faulty(end, seconds, seed)
-
-
 def connect(
     transport: str,
     size: int,
@@ -142,6 +139,9 @@ def connect(
         return _torch_p2p(size, timeout)
     if transport in ("shm", "shm:python"):
         return _shm(size, timeout, transport == "shm", None)
+    if transport == "shm:mixed":
+        played = _shm(size, timeout, True, None)
+        return lambda rank: Wrapped(played(rank)) if rank % 2 else played(rank)
     if transport == "staged:fake":
         from ringred.testing.fake_device import FakeDevice
         from ringred.transports.cuda.joining import transport as on_device
@@ -153,7 +153,7 @@ def connect(
         from ringred.testing.fake_device import FakeDevice
 
         return _shm(size, timeout, False, driver or (lambda rank: FakeDevice()))
-    kinds = "'local', 'shm', 'shm:python', 'cuda_ipc:fake', 'staged:fake' or 'torch_p2p'"
+    kinds = "'local', 'shm', 'shm:python', 'shm:mixed', 'cuda_ipc:fake', 'staged:fake' or 'torch_p2p'"
     raise ValueError(f"run_ranks: transport is {kinds}, got {transport!r}")
 
 

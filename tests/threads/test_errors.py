@@ -278,7 +278,7 @@ def test_waiting_for_a_work_has_a_limit_of_its_own() -> None:
 
 
 def test_ranks_that_need_a_launcher_are_refused() -> None:
-    with pytest.raises(ValueError, match="'shm:python', 'cuda_ipc:fake', 'staged:fake' or 'torch_p2p', got 'mpi'"):
+    with pytest.raises(ValueError, match="'shm:mixed', 'cuda_ipc:fake', 'staged:fake' or 'torch_p2p', got 'mpi'"):
         run_ranks(lambda comm: None, 2, "mpi")
 
 

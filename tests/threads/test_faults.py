@@ -15,7 +15,7 @@ from ringred.communicator import Communicator
 from ringred.errors import PeerFailed, ReplicasDiverged, RingredError
 from ringred.testing import faults, run_ranks
 
-TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "torch_p2p"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["local", "shm", "shm:python", "torch_p2p"])
 
 
 @TRANSPORTS

@@ -70,7 +70,8 @@ def mixed(comm: Communicator, count: int, seed: int, scale: int = 1) -> int:
         ("shm:python", None, True),
         ("shm:python", None, False),
         ("shm", None, False),
-        ("shm", None, True),
+        ("shm:mixed", None, True),
+        ("shm:mixed", None, False),
         ("cuda_ipc:fake", None, True),
         ("cuda_ipc:fake", None, False),
     ],
@@ -83,8 +84,9 @@ def test_two_hundred_mixed_collectives(size: int, transport: str, slots: int | N
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("delayed", [True, False])
-@pytest.mark.parametrize("transport", ["shm", "shm:python"])
+@pytest.mark.parametrize(
+    ("transport", "delayed"), [("shm", False), ("shm:python", True), ("shm:mixed", True), ("shm:mixed", False)]
+)
 def test_mixed_collectives_of_long_messages(transport: str, delayed: bool, size: int) -> None:
     """Up to 2 MB in segments: slots of a message's own, shared ones, parts of them, and queues for room."""
     body = functools.partial(mixed, count=40, seed=size, scale=20_011)

@@ -17,11 +17,12 @@ from ringred.communicator import Communicator
 from ringred.runtime.config import Config
 from ringred.testing import Faulty, conformance, conformance_plans
 from ringred.testing.conformance import CHECKS
+from ringred.testing.conformance_plans import CHECKS as PLAN_CHECKS
 from ringred.testing.expecting import Check
 from ringred.testing.fake_device import FakeDevice
 from ringred.testing.ranks import connect
 from ringred.transports import neighbours, routed
-from ringred.transports.base import Fault, Request, Transport
+from ringred.transports.base import Counters, Fault, FaultKind, Request, Transport
 from ringred.transports.local import Hub
 from ringred.transports.torch_p2p import TorchP2PTransport
 
@@ -61,6 +62,7 @@ TRANSPORTS: dict[str, Connect] = {
     "torch_p2p": lambda size: connect("torch_p2p", size),
     "shm": lambda size: connect("shm", size),
     "shm-python": lambda size: connect("shm:python", size),
+    "shm-mixed": lambda size: connect("shm:mixed", size),
     "shm-delayed": delayed(lambda size: connect("shm", size)),
     "cuda_ipc": lambda size: (lambda make: lambda rank: Awaited(make(rank), 0.0005, seed=7))(
         connect("cuda_ipc:fake", size)
@@ -105,10 +107,10 @@ def test_conforms(transport: str, check: Check, size: int) -> None:
     run_check(check, TRANSPORTS[transport], size)
 
 
-# Of a device all is enqueued, and done when it is asked for; "shm" has the compiled player, where there is one.
+# Not of a device, where all is enqueued and not done. "shm" has the compiled player, where there is one.
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("check", every(conformance_plans), ids=lambda check: check.__name__)
-@pytest.mark.parametrize("transport", ["local", "local-one-slot", "torch_p2p", "shm", "shm-python", "shm-delayed"])
+@pytest.mark.parametrize("transport", ["local", "local-one-slot", "torch_p2p", "shm", "shm-python", "shm-mixed"])
 def test_plans_are_run_as_they_must_be(transport: str, check: Check, size: int) -> None:
     run_check(check, TRANSPORTS[transport], size)
 
@@ -126,8 +128,48 @@ def test_the_kit_is_not_blind() -> None:
         hub = Hub(size)
         return lambda rank: Swaps(hub.transport(rank), 0.0, seed=0)
 
-    with pytest.raises((AssertionError, Exception), match=r"message|mismatch"):
-        run_check(CHECKS["messages_keep_their_order"], swapped, 2)
+    for check in (CHECKS["messages_keep_their_order"], PLAN_CHECKS["messages_of_a_plan_keep_their_order"]):
+        with pytest.raises((AssertionError, Exception), match=r"message|mismatch"):
+            run_check(check, swapped, 2)
+
+
+class _Tells(Faulty):
+    """A transport whose counters stand still, and whose mismatches are called a peer that is gone."""
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner, 0.0, seed=0)
+        self.still = Counters()
+
+    @property
+    def counters(self) -> Counters:
+        return self.still
+
+    @counters.setter
+    def counters(self, value: Counters) -> None:
+        self.still = value
+
+    def wait(self, request: Request, deadline: float) -> Tensor | None:
+        try:
+            return super().wait(request, deadline)
+        except Fault as fault:
+            kind = FaultKind.PEER if fault.kind == FaultKind.MISMATCH else fault.kind
+            raise Fault(kind, fault.peer, fault.detail) from None
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        (PLAN_CHECKS["a_plan_is_counted"], "counted: expected"),
+        (
+            conformance_plans.BREAKING["a_plan_of_another_collective_is_found_out"],
+            "expected that a rank found mismatch",
+        ),
+    ],
+)
+def test_the_kit_of_plans_is_not_blind(check: Check, said: str) -> None:
+    hub = Hub(2)
+    with pytest.raises(AssertionError, match=said):
+        run_check(check, lambda size: lambda rank: _Tells(hub.transport(rank)), 2)
 
 
 def test_a_rank_that_is_alone_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,9 +97,9 @@ def apart(ours, theirs, tolerance):
 
 
 def compare(tolerance, mine, other):
-    """What differs between two results of `run`, or between what was raised in their place."""
-    if isinstance(mine, str) or isinstance(other, str):
-        return "equal" if mine == other else f"{mine} is not {other}"
+    """What differs between two results of `run`; or what was raised in the place of one, which none of them should."""
+    if raised := [result for result in (mine, other) if isinstance(result, str)]:
+        return f"raised: {', '.join(raised)}"
     (ours, our_state), (theirs, their_state) = mine, other
     assert len(ours) == len(theirs), "as many steps"
     for step, ((our_loss, our_gradients), (loss, gradients)) in enumerate(zip(ours, theirs, strict=True)):
@@ -146,9 +146,6 @@ def errors(wrapper):
 
     def devices():
         wrapper(convolutions(), device_ids=[0])
-
-    def two_groups():
-        wrapper(convolutions(), process_group=dist.group.WORLD, device_mesh=dist.init_device_mesh("cpu", (2,)))
 
     def half_delayed():
         wrapper(convolutions(), delay_all_reduce_named_params=[("0.weight", nn.Parameter(torch.ones(1)))])
@@ -215,12 +212,15 @@ def differences(ours, theirs):
     """By case, "equal" or what is not, on any rank."""
     found = {}
     for name, other in theirs.items():
-        mine = ours[name]
-        if name.startswith("error"):
-            same = other is not None and mine is not None and issubclass(mine, other)
-            found[name] = "equal" if same else f"{mine} is not {other}"
-        else:
-            found[name] = compare(1e-3 if "fp16" in name else 1e-6, mine, other)
+        try:
+            if name.startswith("error"):
+                mine = ours[name]
+                same = other is not None and mine is not None and issubclass(mine, other)
+                found[name] = "equal" if same else f"{mine} is not {other}"
+            else:
+                found[name] = compare(1e-3 if "fp16" in name else 1e-6, ours[name], other)
+        except Exception as failure:  # all ranks say what they found
+            found[name] = f"{type(failure).__name__}: {failure}"
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     for rank, others in enumerate(everyone):

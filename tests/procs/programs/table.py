@@ -9,17 +9,18 @@ from ringred.transports.base import Fault
 from tests.table import check_all_reduce, check_others
 
 KITS = (conformance, conformance_plans)
+CONFORMANCE = [check for kit in KITS for table in (kit.CHECKS, kit.BREAKING) for check in table.values()]
 
 
 def check(comm):
     """How many all-reduces, other collectives and checks of the kit were right."""
     reduced, others, kit = check_all_reduce(comm), check_others(comm), 0
     if comm.transport.name in ("mpi", "shm"):
-        for check in (check for kit in KITS for table in (kit.CHECKS, kit.BREAKING) for check in table.values()):
-            name = check.__name__
+        for one in CONFORMANCE:
+            name = one.__name__
             transport = comm.transport.subset(range(comm.size), f"kit on {comm.size}: {name}")
             try:
-                check(transport)
+                one(transport)
             except (Fault, AssertionError) as failure:
                 raise AssertionError(f"{name} on rank {comm.rank}: {failure}") from failure
             transport.close()
