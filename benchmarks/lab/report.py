@@ -14,7 +14,7 @@ import plotly.io
 from lab.hosts import Network
 from lab.predict import Costs, step_of
 from lab.profiles import profile
-from lab.rows import cells, foretold, setting
+from lab.rows import cells, foretold, reason, setting
 
 __all__ = ["write"]
 
@@ -72,7 +72,7 @@ def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any]
             _table(printed["heads"], printed["rows"]),
         ]
     parts.append(f"<h2>The ten worst predictions</h2>{_worst(results)}")
-    parts.append("<p>Why: benchmarks/results/lab.md, where the simulator is wrong.</p>")
+    parts.append("<p>More: benchmarks/results/lab.md, where the simulator is wrong.</p>")
     machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     parts.append(
         f"<p><small>{html.escape(machines)}; shared with others; <code>python benchmarks/lab.py run</code>, "
@@ -216,10 +216,13 @@ def _timeline() -> go.Figure:
 
 
 def _worst(results: Sequence[dict[str, Any]]) -> str:
-    rows = [(result["name"], row) for result in results for row in foretold(result)]
+    rows = [(result, row) for result in results for row in foretold(result)]
     rows.sort(key=lambda pair: -abs(pair[1]["error"]))
-    told = [(name, f"{row['case']} {row['way']}", f"{100 * row['error']:+.0f}") for name, row in rows[:10]]
-    return _table(["experiment", "case", "error %"], told)
+    told = [
+        (result["name"], f"{row['case']} {row['way']}", f"{100 * row['error']:+.0f}", reason(result, row))
+        for result, row in rows[:10]
+    ]
+    return _table(["experiment", "case", "error %", "why"], told)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["cells", "foretold", "setting"]
+__all__ = ["cells", "foretold", "reason", "setting"]
 
 
 def foretold(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that were predicted, without those that the costs were fitted to, and ranks alone, which say nothing."""
     return [row for row in result["rows"] if row["error"] is not None and not row["fitted"] and row["way"] != "alone"]
+
+
+def reason(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """Why a prediction is likely wrong, as far as it was found out (benchmarks/results/lab.md says more)."""
+    way, nbytes = row["way"], row.get("nbytes")
+    if way.endswith(("async", "k_async:2")):
+        return "of few mini-batches what was under way when counting began counts as well"
+    if ":" in way:
+        return "what servers do beside encrypting and sending is not counted"
+    if nbytes is not None and nbytes <= 1 << 10:
+        return "a call's own cost counts most, and is one number for all algorithms"
+    if any("ranks" in network for network in result["networks"]):
+        return "the ranks of a host share cores"
+    if result["name"] == "bbr":
+        return "the simulator knows no BBR"
+    if way in ("tree", "double_tree", "central", "direct"):
+        return "how several senders come to terms at a port is one number"
+    return "not found"
 
 
 def setting(result: dict[str, Any]) -> str:
