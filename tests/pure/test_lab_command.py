@@ -127,3 +127,17 @@ def test_a_bar_shows_what_the_ranks_have_done_last() -> None:
         assert bar.n == 0
         running._show(bar, '{"done": 0.25}\n{"way": "ring"}\n{"done": 0.5}\n{"way"')
         assert bar.n == 0.5
+
+
+def test_each_kind_of_wrong_prediction_has_its_reason() -> None:
+    def why(way: str, nbytes: int | None = None, name: str = "reduce", network: str = "4 hosts of 500 Mbit/s") -> str:
+        row = {"way": way} if nbytes is None else {"way": way, "nbytes": nbytes}
+        return rows.reason({"name": name, "networks": [network]}, row)
+
+    assert "under way when counting began" in why("servers:async")
+    assert "beside encrypting" in why("server:k_sync:3")
+    assert "a call's own cost" in why("central", 1 << 10)
+    assert "share cores" in why("ring", 64 << 10, network="4 hosts of 500 Mbit/s with 2 ranks each")
+    assert why("ring", 1 << 20, name="bbr") == "the simulator knows no BBR"
+    assert "come to terms" in why("tree", 4 << 20)
+    assert why("ring", 4 << 20) == "not found"
