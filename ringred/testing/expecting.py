@@ -16,6 +16,7 @@ __all__ = [
     "barrier",
     "check",
     "expect",
+    "expect_half_a_second",
     "expect_same",
     "neighbours_of",
     "pattern",
@@ -64,6 +65,12 @@ def expect(what: str, got: object, expected: object) -> None:
 def expect_same(what: str, got: Tensor | None, expected: Tensor) -> None:
     if got is None or not torch.equal(got, expected):
         raise AssertionError(f"{what}: expected {expected[:5]}..., got {None if got is None else got[:5]}...")
+
+
+def expect_half_a_second(waited: float) -> None:
+    """That a wait whose deadline was that far off took so long; another rank's, which ended it, may come earlier."""
+    if not 0.2 <= waited < 3:
+        raise AssertionError(f"a wait of 0.5 s took {waited:.2f} s")
 
 
 def barrier(transport: Transport) -> None:
