@@ -28,6 +28,7 @@ from torch import nn
 import ringred
 
 WRAPPERS = {"torch": torch.nn.parallel.DistributedDataParallel, "ringred": ringred.DistributedDataParallel}
+KNOWN = inspect.signature(WRAPPERS["torch"].__init__).parameters  # arguments that this torch has
 
 
 def delayed(model):
@@ -176,7 +177,6 @@ def errors(wrapper):
 
 
 def cases():
-    known = inspect.signature(WRAPPERS["torch"].__init__).parameters
     for name, (build, table) in MODELS.items():
         for options in table:
             yield f"{name} {options}", (build, options, by_steps), {}, options
@@ -187,7 +187,7 @@ def cases():
     for name, table in HOOKS.items():
         for options in table:
             yield f"hook {name} {options}", (convolutions, options, by_steps), {"hook": with_hook(name)}, options
-    if "delay_all_reduce_named_params" in known:
+    if "delay_all_reduce_named_params" in KNOWN:
         yield "delayed", (convolutions, delayed, waiting), {}, {}
     for options in (PLAIN[0], PLAIN[3], {"gradient_as_bucket_view": True}):
         yield f"compiled {options}", (Compiled, options, by_steps), {"compiled": True}, options
@@ -195,10 +195,9 @@ def cases():
 
 def trained(wrapper, asked):
     """What each case gave by this wrapper, by its name."""
-    known = inspect.signature(WRAPPERS["torch"].__init__).parameters
     given = {}
     for name, case, more, options in cases():
-        if asked in name and set(options) <= set(known):
+        if asked in name and set(options) <= set(KNOWN):
             try:
                 given[name] = run(wrapper, *case, **more)
             except Exception as failure:
