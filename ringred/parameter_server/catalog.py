@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ringred.errors import PolicyError
 from ringred.parameter_server import messages as m
@@ -14,10 +14,20 @@ from ringred.parameter_server.partition import Piece, Size, partition
 from ringred.parameter_server.rules import Rule
 from ringred.parameter_server.shard import Answer, dtype_of
 
-__all__ = ["Catalog"]
+__all__ = ["USUAL", "Catalog", "Layout"]
 
 
 _NOBODY = -2  # the creator of what the next one that declares it gives the value of
+
+
+class Layout(NamedTuple):
+    """Tensors lie there for workers of `shares` ranks each, in pieces of at most `longest` bytes (None: of any)."""
+
+    shares: int = 1
+    longest: int | None = None
+
+
+USUAL = Layout()
 
 
 @dataclass
@@ -34,16 +44,16 @@ class _Tensor:
 
 class Catalog:
     """A part of the coordinator, and like it a state machine: tensors are declared by all workers, and placed on
-    `shards` shards, each of them for the `shares` ranks of a worker.
+    `shards` shards as `layout` says, each of them for the ranks of a worker.
 
     Here and in `Placed`, a piece's `shard` counts both: shard number × `shares` + share.
     """
 
-    def __init__(self, shards: int, shares: int = 1) -> None:
-        self.shards, self.shares = shards, shares
+    def __init__(self, shards: int, layout: Layout = USUAL) -> None:
+        self.shards, self.shares, self._longest = shards, layout.shares, layout.longest
         self.tensors: dict[str, _Tensor] = {}
         self.pieces: list[Piece] = []
-        self._loads = [0] * (shards * shares)
+        self._loads = [0] * (shards * layout.shares)
         self.rule: Rule | None = None
         self._loaded = False
         self._waiting: deque[tuple[int, bytes, int, list[str]]] = deque()
@@ -131,7 +141,7 @@ class Catalog:
             sizes.append(Size(elements, dtype_of(dtype).itemsize, rule.cuttable))
         numbers: list[list[int]] = [[] for _ in entries]
         first = len(self.tensors)
-        for piece in partition(sizes, self.shards * self.shares, self._loads):
+        for piece in partition(sizes, self.shards * self.shares, self._loads, self._longest):
             numbers[piece.tensor].append(len(self.pieces))
             self.pieces.append(piece._replace(tensor=first + piece.tensor))
             self._loads[piece.shard] += (piece.stop - piece.start) * sizes[piece.tensor].itemsize

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ringred.errors import PolicyError
+from ringred.parameter_server.catalog import Layout
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
+from ringred.parameter_server.door import of_this_host
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.meeting import card_in, find_servers, keys_in
+from ringred.parameter_server.partition import SEALED_BYTES
 from ringred.parameter_server.policies import Policy
 from ringred.parameter_server.server import Server
 
@@ -60,14 +63,16 @@ def serve(
     elif keys is None:
         raise PolicyError("serve: at given addresses, --keys has to name a file of keys; ringred keys makes one")
 
+    own = listen or _own(addresses, number)
+    layout = Layout(ranks_per_host, None if of_this_host(own) else SEALED_BYTES)
+
     def coordinator() -> Coordinator:
         aware = staleness_aware
         options: Any = {"updates": updates, "staleness_aware": aware, "snapshots": place, "every": every}
-        options["shares"] = ranks_per_host
+        options["layout"] = layout
         return Coordinator(copy.deepcopy(policy), workers, shards, **options)
 
-    own = listen or _own(addresses, number)
-    ways: Any = {"replicate": replicate, "snapshots": place, "shares": ranks_per_host}
+    ways: Any = {"replicate": replicate, "snapshots": place, "layout": layout}
     server = Server(number, shards, coordinator, listen=own, keys=keys, **ways)
     ended = threading.Event()
     try:

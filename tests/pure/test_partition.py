@@ -54,6 +54,21 @@ def test_shards_are_even_within_five_percent(sizes: list[Size], shards: int) -> 
     assert pieces == partition(sizes, shards)
 
 
+@pytest.mark.parametrize("shards", [1, 4])
+def test_pieces_are_short_enough_to_be_encrypted_one_after_the_other(shards: int) -> None:
+    sizes = [Size(25_000_000, 4), Size(3_000_000, 4, cuttable=False), Size(10, 4), Size(1 << 20, 4)]
+    pieces = partition(sizes, shards, longest=4 << 20)
+    check_covers(sizes, pieces)
+    lengths = [4 * (piece.stop - piece.start) for piece in pieces if piece.tensor == 0]
+    assert max(lengths) <= 4 << 20
+    assert max(lengths) - min(lengths) <= 2 * 64 * 4, "equal ones"
+    assert len(lengths) == shards * -(-4 * 25_000_000 // (shards * 4 << 20))
+    assert [piece[1:3] for piece in pieces if piece.tensor == 1] == [(0, 3_000_000)]
+    of_four_mib = [piece for piece in pieces if piece.tensor == 3]
+    assert len(of_four_mib) == shards, "what fits is not cut"
+    assert len(partition(sizes, shards)) < len(pieces), "only where it is asked for"
+
+
 def test_odd_sizes_are_covered() -> None:
     generator = random.Random(7)
     for _ in range(300):
