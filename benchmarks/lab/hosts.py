@@ -34,9 +34,11 @@ _GSO_BYTES = "16384"
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 20.0  # for the others, once a rank has failed
 _PAYLOAD = 1448 / 1514  # of the bytes that a queue counts (frames, without preamble and gap), TCP's payload
+# A host has its name, and a /dev/shm of its own, which is gone with the last process that sees it.
 _NAMED = """
-import os, socket, sys
+import os, socket, subprocess, sys
 socket.sethostname(os.environ["HOST_NAME"])
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 # What mpirun starts its daemons with, in the place of ssh: AGENT address command...
@@ -52,7 +54,7 @@ def unavailable() -> str | None:
     """Why no hosts can be made here; None if they can."""
     if os.geteuid() != 0:
         return "the laboratory makes network namespaces, which needs root (sudo, or a container with --privileged)"
-    missing = [tool for tool in ("ip", "tc", "unshare") if shutil.which(tool) is None]
+    missing = [tool for tool in ("ip", "tc", "unshare", "mount") if shutil.which(tool) is None]
     if missing:
         return f"the laboratory needs {', '.join(missing)}: install iproute2 and util-linux"
     trial = f"{_mine()}-trial"
@@ -69,7 +71,8 @@ def unavailable() -> str | None:
 
 class Network:
     """`hosts` hosts of `each` ranks with ports of `mbit` Mbit/s, in `racks` equal racks whose uplinks have
-    `uplink_mbit`; the port of the last host has `slow_mbit`. `control` is TCP's congestion control."""
+    `uplink_mbit`; the port of the last host has `slow_mbit`. `control` is TCP's congestion control. It stands for a
+    network that is `dilation` times as fast."""
 
     def __init__(
         self,
@@ -80,10 +83,12 @@ class Network:
         slow_mbit: float | None = None,
         each: int = 1,
         control: str = "cubic",
+        dilation: float = 1.0,
     ) -> None:
         if hosts % racks:
             raise ValueError(f"expected racks of equal size, got {hosts} hosts in {racks}")
         self.hosts, self.mbit, self.racks, self.each, self.control = hosts, mbit, racks, each, control
+        self.dilation = dilation
         self.uplink_mbit, self.slow_mbit = uplink_mbit or mbit, slow_mbit or mbit
 
     @property
@@ -119,11 +124,13 @@ class Network:
         return self.slow_mbit if host == self.hosts - 1 else self.mbit
 
     def __str__(self) -> str:
+        fast = f" ({self.mbit * self.dilation / 1e3:g} Gbit/s, {self.dilation:g} times slower)"
+        fast = "" if self.dilation == 1 else fast
         slow = "" if self.slow_mbit == self.mbit else f", one of {self.slow_mbit:g} Mbit/s"
         racks = "" if self.racks == 1 else f" in {self.racks} racks with uplinks of {self.uplink_mbit:g} Mbit/s"
         ranks = "" if self.each == 1 else f" with {self.each} ranks each"
         control = "" if self.control == "cubic" else f", TCP's {self.control}"
-        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{slow}{racks}{ranks}{control}"
+        return f"{self.hosts} hosts of {self.mbit:g} Mbit/s{fast}{slow}{racks}{ranks}{control}"
 
     @property
     def unavailable(self) -> str | None:
@@ -211,10 +218,15 @@ class Hosts:
         self._running.append(started)
         return started
 
+    @property
+    def _gloo(self) -> dict[str, object]:
+        """Where the ranks of torch.distributed meet, and on which of a host's networks."""
+        return {"MASTER_ADDR": self.address(0), "MASTER_PORT": 29503, "GLOO_SOCKET_IFNAME": "eth0"}
+
     def torch_ranks(self, program: Path, *arguments: str, **variables: object) -> list[str]:
         """Runs a program on all ranks, as torchrun would; what each rank printed."""
         ranks, each = self.network.ranks, self.network.each
-        shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": self.address(0), "MASTER_PORT": 29503, "OMP_NUM_THREADS": 1}
+        shared = {"WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1, **self._gloo}
         with ExitStack() as opened:
             files = [opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
             began = [
@@ -223,7 +235,6 @@ class Hosts:
                     [sys.executable, str(program), *arguments],
                     shared
                     | {"RANK": rank, "LOCAL_RANK": rank % each, "RINGRED_INTERFACE": self.address(rank // each)}
-                    | {"GLOO_SOCKET_IFNAME": "eth0"}
                     | variables,
                     files[rank],
                 )
@@ -242,7 +253,8 @@ class Hosts:
             *["--prtemca", "prte_if_include", "eth0", "--mca", "btl_tcp_if_include", "eth0"],
             *["--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "mpi_yield_when_idle", "1"],
         ]
-        settings = {"OMP_NUM_THREADS": 1, "OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1, **variables}
+        root = {"OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1}
+        settings = {"OMP_NUM_THREADS": 1, **root, **self._gloo, **variables}
         for name in (*settings, "PYTHONPATH"):
             command += ["-x", name]
         with tempfile.TemporaryFile("w+") as output:

@@ -55,7 +55,7 @@ def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any]
     ]
     if "scaling" in by_name:
         parts += ["<h2>Efficiency over hosts</h2>", _figure(_scaling(by_name["scaling"]))]
-    parts += ["<h2>One step of VGG-16 on eight hosts of 10 Gbit/s, by a ring and by one server</h2>"]
+    parts += ["<h2>One step of VGG-16 on eight hosts of 10 Gbit/s, by a ring and by one server's traffic</h2>"]
     parts.append(_figure(_timeline()))
     if "steps" in by_name:
         parts += ["<h2>What the busiest host's port carries in a step</h2>", _figure(_traffic(by_name["steps"]))]
@@ -118,7 +118,7 @@ def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[
             f"{case} on {hosts} hosts {ring['efficiency']:.0%} against {one['efficiency']:.0%}"
             for case, hosts, ring, one in pairs
         ]
-        sentences.append(f"Of a step's efficiency a ring leaves, against one server: {', '.join(told)}.")
+        sentences.append(f"Of a step's efficiency a ring leaves, against one server's traffic: {', '.join(told)}.")
     if errors:
         middle, late = errors[len(errors) // 2], errors[int(0.9 * len(errors))]
         sentences.append(

@@ -15,8 +15,6 @@ def foretold(result: dict[str, Any]) -> list[dict[str, Any]]:
 def reason(result: dict[str, Any], row: dict[str, Any]) -> str:
     """Why a prediction is likely wrong, as far as it was found out (benchmarks/results/lab.md says more)."""
     way, nbytes = row["way"], row.get("nbytes")
-    if way.endswith(("async", "k_async:2")):
-        return "of few mini-batches what was under way when counting began counts as well"
     if ":" in way:
         return "what servers do beside encrypting and sending is not counted"
     if nbytes is not None and nbytes <= 1 << 10:

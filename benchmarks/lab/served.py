@@ -30,7 +30,9 @@ def served_seconds(
 
     Workers that wait for all others, or whose mini-batches an update cancels, take turns: compute and push, and pull
     once it is made. Of those that do not, each takes its own time, or the busiest port all that passes it, or the
-    thread of a server, or the processors, where the hosts share some, all that is encrypted and decrypted.
+    thread of a server, or the processors, where the hosts share some, all that is encrypted and decrypted. One beside
+    the only server passes no port: it computes all the time. Where K workers wait for each other, and not for the
+    others, they are taken for some that do not wait.
     """
     sealed = replace(costs, copy=max(costs.copy, costs.cipher))
     kind, _, name = way.partition(":")
@@ -43,13 +45,16 @@ def served_seconds(
         return _round(kind, model, dilation, sealed, network, last) * workers / several
     alone = Network(2, network.mbit) if kind == "server" else network  # one that nobody else is in the way of
     usual, slow = (_round(kind, model, dilation * times, sealed, alone) for times in (1.0, slowness))
+    beside = network.each if kind == "server" else 0
     late = workers // network.hosts  # those of the last host
-    own = workers / ((workers - late) / usual + late / slow)
+    away = workers - beside
+    own = away / ((away - late) / usual + late / slow)
     port = _port_bytes(kind, model.nbytes, network)
     # One server sees all of it, in both directions; of one on each host a server sees half of what its host does.
     thread, everywhere = (2 * port, 2 * port) if kind == "server" else (port, network.hosts * port)
     crowded = 2 * sealed.copy * everywhere / costs.cores if costs.cores else 0.0
-    return max(own, costs.beta * port, sealed.copy * thread, crowded)
+    seconds = max(own, costs.beta * port, sealed.copy * thread, crowded)
+    return workers / (away / seconds + (beside / (model.seconds * dilation) if beside else 0.0))
 
 
 def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> float:

@@ -24,6 +24,7 @@ from lab.profiles import Profile, read
 from lab.record import load, record
 from lab.traffic import Traffic
 from ringred.parameter_server.policies import parse
+from ringred.parameter_server.policies.policy import FirstK
 
 
 class _Layer(torch.autograd.Function):
@@ -142,34 +143,59 @@ def reducing(model: nn.Module) -> float:
 
 
 def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps: int) -> Measured:
-    """What a mini-batch of each worker takes, by the gradients that the servers apply: those of a policy that cancels
-    some count only where they were not in vain."""
+    """The seconds in which all workers together finish a mini-batch each that counts.
+
+    Where all take part in each update, or those that do not are cancelled: by the updates that the first worker sees.
+    Else by the rate of each, over as many of its own mini-batches, from the second on, while all others are at theirs.
+    """
     kind, _, name = case.way.partition(":")
     policy = parse(name)
-    hosts = len(set(comm.hosts))
-    workers = hosts if kind == "hosts" else comm.size
+    assert isinstance(policy, FirstK), f"{policy} is not measured"
+    workers = len(set(comm.hosts)) if kind == "hosts" else comm.size
     several = policy.gradients_per_update(workers)
-    warm = workers // several
+    in_turns = several == workers or policy.others_cancelled
+    enough = 2 + (steps if in_turns else 2 * steps)
     x = torch.ones(1, requires_grad=True)
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.01)
 
     placement: dict[str, Any] = {"comm": comm, "shards": 1 if kind == "server" else None}
-    placement["hierarchy"] = "host" if kind == "hosts" else "flat"
-    updates = (1 + steps) * workers // several
-    began, first, traffic = 0.0, 0, Traffic()
-    with ringred.ParameterServer(module, optimizer, policy, updates=updates, **placement) as server:
+    placement |= {"hierarchy": "host" if kind == "hosts" else "flat", "updates": enough if in_turns else None}
+    begun, traffic, moved = list[tuple[float, int]](), Traffic(), [0, 0]
+    worker = comm.split(comm.hosts[comm.rank] if kind == "hosts" else comm.rank)
+    with ringred.ParameterServer(module, optimizer, policy, **placement) as server:
         while server.pull():
-            if not first and server.version >= warm:
-                began, first, traffic = time.perf_counter(), server.version, Traffic()
+            if len(begun) < enough:
+                begun.append((time.perf_counter(), server.version))
+                if len(begun) == 2:
+                    traffic = Traffic()
+                moved = traffic.since()
+            elif all_have(worker, server, workers, enough):
+                break
             module(x).backward()
             server.push()
-        took, applied = time.perf_counter() - began, (server.version - first) * several
-        moved = [nbytes * workers / applied for nbytes in traffic.since()]
-    rate = torch.tensor([applied / took])
-    comm.broadcast(rate, 0)
-    return Measured([workers / rate.item()], moved)
+    worker.close()
+    (began, first), (ended, last) = begun[min(1, len(begun) - 1)], begun[-1]
+    took = ended - began
+    counted = (last - first) * several / workers if in_turns else len(begun) - 2
+    rate = torch.tensor([counted / took if took else 0.0], dtype=torch.float64)
+    if in_turns:
+        comm.broadcast(rate, 0)
+    else:
+        comm.all_reduce(rate, "avg")
+    seconds = 1 / rate.item()
+    return Measured([seconds], [nbytes * seconds / took if took else 0.0 for nbytes in moved])
+
+
+def all_have(worker: ringred.Communicator, server: ringred.ParameterServer, workers: int, count: int) -> bool:
+    """Whether each worker has pushed as many mini-batches; the same on all ranks of this one."""
+    done = torch.zeros(1)
+    if worker.rank == 0:
+        applied = server.report().applied
+        done.fill_(min(applied.get(number, 0) for number in range(workers)) >= count)
+    worker.broadcast(done, 0)
+    return bool(done.item())
 
 
 def module_of(comm: ringred.Communicator, case: Case) -> nn.Module:
@@ -193,7 +219,7 @@ def measured(comm: ringred.Communicator, case: Case, steps: int) -> dict[str, An
     numbers = torch.tensor([*moved, busy, late], dtype=torch.float64)
     comm.all_reduce(numbers, "max")
     sent, received, busy, late = numbers.tolist()
-    found = {"seconds": statistics.median(times), "low": min(times), "high": max(times)}
+    found = {"seconds": statistics.median(times)} | ({"low": min(times), "high": max(times)} if len(times) > 1 else {})
     return found | {"sent": sent, "received": received, "reducing": busy, "late": late}
 
 
@@ -206,7 +232,7 @@ def main() -> None:
     if peer:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", rank=comm.rank, world_size=comm.size)
     servers = any(":" in case.way for case in cases)
     calibrations = [calibrated(comm, servers)]
     for done, case in enumerate(cases, 1):

@@ -1,4 +1,4 @@
-"""The laboratory's hosts: a short run from the command, and what a killed one leaves."""
+"""The laboratory: a short run from the command, each kind of experiment on few hosts, and what a killed run leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from tests.procs.launching import ROOT, processes_with
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from lab import hosts
+from lab import hosts, running
+from lab.cases import Case, Experiment
+from lab.hosts import Hosts, Network
+from lab.profiles import read
 
 REASON = hosts.unavailable()
 pytestmark = [
@@ -47,6 +50,82 @@ def test_a_short_run_measures_predicts_and_reports(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "halving_doubling" in page
     assert 'src="http' not in page, "it needs no network"
+
+
+BYTES = {"ring": 1.5, "gloo": 1.5, "servers:sync": 2, "servers:async": 2, "hosts:sync": 1, "hosts:async": 1}
+"""What each of two hosts of two ranks sends, in models."""
+
+
+def test_training_steps_are_measured_and_predicted(tmp_path: Path) -> None:
+    """Of a model of 0.2 s, so that what the two cores do beside is little of it."""
+    ways = ("alone", *BYTES, "server:async", "servers:k_sync:2")
+    cases = [Case("graph", way, 9.0) for way in ways]
+    cases += [Case("graph", way, 9.0, slowness=2.0, label="slow") for way in ("ring", "servers:k_sync:2")]
+    experiment = Experiment("", (Network(2, 1000, each=2),), "torch", cases=lambda hosts: cases, steps=2)
+    found = running.run("two-hosts", experiment, tmp_path)["rows"]
+    assert [(row["way"], row["label"]) for row in found] == [(case.way, case.label) for case in cases]
+    rows = {f"{row['way']} {row['label']}".strip(): row for row in found}
+    model = read("graph")
+    alone = 9.0 * model.seconds
+    for way, row in rows.items():
+        assert row["seconds"] >= 0.98 * alone * (2 if way == "ring slow" else 1), row
+        assert (row["predicted"] is None) == (way == "gloo")
+        assert row["predicted"] is None or 0.7 < row["predicted"] / row["seconds"] < 1.4, row
+    for way, models in BYTES.items():  # with the frames' heads
+        assert rows[way]["sent"] == pytest.approx(1.05 * models * model.nbytes, rel=0.25), rows[way]
+    slow, usual = (rows[f"servers:k_sync:2{label}"]["seconds"] for label in (" slow", ""))
+    assert slow == pytest.approx(usual, rel=0.2), "the first two do not wait for the others"
+
+
+def test_a_real_model_is_trained(tmp_path: Path) -> None:
+    experiment = Experiment("", (Network(2, 1000),), "torch", ("servers:sync",), trainings=("digits",))
+    (row,) = running.run("digits", experiment, tmp_path)["rows"]
+    assert row["quality"] > 0.9
+
+
+def test_mpi_and_gloo_connect_the_hosts_of_two_racks_in_one_job(tmp_path: Path) -> None:
+    program = tmp_path / "both.py"
+    program.write_text(BOTH)
+    with Hosts(Network(4, 400, racks=2, uplink_mbit=40)) as racks:
+        (said,) = racks.mpi_ranks(program, PYTHONPATH=ROOT, RINGRED_TUNING="off")
+    (line,) = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    assert line["hosts"] == [0, 1, 2, 3]
+    assert line["transport"] == "mpi"
+    assert line["sums"] == [10.0] * 3
+    # All of a rank of each rack passes its rack's uplink once at least, whatever adds it up.
+    for seconds in line["seconds"]:
+        assert seconds > 0.9 * (1 << 20) / Network(2, 40).bytes_per_second, line
+
+
+BOTH = """
+import json, time
+import torch, torch.distributed as dist
+from mpi4py import MPI
+import ringred
+
+comm = ringred.init()
+dist.init_process_group("gloo", rank=comm.rank, world_size=comm.size)
+ways = [
+    lambda tensor: comm.all_reduce(tensor, algorithm="torus"),
+    lambda tensor: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, tensor.numpy()),
+    dist.all_reduce,
+]
+sums, seconds = [], []
+for way in ways:
+    for attempt in range(2):  # the first one connects
+        tensor = torch.full((1 << 18,), comm.rank + 1.0)
+        comm.barrier()
+        began = time.perf_counter()
+        way(tensor)
+        comm.barrier()
+        took = time.perf_counter() - began
+    sums.append(tensor.mean().item())
+    seconds.append(took)
+if comm.rank == 0:
+    print(json.dumps({"hosts": comm.hosts, "transport": comm.transport.name, "sums": sums, "seconds": seconds}))
+dist.destroy_process_group()
+comm.close()
+"""
 
 
 @pytest.mark.parametrize("experiment", ["--short", "reduce-4-mpi"])

@@ -179,13 +179,20 @@ def test_encryption_takes_time_of_the_processors_that_the_hosts_share() -> None:
     plain = replace(COSTS, cores=2, copy=COSTS.beta / 100)
     encrypted = replace(plain, cipher=COSTS.beta)
     sealed, opened = 6 * model.nbytes, 6 * model.nbytes
-    for way in ("servers:sync", "servers:async", "server:async"):
+    for way in ("servers:sync", "servers:async"):
         seconds = served_seconds(way, model, 0.0, encrypted, network)
         assert seconds == pytest.approx((sealed + opened) * COSTS.beta / 2, rel=0.1)
         assert seconds > 1.9 * served_seconds(way, model, 0.0, plain, network)
-    # One server has one thread for it, however many processors there are.
-    alone = served_seconds("server:async", model, 0.0, replace(encrypted, cores=0), network)
-    assert alone == pytest.approx(6 * model.nbytes * COSTS.beta, rel=0.1)
+
+
+def test_an_asynchronous_worker_beside_the_only_server_does_not_wait_for_the_port() -> None:
+    model, network = profile("resnet50"), Network(4, 800)
+    away = 3 / (3 * model.nbytes * COSTS.beta)  # mini-batches a second of the three that share its port
+    seconds = served_seconds("server:async", model, 1.0, COSTS, network)
+    assert seconds == pytest.approx(4 / (away + 1 / model.seconds), rel=0.01)
+    # It has one thread to encrypt for the others, however many processors there are.
+    sealed = served_seconds("server:async", model, 1.0, replace(COSTS, cipher=COSTS.beta), network)
+    assert sealed == pytest.approx(4 / (away / 2 + 1 / model.seconds), rel=0.01)
 
 
 def test_who_waits_for_whom_decides_what_a_straggler_costs() -> None:
@@ -205,6 +212,7 @@ def test_a_network_says_which_congestion_control_this_kernel_lacks(
 ) -> None:
     usual, other = Network(2, 100), Network(2, 100, control="bbr")
     assert str(other) == "2 hosts of 100 Mbit/s, TCP's bbr"
+    assert str(Network(4, 250, dilation=4)) == "4 hosts of 250 Mbit/s (1 Gbit/s, 4 times slower)"
     monkeypatch.setattr(hosts, "_CONTROLS", tmp_path / "controls")
     assert usual.unavailable == "this kernel has no cubic (modprobe tcp_cubic)"
     (tmp_path / "controls").write_text("reno cubic\n")

@@ -134,7 +134,6 @@ def test_each_kind_of_wrong_prediction_has_its_reason() -> None:
         row = {"way": way} if nbytes is None else {"way": way, "nbytes": nbytes}
         return rows.reason({"name": name, "networks": [network]}, row)
 
-    assert "under way when counting began" in why("servers:async")
     assert "beside encrypting" in why("server:k_sync:3")
     assert "a call's own cost" in why("central", 1 << 10)
     assert "share cores" in why("ring", 64 << 10, network="4 hosts of 500 Mbit/s with 2 ranks each")
