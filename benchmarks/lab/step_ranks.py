@@ -146,7 +146,8 @@ def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps:
     """The seconds in which all workers together finish a mini-batch each that counts.
 
     Where all take part in each update, or those that do not are cancelled: by the updates that the first worker sees.
-    Else by the rate of each, over as many of its own mini-batches, from the second on, while all others are at theirs.
+    Else by the rate of each, over as many of its own mini-batches, from the second on, while all others are at theirs;
+    its host's bytes are those of all that time, in which the others may do more or fewer.
     """
     kind, _, name = case.way.partition(":")
     policy = parse(name)
@@ -162,15 +163,15 @@ def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps:
 
     placement: dict[str, Any] = {"comm": comm, "shards": 1 if kind == "server" else None}
     placement |= {"hierarchy": "host" if kind == "hosts" else "flat", "updates": enough if in_turns else None}
-    begun, traffic, moved = list[tuple[float, int]](), Traffic(), [0, 0]
+    begun, traffic, moved, now = list[tuple[float, int]](), Traffic(), [0, 0], 0.0
     worker = comm.split(comm.hosts[comm.rank] if kind == "hosts" else comm.rank)
     with ringred.ParameterServer(module, optimizer, policy, **placement) as server:
         while server.pull():
+            now, moved = time.perf_counter(), traffic.since()
             if len(begun) < enough:
-                begun.append((time.perf_counter(), server.version))
+                begun.append((now, server.version))
                 if len(begun) == 2:
-                    traffic = Traffic()
-                moved = traffic.since()
+                    traffic, moved = Traffic(), [0, 0]
             elif all_have(worker, server, workers, enough):
                 break
             module(x).backward()
@@ -185,7 +186,7 @@ def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps:
     else:
         comm.all_reduce(rate, "avg")
     seconds = 1 / rate.item()
-    return Measured([seconds], [nbytes * seconds / took if took else 0.0 for nbytes in moved])
+    return Measured([seconds], [nbytes * seconds / (now - began) if took else 0.0 for nbytes in moved])
 
 
 def all_have(worker: ringred.Communicator, server: ringred.ParameterServer, workers: int, count: int) -> bool:

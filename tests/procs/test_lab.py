@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.procs.launching import ROOT, processes_with
+from tests.procs.launching import ROOT, mapped_names, processes_with
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -130,6 +130,7 @@ comm.close()
 
 @pytest.mark.parametrize("experiment", ["--short", "reduce-4-mpi"])
 def test_what_a_killed_run_leaves_is_found_and_removed(tmp_path: Path, experiment: str) -> None:
+    before = set(os.listdir("/dev/shm"))
     run, token = started(tmp_path, experiment)
     run.kill()
     run.wait()
@@ -142,6 +143,7 @@ def test_what_a_killed_run_leaves_is_found_and_removed(tmp_path: Path, experimen
     assert all(name in cleaned.stdout for name in left)
     assert hosts.left_behind() == []
     assert processes_with(token) == []
+    assert set(os.listdir("/dev/shm")) - before - mapped_names() == set()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert lab("clean", TMPDIR=str(tmp_path)).stdout == "nothing to do\n"
 
