@@ -34,7 +34,7 @@ _GSO_BYTES = "16384"
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 20.0  # for the others, once a rank has failed
 _PAYLOAD = 1448 / 1514  # of the bytes that a queue counts (frames, without preamble and gap), TCP's payload
-# A host has its name, and a /dev/shm of its own, which is gone with the last process that sees it.
+# What is started on a host has its name, and a /dev/shm of its own, which goes with the last process that sees it.
 _NAMED = """
 import os, socket, subprocess, sys
 socket.sethostname(os.environ["HOST_NAME"])
@@ -62,6 +62,8 @@ def unavailable() -> str | None:
         _run("ip", "netns", "add", trial)
         _run("ip", "-n", trial, "link", "add", "eth0", "type", "veth", "peer", "name", "port0")
         _limit(trial, "eth0", 100)
+        named = [sys.executable, "-c", _NAMED, shutil.which("true") or "true"]
+        _run("env", "HOST_NAME=trial", "ip", "netns", "exec", trial, "unshare", "--uts", *named)
     except RuntimeError as failure:
         return f"the laboratory cannot make its networks here: {failure}"
     finally:

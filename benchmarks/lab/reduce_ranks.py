@@ -58,7 +58,7 @@ def main() -> None:
     times: dict[tuple[int, str], list[float]] = {case: [] for case in itertools.product(task["sizes"], task["ways"])}
     for turn in range(ROUNDS):
         for at, (nbytes, name) in enumerate(times):
-            tensor = torch.zeros(nbytes // 4)
+            tensor = torch.zeros(nbytes // 4).fill_(0.0)  # memory that was written
 
             def call(name: str = name, tensor: torch.Tensor = tensor) -> object:
                 return peers[name](tensor) if name in peers else comm.all_reduce(tensor, algorithm=name)

@@ -17,7 +17,7 @@ from ringred.parameter_server.policies.policy import FirstK
 from ringred.runtime.select import share_bounds
 from ringred.schedule.cost import Job
 
-__all__ = ["served_seconds"]
+__all__ = ["in_turns", "served_seconds"]
 
 _PARTS = (1 << 20,)  # gradients are pushed when as many bytes are there
 
@@ -31,8 +31,8 @@ def served_seconds(
     Workers that wait for all others, or whose mini-batches an update cancels, take turns: compute and push, and pull
     once it is made. Of those that do not, each takes its own time, or the busiest port all that passes it, or the
     thread of a server, or the processors, where the hosts share some, all that is encrypted and decrypted. One beside
-    the only server passes no port: it computes all the time. Where K workers wait for each other, and not for the
-    others, they are taken for some that do not wait.
+    the only server passes no port: it computes all the time. K-async, where K workers wait for each other, is
+    predicted as if nobody waited.
     """
     sealed = replace(costs, copy=max(costs.copy, costs.cipher))
     kind, _, name = way.partition(":")
@@ -40,7 +40,7 @@ def served_seconds(
     assert isinstance(policy, FirstK), f"{policy} is not predicted"
     workers = network.hosts if kind == "hosts" else network.ranks
     several = policy.gradients_per_update(workers)
-    if (several == workers and policy.finisher_waits) or policy.others_cancelled:
+    if in_turns(policy, workers):
         last = slowness if several == workers else 1.0
         return _round(kind, model, dilation, sealed, network, last) * workers / several
     alone = Network(2, network.mbit) if kind == "server" else network  # one that nobody else is in the way of
@@ -55,6 +55,11 @@ def served_seconds(
     crowded = 2 * sealed.copy * everywhere / costs.cores if costs.cores else 0.0
     seconds = max(own, costs.beta * port, sealed.copy * thread, crowded)
     return workers / (away / seconds + (beside / (model.seconds * dilation) if beside else 0.0))
+
+
+def in_turns(policy: FirstK, workers: int) -> bool:
+    """Whether all workers begin a mini-batch with each update, or could: those that do not are cancelled."""
+    return policy.others_cancelled or (policy.finisher_waits and policy.gradients_per_update(workers) == workers)
 
 
 def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> float:

@@ -22,6 +22,7 @@ from lab.cases import Case
 from lab.costs import calibrated
 from lab.profiles import Profile, read
 from lab.record import load, record
+from lab.served import in_turns
 from lab.traffic import Traffic
 from ringred.parameter_server.policies import parse
 from ringred.parameter_server.policies.policy import FirstK
@@ -154,34 +155,36 @@ def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps:
     assert isinstance(policy, FirstK), f"{policy} is not measured"
     workers = len(set(comm.hosts)) if kind == "hosts" else comm.size
     several = policy.gradients_per_update(workers)
-    in_turns = several == workers or policy.others_cancelled
-    enough = 2 + (steps if in_turns else 2 * steps)
+    turns = in_turns(policy, workers)
+    enough = 2 + (steps if turns else 2 * steps)
+    # One that is cancelled late may not see each version: two more.
+    updates = enough + 2 * policy.others_cancelled if turns else None
     x = torch.ones(1, requires_grad=True)
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.01)
 
     placement: dict[str, Any] = {"comm": comm, "shards": 1 if kind == "server" else None}
-    placement |= {"hierarchy": "host" if kind == "hosts" else "flat", "updates": enough if in_turns else None}
+    placement |= {"hierarchy": "host" if kind == "hosts" else "flat", "updates": updates}
     begun, traffic, moved, now = list[tuple[float, int]](), Traffic(), [0, 0], 0.0
-    worker = comm.split(comm.hosts[comm.rank] if kind == "hosts" else comm.rank)
+    ranks = comm.split(comm.hosts[comm.rank] if kind == "hosts" else comm.rank)
     with ringred.ParameterServer(module, optimizer, policy, **placement) as server:
         while server.pull():
             now, moved = time.perf_counter(), traffic.since()
-            if len(begun) < enough:
+            if turns or len(begun) < enough:
                 begun.append((now, server.version))
                 if len(begun) == 2:
                     traffic, moved = Traffic(), [0, 0]
-            elif all_have(worker, server, workers, enough):
+            elif not turns and all_have(ranks, server, workers, enough):
                 break
             module(x).backward()
             server.push()
-    worker.close()
+    ranks.close()
     (began, first), (ended, last) = begun[min(1, len(begun) - 1)], begun[-1]
     took = ended - began
-    counted = (last - first) * several / workers if in_turns else len(begun) - 2
+    counted = (last - first) * several / workers if turns else len(begun) - 2
     rate = torch.tensor([counted / took if took else 0.0], dtype=torch.float64)
-    if in_turns:
+    if turns:
         comm.broadcast(rate, 0)
     else:
         comm.all_reduce(rate, "avg")
@@ -189,13 +192,13 @@ def on_servers(comm: ringred.Communicator, case: Case, module: nn.Module, steps:
     return Measured([seconds], [nbytes * seconds / (now - began) if took else 0.0 for nbytes in moved])
 
 
-def all_have(worker: ringred.Communicator, server: ringred.ParameterServer, workers: int, count: int) -> bool:
-    """Whether each worker has pushed as many mini-batches; the same on all ranks of this one."""
+def all_have(ranks: ringred.Communicator, server: ringred.ParameterServer, workers: int, count: int) -> bool:
+    """Whether each worker has pushed as many mini-batches; the same on all `ranks` of this one."""
     done = torch.zeros(1)
-    if worker.rank == 0:
+    if ranks.rank == 0:
         applied = server.report().applied
         done.fill_(min(applied.get(number, 0) for number in range(workers)) >= count)
-    worker.broadcast(done, 0)
+    ranks.broadcast(done, 0)
     return bool(done.item())
 
 

@@ -14,20 +14,20 @@ from ringred.parameter_server.partition import Piece, Size, partition
 from ringred.parameter_server.rules import Rule
 from ringred.parameter_server.shard import Answer, dtype_of
 
-__all__ = ["USUAL", "Catalog", "Layout"]
+__all__ = ["WHOLE", "Catalog", "Placing"]
 
 
 _NOBODY = -2  # the creator of what the next one that declares it gives the value of
 
 
-class Layout(NamedTuple):
+class Placing(NamedTuple):
     """Tensors lie there for workers of `shares` ranks each, in pieces of at most `longest` bytes (None: of any)."""
 
     shares: int = 1
     longest: int | None = None
 
 
-USUAL = Layout()
+WHOLE = Placing()
 
 
 @dataclass
@@ -44,16 +44,16 @@ class _Tensor:
 
 class Catalog:
     """A part of the coordinator, and like it a state machine: tensors are declared by all workers, and placed on
-    `shards` shards as `layout` says, each of them for the ranks of a worker.
+    `shards` shards as `placing` says, each of them for the ranks of a worker.
 
     Here and in `Placed`, a piece's `shard` counts both: shard number × `shares` + share.
     """
 
-    def __init__(self, shards: int, layout: Layout = USUAL) -> None:
-        self.shards, self.shares, self._longest = shards, layout.shares, layout.longest
+    def __init__(self, shards: int, placing: Placing = WHOLE) -> None:
+        self.shards, self.shares, self._longest = shards, placing.shares, placing.longest
         self.tensors: dict[str, _Tensor] = {}
         self.pieces: list[Piece] = []
-        self._loads = [0] * (shards * layout.shares)
+        self._loads = [0] * (shards * placing.shares)
         self.rule: Rule | None = None
         self._loaded = False
         self._waiting: deque[tuple[int, bytes, int, list[str]]] = deque()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from ringred.errors import PolicyError, RingredError, TooFewWorkers
 from ringred.parameter_server import messages as m
-from ringred.parameter_server.catalog import USUAL, Catalog, Layout
+from ringred.parameter_server.catalog import WHOLE, Catalog, Placing
 from ringred.parameter_server.policies import Decision, Gradient, Policy
 from ringred.parameter_server.report import Figures
 from ringred.parameter_server.saving import Order, Saving
@@ -46,7 +46,7 @@ class Coordinator:
     `staleness_aware="mean"` divides the rate by the mean staleness of the last gradients, "per_gradient" each gradient
     by its own; neither makes them larger (Zhang et al., IJCAI 2016). The training is over after `updates` updates, or
     when workers that have left because they were done are too many for the policy. After `every` updates there is a
-    snapshot in the folder `snapshots`. Tensors lie as `layout` says.
+    snapshot in the folder `snapshots`. Tensors lie as `placing` says.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Coordinator:
         staleness_aware: StalenessAware | None = None,
         snapshots: str | None = None,
         every: int | None = None,
-        layout: Layout = USUAL,
+        placing: Placing = WHOLE,
     ) -> None:
         self.policy, self.expected, self.shards, self.updates = policy, workers, shards, updates
         if staleness_aware not in (None, "mean", "per_gradient"):
@@ -75,7 +75,7 @@ class Coordinator:
         self.failure: RingredError | None = None
         self.orders: list[dict[int, Order]] = [{} for _ in range(shards)]
         self._numbers = [0] * shards
-        self.catalog = Catalog(shards, layout)
+        self.catalog = Catalog(shards, placing)
         self._farewells: list[tuple[bytes, int]] = []
         self._attending: dict[int, bool] = {}  # by life, whether it is still there
         self._recent: deque[int] = deque(maxlen=_RECENT)

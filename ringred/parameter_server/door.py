@@ -11,7 +11,7 @@ import zmq
 from ringred.errors import TransportUnavailable
 from ringred.parameter_server.keys import Keys
 
-__all__ = ["MOST_SOCKETS", "Door", "bounded", "of_this_host", "secured"]
+__all__ = ["MOST_SOCKETS", "Door", "bounded", "secured"]
 
 MOST_SOCKETS = 4096  # of a context: some for each worker or server
 
@@ -38,7 +38,7 @@ class Door:
             self.router.set(zmq.CURVE_SECRETKEY, keys.server_secret.encode())
             self.router.set(zmq.ZAP_DOMAIN, b"ringred")
             poller.register(self._asked, zmq.POLLIN)
-        elif not of_this_host(listen):
+        elif not _of_this_host(listen):
             raise TransportUnavailable(f"{listen}: other hosts reach it, and there are no keys to tell who calls")
         try:
             self.router.bind(listen)
@@ -88,7 +88,7 @@ def bounded(link: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return link
 
 
-def of_this_host(address: str) -> bool:
+def _of_this_host(address: str) -> bool:
     """Whether only processes of this host reach a ZeroMQ address."""
     if address.startswith(("ipc://", "inproc://")):
         return True

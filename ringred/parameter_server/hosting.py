@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from ringred.communicator import Communicator, default_communicator
 from ringred.errors import PolicyError, RingredError
 from ringred.parameter_server.agreeing import gathered, together
-from ringred.parameter_server.catalog import Layout
+from ringred.parameter_server.catalog import Placing
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
 from ringred.parameter_server.encoding import encoding_of
 from ringred.parameter_server.keys import Keys, make_keys
@@ -197,17 +197,17 @@ def _in_ranks(comm: Communicator, placement: Placement, shares: int) -> Hosted:
     check_every(placement.every, placement.snapshots)
     snapshots = None if placement.snapshots is None else str(Path(placement.snapshots).absolute())
     keys = _same_keys(comm) if placement.encrypt or len(set(comm.hosts)) > 1 else None
-    layout = Layout(shares, None if keys is None or len(set(comm.hosts)) == 1 else SEALED_BYTES)
+    placing = Placing(shares, SEALED_BYTES if len(set(comm.hosts)) > 1 else None)
     server = None
     if comm.rank < shards:
 
         def coordinator() -> Coordinator:
             options: Any = {"updates": placement.updates, "staleness_aware": placement.staleness_aware}
-            options |= {"snapshots": snapshots, "every": placement.every, "layout": layout}
+            options |= {"snapshots": snapshots, "every": placement.every, "placing": placing}
             return Coordinator(copy.deepcopy(policy), workers, shards, **options)
 
         options: Any = {"replicate": placement.replicate, "shared": placement.shared}
-        options |= {"snapshots": snapshots, "layout": layout, "on_update": _traced(comm)}
+        options |= {"snapshots": snapshots, "placing": placing, "on_update": _traced(comm)}
         server = Server(comm.rank, shards, coordinator, listen=_listen(comm), keys=keys, **options)
     addresses = [text for text in gathered(comm, "" if server is None else server.address) if text]
     if server is not None:

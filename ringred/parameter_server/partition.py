@@ -38,7 +38,7 @@ def partition(sizes: Sequence[Size], shards: int, loads: Iterable[int] = (), lon
     `loads` are the bytes that each shard holds already. Tensors of more than 2.5 % of a shard's share are cut into
     equal parts for all shards; the others go, largest first, to the shard with the fewest bytes (Graham, Bounds on
     Multiprocessing Timing Anomalies, 1969). What then lies on one shard in more than `longest` bytes is cut again,
-    into equal pieces. Where any tensor may be cut, the fullest shard has at most 5 % more than the mean, down to a
+    into equal pieces. Where every tensor may be cut, the fullest shard has at most 5 % more than the mean, down to a
     granularity of 64 elements. Deterministic: equal input, equal pieces.
     """
     held = list(loads) or [0] * shards

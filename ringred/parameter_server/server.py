@@ -21,7 +21,7 @@ import zmq
 
 from ringred.errors import TransportUnavailable
 from ringred.parameter_server import messages as m
-from ringred.parameter_server.catalog import USUAL, Catalog, Layout
+from ringred.parameter_server.catalog import WHOLE, Catalog, Placing
 from ringred.parameter_server.coordinator import Coordinator, Order
 from ringred.parameter_server.door import MOST_SOCKETS, Door
 from ringred.parameter_server.keys import Keys
@@ -56,8 +56,8 @@ class Server:
     copy, and answered once the copy has it. When this server dies, the copy takes its place (state machine
     replication: Schneider, ACM Computing Surveys 1990, with one backup).
 
-    It goes on from the newest snapshot in the folder `snapshots`, if there is one. `layout` is that of the coordinator.
-    Where that is, `on_update` is told of each update.
+    It goes on from the newest snapshot in the folder `snapshots`, if there is one. `placing` is that of the
+    coordinator; where that is, `on_update` is told of each update.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Server:
         keys: Keys | None = None,
         shared: bool = True,
         snapshots: str | None = None,
-        layout: Layout = USUAL,
+        placing: Placing = WHOLE,
         on_update: Callable[[m.Apply], None] | None = None,
     ) -> None:
         self._on_update = on_update
@@ -103,7 +103,7 @@ class Server:
         try:
             if snapshots is not None and newest(snapshots) is not None:
                 machines = [*self.machines.values(), *self._copies.values()]
-                go_on_from(read_snapshot(snapshots), machines, Catalog(shards, layout))
+                go_on_from(read_snapshot(snapshots), machines, Catalog(shards, placing))
             here_only = f"ipc://@ringred-{secrets.token_hex(16)}"
             self._door = Door(self._context, self._poller, keys, listen or here_only)
         except TransportUnavailable as failure:

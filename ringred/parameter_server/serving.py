@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ringred.errors import PolicyError
-from ringred.parameter_server.catalog import Layout
+from ringred.parameter_server.catalog import Placing
 from ringred.parameter_server.coordinator import Coordinator, StalenessAware
-from ringred.parameter_server.door import of_this_host
 from ringred.parameter_server.keys import Keys
 from ringred.parameter_server.meeting import card_in, find_servers, keys_in
 from ringred.parameter_server.partition import SEALED_BYTES
@@ -63,16 +62,17 @@ def serve(
     elif keys is None:
         raise PolicyError("serve: at given addresses, --keys has to name a file of keys; ringred keys makes one")
 
-    own = listen or _own(addresses, number)
-    layout = Layout(ranks_per_host, None if of_this_host(own) else SEALED_BYTES)
+    # The same of all servers, whatever each of them listens on.
+    placing = Placing(ranks_per_host, SEALED_BYTES)
 
     def coordinator() -> Coordinator:
         aware = staleness_aware
         options: Any = {"updates": updates, "staleness_aware": aware, "snapshots": place, "every": every}
-        options["layout"] = layout
+        options["placing"] = placing
         return Coordinator(copy.deepcopy(policy), workers, shards, **options)
 
-    ways: Any = {"replicate": replicate, "snapshots": place, "layout": layout}
+    own = listen or _own(addresses, number)
+    ways: Any = {"replicate": replicate, "snapshots": place, "placing": placing}
     server = Server(number, shards, coordinator, listen=own, keys=keys, **ways)
     ended = threading.Event()
     try:

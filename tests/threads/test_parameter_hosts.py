@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ringred
 from ringred.errors import PeerFailed, PolicyError, RingredError
+from ringred.parameter_server import hosting
 from ringred.parameter_server.policies import Async, KAsync, KBatchAsync, KBatchSync, KSync, SoftSync, Sync
 from ringred.parameter_server.price import cheaper, price
 from ringred.parameter_server.training import ParameterServer
@@ -59,6 +60,39 @@ def test_sync_by_host_equals_ddp(hosts: tuple[int, ...], shards: int, shared: bo
     for values in found:
         torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-6)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(values, found[0], strict=True))
+
+
+@pytest.mark.parametrize("hierarchy", ["flat", "host"])
+def test_short_pieces_of_a_job_on_several_hosts_change_no_bit(monkeypatch: pytest.MonkeyPatch, hierarchy: str) -> None:
+    def body(comm: ringred.Communicator, state: Any) -> tuple[int, list[Tensor], Any]:
+        model = nn.Linear(64, 100)
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, 0.5)
+        options: Any = {"hierarchy": hierarchy, "shards": 2, "comm": on_hosts(comm, TWO), "shared": False}
+        with ParameterServer(model, OPTIMIZERS["adam"], Sync(), **options) as server:
+            if state is not None:
+                server.load_state_dict(state)
+            for step in range(3):
+                assert server.pull()
+                for parameter in model.parameters():
+                    varied = torch.linspace(-1, 1 + comm.rank + step, parameter.numel())
+                    parameter.grad = varied.view_as(parameter)
+                assert server.push()
+            server.pull()
+            after = server.state_dict()
+            return max(map(len, server.worker.pieces.values())), [value.clone() for value in values_of(model)], after
+
+    def trained(state: Any = None) -> tuple[int, list[Tensor], Any]:
+        return run_ranks(lambda comm: body(comm, state), 4)[0]
+
+    pieces, whole, state = trained()
+    _, further, _ = trained(state)
+    monkeypatch.setattr(hosting, "SEALED_BYTES", 1024)
+    more_pieces, short, again = trained()
+    assert more_pieces > 5 * pieces
+    assert all(map(torch.equal, short, whole))
+    for given in (state, again):
+        assert all(map(torch.equal, trained(given)[1], further)), "a state goes on, however its pieces lay"
 
 
 @pytest.mark.parametrize("policy", [KSync(1), KBatchSync(1), KAsync(1), Async(), KBatchAsync(3), SoftSync(1)])
