@@ -21,6 +21,7 @@ from ringred.runtime.probe import probe
 from ringred.runtime.select import CROWDED, share_bounds
 from ringred.schedule.cost import simulate
 from ringred.topology import calibrate
+from ringred.topology.detect import machine
 
 __all__ = ["calibrated", "fitted"]
 
@@ -78,13 +79,12 @@ def calibrated(comm: ringred.Communicator, servers: bool = False) -> dict[str, A
 
 
 def _cipher(comm: ringred.Communicator) -> float:
-    """A processor's seconds to encrypt and send a byte, or to receive and decrypt it, as rank 0 finds it while others
-    wait: one message, which is first the one and then the other, by the one thread of a ZeroMQ context."""
-    found = torch.zeros(1, dtype=torch.float64)
-    if comm.rank == 0:
-        found[0] = 0.5 / statistics.median(encryption_rate() for _ in range(5))
-    comm.broadcast(found, 0)
-    return found.item()
+    """A processor's seconds to encrypt and send a byte, or to receive and decrypt it, while all ranks do so at once, as
+    they do on servers: messages that are first the one and then the other, by the one thread of a ZeroMQ context."""
+    comm.barrier()
+    found = torch.tensor([0.5 / statistics.median(encryption_rate() for _ in range(5))], dtype=torch.float64)
+    comm.all_reduce(found, "avg")
+    return found.item() * min(1.0, machine().usable_cores / comm.size)
 
 
 def _within(comm: ringred.Communicator) -> calibrate.Tuning:
