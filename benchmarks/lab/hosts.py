@@ -126,8 +126,8 @@ class Network:
         return self.slow_mbit if host == self.hosts - 1 else self.mbit
 
     def __str__(self) -> str:
-        fast = f" ({self.mbit * self.dilation / 1e3:g} Gbit/s, {self.dilation:g} times slower)"
-        fast = "" if self.dilation == 1 else fast
+        gbit = self.mbit * self.dilation / 1e3
+        fast = "" if self.dilation == 1 else f" ({gbit:g} Gbit/s, {self.dilation:g} times slower)"
         slow = "" if self.slow_mbit == self.mbit else f", one of {self.slow_mbit:g} Mbit/s"
         racks = "" if self.racks == 1 else f" in {self.racks} racks with uplinks of {self.uplink_mbit:g} Mbit/s"
         ranks = "" if self.each == 1 else f" with {self.each} ranks each"
