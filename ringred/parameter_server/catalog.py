@@ -21,7 +21,7 @@ _NOBODY = -2  # the creator of what the next one that declares it gives the valu
 
 
 class Placing(NamedTuple):
-    """How tensors lie on shards: for workers of `shares` ranks each, in pieces of at most `longest` bytes (None: any)."""
+    """How tensors lie on shards: for workers of `shares` ranks, in pieces of at most `longest` bytes (None: of any)."""
 
     shares: int = 1
     longest: int | None = None
