@@ -5,10 +5,11 @@
     python benchmarks/lab.py run steps --profile out/lab/profiles/my.json
     python benchmarks/lab.py predict              # predictions of what was run, again: after a change of the simulator
     python benchmarks/lab.py published            # efficiencies in print against the simulator's
+    python benchmarks/lab.py scale                # the models on 8 to 3,456 ranks, by the simulator alone
     python benchmarks/lab.py report               # out/lab/report.html of what has been run
     python benchmarks/lab.py clean                # removes what killed runs left
 
-Needs root, iproute2 and util-linux; nothing leaves the machine. `run` writes out/lab/NAME.json.
+`run` and `clean` need root, iproute2 and util-linux; nothing leaves the machine. `run` writes out/lab/NAME.json.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lab import hosts, published, record
+from lab import hosts, published, record, scale
 from lab.experiments import EXPERIMENTS, SHORT
-from lab.rows import cells, setting
+from lab.profiles import MODELS
+from lab.rows import cells, precision, setting, worst
 from lab.running import predict, run
 from tabulate import tabulate
+from tqdm import tqdm
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -54,7 +57,11 @@ def _run(options: argparse.Namespace) -> int:
             left_out.append(name)
             continue
         try:
-            print(table(run(name, experiment, options.out, options.profile)), flush=True)
+            result = run(name, experiment, options.out, options.profile)
+            print(table(result), flush=True)
+            if "failed" in result:
+                print(f"failed: {'; '.join(result['failed'])}\n", flush=True)
+                failed.append(name)
         except Exception as failure:  # the others may do
             print(f"failed: {type(failure).__name__}: {failure}\n", flush=True)
             failed.append(name)
@@ -65,10 +72,17 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    found = list[dict[str, Any]]()
     for name, experiment in {"short": SHORT, **EXPERIMENTS}.items():
         for path in [options.out / f"{name}.json", *sorted(options.out.glob(f"{name}+*.json"))]:
             if (result := predict(path.stem, experiment, options.out)) is not None:
                 print(f"{path.stem}: {result['question']}\n{table(result)}", flush=True)
+                found.append(result)
+    if found:
+        heads, told = precision(found)
+        print(f"{tabulate(told, headers=heads)}\n")
+        heads, told = worst(found)
+        print(tabulate(told, headers=heads))
     return 0
 
 
@@ -93,7 +107,7 @@ def _published(options: argparse.Namespace) -> int:
     fit = published.fitted()
     print(f"fitted to the smallest counts: {fit.overhead:.1%} of computation beside, {fit.link:.0%} of a link used")
     rows = []
-    for row in (*published.CALIBRATION, *published.PUBLISHED):
+    for row in tqdm((*published.CALIBRATION, *published.PUBLISHED), leave=False, disable=None):
         began = time.monotonic()
         got = published.simulated(row, fit)
         fitted = "fitted" if row in published.CALIBRATION else ""
@@ -113,12 +127,26 @@ def _published(options: argparse.Namespace) -> int:
     return 0
 
 
+def _scale(options: argparse.Namespace) -> int:
+    found = list[scale.Scaled]()
+    for part in tqdm(scale.scaled(scale.RANKS), total=len(scale.RANKS) * len(scale.WAYS), leave=False, disable=None):
+        found += part
+    got = {(one.model, one.way, one.ranks): f"{100 * one.efficiency:.0f}" for one in found}
+    heads = ["model", "by", *(f"{ranks} ranks" for ranks in scale.RANKS)]
+    pairs = dict.fromkeys((one.model, one.way) for one in sorted(found, key=lambda one: list(MODELS).index(one.model)))
+    rows = [[*pair, *(got[(*pair, ranks)] for ranks in scale.RANKS)] for pair in pairs]
+    print(f"efficiency in percent, against one rank; {scale.STATED}\n{tabulate(rows, headers=heads)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "scale.json").write_text(json.dumps({"heads": heads, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from lab.report import write
 
     order = {name: at for at, name in enumerate(("short", *EXPERIMENTS))}
     texts = {path.stem: json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))}
-    printed = texts.pop("published", None)
+    simulated = {name: texts.pop(name, None) for name in ("published", "scale")}
     found = [texts[name] for name in sorted(texts, key=lambda name: order.get(name, len(order)))]
     for result in list(found):
         why = None if "machine" in result else "of an earlier version, which did not say where it was measured"
@@ -131,7 +159,7 @@ def _report(options: argparse.Namespace) -> int:
         print(f"lab: nothing was run yet: no experiment's file in {options.out}", file=sys.stderr)
         return 2
     path = options.out / "report.html"
-    write(path, found, printed)
+    write(path, found, **simulated)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, of {len(found)} experiments")
     return 0
 
@@ -141,7 +169,7 @@ def _clean(options: argparse.Namespace) -> int:
     if reason is not None:
         print(f"lab: {reason}", file=sys.stderr)
         return 3
-    gone, still = hosts.clean()
+    gone, still = hosts.clean(options.out)
     if still:
         print(f"lab: could not remove {', '.join(still)}", file=sys.stderr)
     print("removed " + ", ".join(gone) if gone else "nothing to do" if not still else "nothing removed")
@@ -160,7 +188,8 @@ def main() -> int:
     recording = commands.add_parser("record", help="a model's times, layer by layer")
     recording.add_argument("model", help=f"{', '.join(record.REAL)}, or FILE.py:FUNCTION")
     recording.set_defaults(run=_record)
-    for name, job in (("predict", _predict), ("published", _published), ("report", _report), ("clean", _clean)):
+    others = {"predict": _predict, "published": _published, "scale": _scale, "report": _report, "clean": _clean}
+    for name, job in others.items():
         commands.add_parser(name).set_defaults(run=job)
     options = parser.parse_args()
     if options.run is _run and options.short and (options.names or options.profile):

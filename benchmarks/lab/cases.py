@@ -35,8 +35,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Experiment:
-    """All-reduces of `sizes` bytes by `ways`, the training steps that `cases` gives for a number of hosts, or trainings
-    of real models (`trainings`, by `ways`), on each of `networks`. `by` is "torch" (Gloo connects the ranks) or "mpi".
+    """All-reduces of `sizes` bytes by `ways`, the training steps that `cases` gives for a network, or trainings of real
+    models (`trainings`, by `ways`), on each of `networks`. `by` is "torch" (Gloo connects the ranks) or "mpi".
     """
 
     question: str
@@ -44,7 +44,7 @@ class Experiment:
     by: str
     ways: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
-    cases: Callable[[int], Sequence[Case]] | None = None
+    cases: Callable[[Network], Sequence[Case]] | None = None
     trainings: tuple[str, ...] = ()
     steps: int = 2
     seconds: float = 1.0

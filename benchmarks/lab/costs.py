@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 
 import ringred
 from lab.hosts import Network
-from lab.predict import Costs, all_reduce_seconds
+from lab.predict import Costs, all_reduce_job, simulated
 from ringred.collectives.registry import lookup
 from ringred.parameter_server.keys import encryption_rate
 from ringred.runtime.probe import probe
@@ -147,12 +147,15 @@ def fitted(runs: Sequence[dict[str, Any]], network: Network, cores: int, posted:
         alpha, latency, call, copy, crowded = map(math.exp, logarithms)
         return Costs(alpha, beta, 0.0, latency, call, segment, cores, copy, 1 + crowded, posted, cipher, tuning)
 
+    some = costs([0.0] * 5)  # a job's messages depend on the segment alone, and on whether they are posted
+    jobs = [all_reduce_job(sample.name, sample.nbytes, some, one_each) for sample in short]
+
     def error(logarithms: Sequence[float]) -> float:
         found = costs(logarithms)
         return sum(
             (_SHARED_WEIGHT if sample.nbytes == _SHARED else 1)
-            * math.log(all_reduce_seconds(sample.name, sample.nbytes, found, one_each) / sample.seconds) ** 2
-            for sample in short
+            * math.log(simulated([job], found, one_each)[0] / sample.seconds) ** 2
+            for sample, job in zip(short, jobs, strict=True)
         )
 
     few = math.log(1e-2 * min(sample.seconds for sample in short))

@@ -22,7 +22,17 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["BURST_BYTES", "Hosts", "Network", "clean", "left_behind", "unavailable"]
+__all__ = [
+    "BURST_BYTES",
+    "Hosts",
+    "Network",
+    "RanksFailed",
+    "clean",
+    "left_behind",
+    "mine",
+    "mpi_version",
+    "unavailable",
+]
 
 _PREFIX = "ringred-lab-"
 BURST_BYTES = 32 << 10
@@ -57,7 +67,7 @@ def unavailable() -> str | None:
     missing = [tool for tool in ("ip", "tc", "unshare", "mount") if shutil.which(tool) is None]
     if missing:
         return f"the laboratory needs {', '.join(missing)}: install iproute2 and util-linux"
-    trial = f"{_mine()}-trial"
+    trial = f"{mine()}-trial"
     try:
         _run("ip", "netns", "add", trial)
         _run("ip", "-n", trial, "link", "add", "eth0", "type", "veth", "peer", "name", "port0")
@@ -141,13 +151,22 @@ class Network:
         return None if self.control in known else f"this kernel has no {self.control} (modprobe tcp_{self.control})"
 
 
+class RanksFailed(RuntimeError):
+    """Some ranks ended with an error, or waited for those that did. `texts` is what each of them (or mpirun, for all)
+    had printed; why they failed they have said on stderr."""
+
+    def __init__(self, statuses: Sequence[int | None], texts: list[str]) -> None:
+        super().__init__(f"exit statuses {statuses}")
+        self.texts = texts
+
+
 class Hosts:
     """A network of hosts, as a context: at its end, processes on them are killed and everything is removed. While ranks
     run, `watch` gets what the first one has printed so far."""
 
     def __init__(self, network: Network, watch: Callable[[str], None] | None = None) -> None:
         self.network = network
-        self.name = _mine()
+        self.name = mine()
         self._watch = watch
         self._running: list[subprocess.Popen[str]] = []
         self._folder = tempfile.TemporaryDirectory(prefix=f"{self.name}-")  # temporary files of the ranks as well
@@ -226,7 +245,7 @@ class Hosts:
         return {"MASTER_ADDR": self.address(0), "MASTER_PORT": 29503, "GLOO_SOCKET_IFNAME": "eth0"}
 
     def torch_ranks(self, program: Path, *arguments: str, **variables: object) -> list[str]:
-        """Runs a program on all ranks, as torchrun would; what each rank printed."""
+        """Runs a program on all ranks, as torchrun would; what each rank printed. Raises `RanksFailed`."""
         ranks, each = self.network.ranks, self.network.each
         shared = {"WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1, **self._gloo}
         with ExitStack() as opened:
@@ -245,12 +264,11 @@ class Hosts:
             return self._outputs(began, files)
 
     def mpi_ranks(self, program: Path, *arguments: str, **variables: object) -> list[str]:
-        """Runs a program on all ranks by Open MPI, whose TCP connects the hosts; what the job printed."""
+        """Runs a program on all ranks by Open MPI, whose TCP connects the hosts; what the job printed.
+        Raises `RanksFailed`."""
         places = ",".join(f"{self.address(host)}:{self.network.each}" for host in range(self.network.hosts))
-        mpirun = Path(sys.executable).with_name("mpirun")
         command = [
-            str(mpirun if mpirun.exists() else shutil.which("mpirun") or "mpirun"),
-            *["--host", places, "-n", str(self.network.ranks), "--map-by", "slot", "--bind-to", "none"],
+            *[_mpirun(), "--host", places, "-n", str(self.network.ranks), "--map-by", "slot", "--bind-to", "none"],
             *["--prtemca", "plm_ssh_agent", str(self._agent()), "--prtemca", "plm_ssh_no_tree_spawn", "1"],
             *["--prtemca", "prte_if_include", "eth0", "--mca", "btl_tcp_if_include", "eth0"],
             *["--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "mpi_yield_when_idle", "1"],
@@ -281,9 +299,10 @@ class Hosts:
                 self._watch(_text(files[0]))
             time.sleep(_LOOK_SECONDS)  # whichever ends first counts, and `watch` is told meanwhile
         statuses = [process.poll() for process in began]  # None: it waits for one that has failed
+        texts = [_text(file) for file in files]
         if any(statuses):
-            raise RuntimeError(f"exit statuses {statuses}: {[_text(file)[-1500:] for file in files if _text(file)]}")
-        return [_text(file) for file in files]
+            raise RanksFailed(statuses, texts)
+        return texts
 
     def __exit__(self, *_: object) -> None:
         for process in self._running:
@@ -294,24 +313,39 @@ class Hosts:
         self._folder.cleanup()
 
 
+def mpi_version() -> str:
+    """Which MPI `mpirun` is of."""
+    told = subprocess.run([_mpirun(), "--version"], capture_output=True, text=True, check=True).stdout
+    return told.splitlines()[0].removeprefix("mpirun").strip(" ()").replace(") ", " ")
+
+
+def _mpirun() -> str:
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside if beside.exists() else shutil.which("mpirun") or "mpirun")
+
+
 def left_behind() -> list[str]:
     """The namespaces of runs that have ended."""
     return [name for name in _namespaces() if name.startswith(_PREFIX) and not _lives(name)]
 
 
-def clean() -> tuple[list[str], list[str]]:
-    """Removes what runs that were killed have left: namespaces, the processes in them, files. Returns the names of what
-    is gone, and of what could not be removed."""
+def clean(out: Path) -> tuple[list[str], list[str]]:
+    """Removes what runs that were killed have left: namespaces, the processes in them, files, also unfinished ones in
+    `out`. Returns the names of what is gone, and of what could not be removed."""
     names = left_behind()
     _remove(names)
     folders = [path for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*") if not _lives(path.name)]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-    still = set(left_behind()) | {str(folder) for folder in folders if folder.exists()}
-    return [name for name in (*names, *map(str, folders)) if name not in still], sorted(still)
+    files = [path for path in out.glob(f".{_PREFIX}*") if not _lives(path.name[1:])]
+    for path in files:
+        path.unlink(missing_ok=True)
+    left = [*folders, *files]
+    still = set(left_behind()) | {str(path) for path in left if path.exists()}
+    return [name for name in (*names, *map(str, left)) if name not in still], sorted(still)
 
 
-def _mine() -> str:
+def mine() -> str:
     """What everything of this process is called by: its number, and when it was started, for numbers come again."""
     return f"{_PREFIX}{os.getpid()}.{_started(os.getpid())}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 from lab.hosts import BURST_BYTES, Network
@@ -11,7 +12,8 @@ from lab.profiles import Profile
 from ringred.buckets import FIRST_BUCKET_BYTES, MIB, Entry, assign
 from ringred.collectives.registry import lookup
 from ringred.runtime.select import CROWDED, choose, costs_of, machine_model, segments_for, share_bounds
-from ringred.schedule.cost import Job
+from ringred.schedule.alike import simulate_alike
+from ringred.schedule.cost import Job, simulate
 from ringred.schedule.ir import Group, Op
 from ringred.schedule.network import Port, Ports, simulate_jobs
 from ringred.topology import calibrate
@@ -20,6 +22,7 @@ from ringred.topology.model import Topology, hosts
 __all__ = [
     "Costs",
     "Step",
+    "all_reduce_job",
     "all_reduce_seconds",
     "buckets_of",
     "filled",
@@ -84,8 +87,9 @@ class Step:
     times: Sequence[tuple[float, float]]
 
 
-def _job(name: str, network: Network, nbytes: int, costs: Costs, ready: Sequence[float]) -> Job:
-    """One all-reduce; "auto" is what ringred chooses by the costs."""
+def all_reduce_job(name: str, nbytes: int, costs: Costs, network: Network, ready: Sequence[float] | None = None) -> Job:
+    """An all-reduce among all ranks of a network, each of which has its data when it is `ready` (at once, if None);
+    "auto" is what ringred chooses by the costs."""
     size = network.ranks
     if name == "auto":
         entry, chosen = choose("all_reduce", nbytes, costs.choice(network, nbytes))
@@ -94,7 +98,7 @@ def _job(name: str, network: Network, nbytes: int, costs: Costs, ready: Sequence
         entry = lookup("all_reduce", name)
         grid = (network.each, network.hosts) if entry.grids and network.each > 1 else None
     group = entry.group(size, grid=grid, segments=segments_for(nbytes, costs.segment))
-    return job_of(entry.steps(group), share_bounds(nbytes, entry.units(group)), ready, costs)
+    return job_of(entry.steps(group), share_bounds(nbytes, entry.units(group)), ready or [0.0] * size, costs)
 
 
 def job_of(schedule: Schedule, bounds: Sequence[tuple[int, int]], ready: Sequence[float], costs: Costs) -> Job:
@@ -127,8 +131,8 @@ def ports_of(network: Network, costs: Costs) -> Ports:
 
 def simulated(jobs: Sequence[Job], costs: Costs, network: Network) -> tuple[float, list[tuple[float, float]]]:
     """The seconds of jobs among all ranks of a network, one after the other, and when each began and was done."""
-    link = costs.topology(network).link
-    options = {"ports": ports_of(network, costs), "call": costs.call}
+    link = cache(costs.topology(network).link)
+    options = {"ports": cache(ports_of(network, costs)), "call": costs.call}
     options |= {"cores": costs.cores, "copy": costs.copy}
     cost, times = simulate_jobs(network.ranks, jobs, link, costs.gamma, **options)
     return cost.seconds, times
@@ -136,7 +140,7 @@ def simulated(jobs: Sequence[Job], costs: Costs, network: Network) -> tuple[floa
 
 def all_reduce_seconds(name: str, nbytes: int, costs: Costs, network: Network) -> float:
     """The time of an all-reduce among all ranks of a network."""
-    return simulated([_job(name, network, nbytes, costs, [0.0] * network.ranks)], costs, network)[0]
+    return simulated([all_reduce_job(name, nbytes, costs, network)], costs, network)[0]
 
 
 def buckets_of(model: Profile, caps: Sequence[int] = _CAPS) -> list[list[int]]:
@@ -176,7 +180,7 @@ def step_of(
     now = model.seconds * dilation
     if seconds_of is None:
         jobs = [
-            _job(name, network, nbytes, costs, network.times(when, slowness))
+            all_reduce_job(name, nbytes, costs, network, network.times(when, slowness))
             for nbytes, when in zip(sizes, ready, strict=True)
         ]
         _, times = simulated(jobs, costs, network)
@@ -191,14 +195,26 @@ def step_of(
     return Step(over, over - now, ready, times)
 
 
-def linear(name: str, group: Group, topology: Topology, small: int, large: int) -> Callable[[int], float]:
+def linear(
+    name: str,
+    group: Group,
+    topology: Topology,
+    small: int,
+    large: int,
+    *,
+    alike: bool = False,
+    segment: int | None = None,
+) -> Callable[[int], float]:
     """The seconds of an all-reduce of any size, from those of two: with links of α and β the time of a schedule on one
-    critical path is a straight line in the bytes."""
+    critical path is a straight line in the bytes. `alike`: all ranks are (see `simulate_alike`), if units are equal."""
     entry = lookup("all_reduce", name)
+    if alike:
+        units = entry.units(group)
+        small, large = (-(-nbytes // units) * units for nbytes in (small, large))
 
     def simulated(nbytes: int) -> float:
-        job = Job(entry.steps(group), share_bounds(nbytes, entry.units(group)), [0.0] * group.size)
-        return simulate_jobs(group.size, [job], topology.link, topology.gamma)[0].seconds
+        what = group.size, entry.steps(group), share_bounds(nbytes, entry.units(group)), topology.link, topology.gamma
+        return (simulate_alike(*what) if alike else simulate(*what, segment=segment)).seconds
 
     low, high = simulated(small), simulated(large)
     slope = (high - low) / (large - small)

@@ -117,7 +117,7 @@ def reduces(row: Published, fit: Fit) -> Callable[[int], float]:
     topology = grid_links(row.grid, [inside, (ALPHA, shared / between)], 0.0)
     grid = {} if row.algorithm == "ring" else {"grid": row.grid}
     group = lookup("all_reduce", row.algorithm).group(row.processors, **grid)
-    time = linear(row.algorithm, group, topology, *_COUNTED)
+    time = linear(row.algorithm, group, topology, *_COUNTED, alike=row.algorithm == "torus")
     return lambda nbytes: time(int(nbytes * row.bytes_an_element / 4))
 
 

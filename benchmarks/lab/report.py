@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
 
-from lab.hosts import Network
+from lab.experiments import EXPERIMENTS, SHORT
 from lab.predict import Costs, step_of
 from lab.profiles import profile
-from lab.rows import cells, foretold, reason, setting
+from lab.rows import cells, foretold, setting, worst
+from lab.scale import STATED
+from lab.served import round_of
 
 __all__ = ["write"]
 
@@ -42,8 +45,14 @@ document.querySelectorAll("th").forEach(head => head.addEventListener("click", (
 _LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": {"t": 20, "l": 60, "r": 20, "b": 50}}
 
 
-def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any] | None = None) -> None:
-    """Writes the report of experiments, as `running.run` gives them, and of the efficiencies in print."""
+def write(
+    path: Path,
+    results: Sequence[dict[str, Any]],
+    published: dict[str, Any] | None = None,
+    scale: dict[str, Any] | None = None,
+) -> None:
+    """Writes the report of experiments, as `running.run` gives them, and of tables of efficiencies in print and of many
+    ranks."""
     errors = sorted(abs(row["error"]) for result in results for row in foretold(result))
     by_name = {result["name"]: result for result in results}
     parts = [
@@ -55,8 +64,10 @@ def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any]
     ]
     if "scaling" in by_name:
         parts += ["<h2>Efficiency over hosts</h2>", _figure(_scaling(by_name["scaling"]))]
-    parts += ["<h2>One step of VGG-16 on eight hosts of 10 Gbit/s, by a ring and by one server's traffic</h2>"]
-    parts.append(_figure(_timeline()))
+    if scale is not None:
+        parts += ["<h2>What would thousands of ranks do?</h2>", _figure(_scale(scale)), _table(**scale)]
+    if (drawn := _timeline(by_name)) is not None:
+        parts += ["<h2>One step of ResNet-50, by a ring and by a parameter server</h2>", _figure(drawn)]
     if "steps" in by_name:
         parts += ["<h2>What the busiest host's port carries in a step</h2>", _figure(_traffic(by_name["steps"]))]
     for result in results:
@@ -66,20 +77,21 @@ def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any]
         if "training" not in result["rows"][0]:
             parts.append(_figure(_bars(result)))
         parts.append(_table(*cells(result)))
-    if printed is not None:
-        parts += [
-            "<h2>Efficiencies in print, and simulated (in percent)</h2>",
-            _table(printed["heads"], printed["rows"]),
-        ]
-    parts.append(f"<h2>The ten worst predictions</h2>{_worst(results)}")
+    if published is not None:
+        parts += ["<h2>Efficiencies in print, and simulated (in percent)</h2>", _table(**published)]
+    parts += ["<h2>The ten worst predictions</h2>", _table(*worst(results))]
     parts.append("<p>More: benchmarks/results/lab.md, where the simulator is wrong.</p>")
     machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     parts.append(
         f"<p><small>{html.escape(machines)}; shared with others; <code>python benchmarks/lab.py run</code>, "
-        f"<code>published</code>, <code>report</code>. All hosts are namespaces of one machine: beyond its cores' "
-        f"speed nothing is told of real ones. Where models are 20 times slower than their profile, 500 Mbit/s stand "
-        f"for 10 Gbit/s. The baseline of an efficiency is one rank alone: the times of the profile, or of a real model "
-        f"while all hosts compute by themselves. Only the parameter server steps an optimizer there.</small></p>"
+        f"<code>published</code>, <code>scale</code>, <code>report</code>. All hosts are namespaces of one machine: "
+        f"beyond its cores' speed nothing is told of real ones. Where models are 20 times slower than their profile, "
+        f"500 Mbit/s stand for 10 Gbit/s; what a message, a call, a copy and the encryption of a byte cost is not "
+        f"slowed down, and counts for a twentieth of what it would there. The baseline of an efficiency is one rank "
+        f"alone: the times of the profile, or of a real model while all hosts compute by themselves. Only the "
+        f"parameter server steps an optimizer. MiB sent and received: by the port of the busiest host in a step, "
+        f"headers as well. Reducing: how long reductions were under way; hidden: the part of it by which the step was "
+        f"not longer. Late: how long after its time a replayed layer came at most.</small></p>"
         f"<script>{_SORT}</script></body></html>"
     )
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -89,43 +101,53 @@ def write(path: Path, results: Sequence[dict[str, Any]], printed: dict[str, Any]
 
 def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[str]:
     """Three sentences."""
-    sentences = []
+    return list(filter(None, (_of_the_line(results), _of_a_step(results), _of_predictions(errors))))
+
+
+def _of_the_line(results: Sequence[dict[str, Any]]) -> str:
     even = [row for result in results if result["name"].startswith(("reduce", "short")) for row in result["rows"]]
     least = min(4 << 20, max((row["nbytes"] for row in even), default=0))
-    reduced = [row for row in even if row["nbytes"] >= least]
-    if reduced:
-        told = []
-        for way in ("ring", "halving_doubling", "torus", "tree", "central"):
-            parts = sorted(row["of_line"] for row in reduced if row["way"] == way)
-            if parts:
-                told.append(f"{way.replace('_', '-')} {parts[len(parts) // 2]:.0%}")
-        sentences.append(
-            f"From {least >> 20} MiB on the ways use these parts of the line's rate, in the median: {', '.join(told)}."
-        )
-    steps = {
-        (result["name"], row["case"], row["hosts"], row["way"]): row
-        for result in results
-        for row in result["rows"]
-        if "efficiency" in row
-    }
-    pairs = [
-        (case, hosts, steps[name, case, hosts, "ring"], steps[name, case, hosts, "central"])
-        for name, case, hosts, way in steps
-        if way == "central" and (name, case, hosts, "ring") in steps and " " not in case
+    told = []
+    for hosts in sorted({row["hosts"] for row in even}):
+        parts = []
+        for way in ("ring", "halving_doubling", "torus", "double_tree", "central"):
+            of = [
+                row["of_line"] for row in even if (row["hosts"], row["way"]) == (hosts, way) and row["nbytes"] >= least
+            ]
+            if of:
+                parts.append(f"{way.replace('_', '-')} {statistics.median(of):.0%}")
+        told.append(f"between {hosts} hosts {', '.join(parts)}")
+    return (
+        f"All-reduces from {least >> 20} MiB on use of the line, in the median, {'; '.join(told)}: of a ring each port "
+        f"passes less than twice the data in either direction, however many hosts there are, and the port of one "
+        f"server (central) all data of every other host."
+        if told
+        else ""
+    )
+
+
+def _of_a_step(results: Sequence[dict[str, Any]]) -> str:
+    ways = {"ring": "a ring", "central": "one server's traffic", "servers:sync": "a parameter server on each host"}
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for result in results:
+        if result["name"] in ("steps", "steps-others", "server", "servers-others"):
+            for row in result["rows"]:
+                found.setdefault((row["case"], row["hosts"]), {})[row["way"]] = row["efficiency"]
+    told = [
+        f"{model} on {hosts} hosts " + ", ".join(f"{of[way]:.0%} by {name}" for way, name in ways.items() if way in of)
+        for (model, hosts), of in found.items()
+        if "ring" in of and len(of.keys() & ways.keys()) > 1
     ]
-    if pairs:
-        told = [
-            f"{case} on {hosts} hosts {ring['efficiency']:.0%} against {one['efficiency']:.0%}"
-            for case, hosts, ring, one in pairs
-        ]
-        sentences.append(f"Of a step's efficiency a ring leaves, against one server's traffic: {', '.join(told)}.")
-    if errors:
-        middle, late = errors[len(errors) // 2], errors[int(0.9 * len(errors))]
-        sentences.append(
-            f"The simulator is {middle:.0%} off in the median of {len(errors)} cases that it was not fitted to, and "
-            f"more than {late:.0%} in the worst tenth."
-        )
-    return sentences
+    return f"A training step keeps of one rank's speed alone: {'; '.join(told)}." if told else ""
+
+
+def _of_predictions(errors: Sequence[float]) -> str:
+    if not errors:
+        return ""
+    return (
+        f"The simulator is {statistics.median(errors):.0%} off in the median of {len(errors)} cases that it was not "
+        f"fitted to, and more than {errors[int(0.9 * len(errors))]:.0%} in the worst tenth."
+    )
 
 
 def _figure(figure: go.Figure, first: bool = False) -> str:
@@ -192,37 +214,43 @@ def _traffic(result: dict[str, Any]) -> go.Figure:
     return figure
 
 
-def _timeline() -> go.Figure:
-    """When the buckets of one step are reduced, by two ways."""
-    model, network = profile("vgg16"), Network(8, 10_000)
-    costs = Costs(3e-5, 1 / network.bytes_per_second, 1e-10, 2e-5, 0.0, 1 << 20)
-    title = "Predicted, for 30 µs a message and 20 µs a call: buckets become full, and are reduced"
+def _timeline(results: Mapping[str, dict[str, Any]]) -> go.Figure | None:
+    """When the buckets of one step are reduced by a ring, and what goes to a server and comes from it, by the costs of
+    an experiment with one rank on each host."""
+    name = next((name for name in ("servers-others", "steps", "short") if results.get(name, {}).get("costs")), None)
+    if name is None:
+        return None
+    (network,) = EXPERIMENTS.get(name, SHORT).networks
+    model, costs, dilation = profile("resnet50"), Costs(**results[name]["costs"][0]), 20.0
+    title = f"Predicted, with costs of {network} and times 20 times a P100's: data is ready, and on its way"
     figure = go.Figure(layout={**_LAYOUT, "title": title, "barmode": "overlay"})
-    for way in ("ring", "central"):
-        step = step_of(model, 1.0, way, costs, network)
-        begins = [begin for begin, _ in step.times]
-        lasts = [end - begin for begin, end in step.times]
-        figure.add_bar(y=[way] * len(lasts), x=lasts, base=begins, orientation="h", name=f"{way}: {step.seconds:.2f} s")
-        figure.add_scatter(
-            x=list(step.ready),
-            y=[way] * len(lasts),
-            mode="markers",
-            marker={"symbol": "line-ns-open", "size": 18},
-            name="full",
-        )
-    figure.add_vline(x=model.seconds, line_dash="dot", annotation_text="backward ends")
+    ways = {
+        "ring": step_of(model, dilation, "ring", costs, network),
+        "one server": round_of("server", model, dilation, costs, network),
+        "a server on each host": round_of("servers", model, dilation, costs, network),
+    }
+    for way, step in ways.items():
+        begins, lasts = [begin for begin, _ in step.times], [end - begin for begin, end in step.times]
+        figure.add_bar(y=[way] * len(lasts), x=lasts, base=begins, orientation="h", name=f"{way}: {step.seconds:.1f} s")
+        marker = {"symbol": "line-ns-open", "size": 18, "color": "#234"}
+        figure.add_scatter(x=list(step.ready), y=[way] * len(step.ready), mode="markers", marker=marker, name="ready")
+    figure.for_each_trace(lambda trace: trace.update(showlegend=trace.name != "ready"))
+    figure.add_vline(x=model.seconds * dilation, line_dash="dot", annotation_text="backward ends")
     figure.update_xaxes(title="seconds since the step began")
     return figure
 
 
-def _worst(results: Sequence[dict[str, Any]]) -> str:
-    rows = [(result, row) for result in results for row in foretold(result)]
-    rows.sort(key=lambda pair: -abs(pair[1]["error"]))
-    told = [
-        (result["name"], f"{row['case']} {row['way']}", f"{100 * row['error']:+.0f}", reason(result, row))
-        for result, row in rows[:10]
-    ]
-    return _table(["experiment", "case", "error %", "why"], told)
+def _scale(table: dict[str, Any]) -> go.Figure:
+    """Of the first of its models."""
+    first = table["rows"][0][0]
+    figure = go.Figure(layout={**_LAYOUT, "title": f"{first}: efficiency of a step, simulated; {STATED}"})
+    ranks = [int(head.split()[0]) for head in table["heads"][2:]]
+    for model, way, *efficiencies in table["rows"]:
+        if model == first:
+            figure.add_scatter(x=ranks, y=[float(one) / 100 for one in efficiencies], name=way, mode="lines+markers")
+    figure.update_xaxes(title="ranks", type="log")
+    figure.update_yaxes(rangemode="tozero")
+    return figure
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["cells", "foretold", "reason", "setting"]
+__all__ = ["cells", "foretold", "precision", "reason", "setting", "worst"]
 
 
 def foretold(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that were predicted, without those that the costs were fitted to, and ranks alone, which say nothing."""
-    return [row for row in result["rows"] if row["error"] is not None and not row["fitted"] and row["way"] != "alone"]
+    """The rows that were predicted, without those that the costs were fitted to, ranks alone, which say nothing, and
+    "auto" where what it chose has a row of its own."""
+    rows = [row for row in result["rows"] if row["error"] is not None]
+    named = {(row["hosts"], row["case"], row["predicted"]) for row in rows if row["way"] != "auto"}
+    return [
+        row
+        for row in rows
+        if not row["fitted"]
+        and row["way"] != "alone"
+        and not (row["way"] == "auto" and (row["hosts"], row["case"], row["predicted"]) in named)
+    ]
+
+
+def precision(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """How far predictions are off, by kind: cases, the median of the errors, and their 90th percentile."""
+    kinds: dict[str, list[float]] = {"all": []}
+    for result in results:
+        for row in foretold(result):
+            if "nbytes" in row:
+                kind = "all-reduces up to 64 KiB" if row["nbytes"] <= 64 << 10 else "longer all-reduces"
+            else:
+                kind = "steps on parameter servers" if ":" in row["way"] else "steps by collectives"
+            for one in ("all", kind):
+                kinds.setdefault(one, []).append(abs(row["error"]))
+    told = [
+        (kind, str(len(errors)), f"{statistics.median(errors):.1%}", f"{sorted(errors)[int(0.9 * len(errors))]:.1%}")
+        for kind, errors in kinds.items()
+        if errors
+    ]
+    return ["predicted", "cases", "median error", "90th percentile"], told
+
+
+def worst(results: Sequence[dict[str, Any]], count: int = 10) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The predictions that are wrong most, and why."""
+    rows = [(result, row) for result in results for row in foretold(result)]
+    rows.sort(key=lambda pair: -abs(pair[1]["error"]))
+    told = [
+        (result["name"], f"{row['case']} {row['way']}", f"{100 * row['error']:+.0f}", reason(result, row))
+        for result, row in rows[:count]
+    ]
+    return ["experiment", "case", "error %", "why"], told
 
 
 def reason(result: dict[str, Any], row: dict[str, Any]) -> str:
@@ -31,6 +72,8 @@ def reason(result: dict[str, Any], row: dict[str, Any]) -> str:
 def setting(result: dict[str, Any]) -> str:
     """Where it was measured: the networks, what connects the ranks, and how many times slower models are replayed."""
     told = f"{'; '.join(result['networks'])}; {result['by']}"
+    if "failed" in result:
+        told += "; some ranks failed, perhaps before others were measured"
     slower = sorted({row.get("dilation", 1.0) for row in result["rows"]} - {1.0})
     if not slower:
         return told
@@ -55,20 +98,32 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
             for row in result["rows"]
         ]
     steps = "efficiency" in first
-    heads = ["case", "by", "ms", "efficiency" if steps else "of line rate", "predicted ms", "error"]
+    spread = any("low" in row for row in result["rows"])
+    heads = ["case", "by", "ms", *(["from - to"] if spread else []), "efficiency" if steps else "of line rate"]
+    heads += ["predicted ms", "error"]
     if steps:
-        heads += ["MiB sent", "received", "reducing ms", "late ms"]
+        heads += ["MiB sent", "received", "reducing ms", "hidden", "late ms"]
     rows = []
     for row in result["rows"]:
         case = f"{row['case']}, {row['hosts']} hosts" if several else row["case"]
         part = f"{row['efficiency' if steps else 'of_line']:.0%}"
         error = "" if row["error"] is None else f"{row['error']:+.0%}{' fitted' if row['fitted'] else ''}"
-        told = (case, row["way"], _number(row["seconds"], 1e3, 2), part, _number(row["predicted"], 1e3, 2), error)
+        ends = " - ".join(_number(row[end], 1e3, 2) for end in ("low", "high") if end in row)
+        told = (case, row["way"], _number(row["seconds"], 1e3, 2), *([ends] if spread else []), part)
+        told += (_number(row["predicted"], 1e3, 2), error)
         if steps:
             told += (_number(row["sent"], 2**-20, 1), _number(row["received"], 2**-20, 1))
-            told += (_number(row["reducing"] or None, 1e3, 2), _number(row["late"] or None, 1e3, 1))
+            told += (_number(row["reducing"] or None, 1e3, 2), _hidden(row), _number(row["late"] or None, 1e3, 1))
         rows.append(told)
     return heads, rows
+
+
+def _hidden(row: dict[str, Any]) -> str:
+    """The part of the reductions' time by which a step is not longer than alone."""
+    if not row["reducing"]:
+        return ""
+    longer = row["seconds"] * (1 - row["efficiency"])
+    return f"{max(0.0, 1 - longer / row['reducing']):.0%}"
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:

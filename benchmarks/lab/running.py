@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import ringred
 from lab.cases import Case, Experiment
 from lab.costs import fitted
 from lab.experiments import PEERS
-from lab.hosts import Hosts, Network
+from lab.hosts import Hosts, Network, RanksFailed, mine, mpi_version
 from lab.predict import Costs, all_reduce_seconds, step_of
 from lab.profiles import read
 from lab.served import served_seconds
@@ -33,7 +32,11 @@ HERE = Path(__file__).parent
 
 def run(name: str, experiment: Experiment, folder: Path, profile: str | None = None) -> dict[str, Any]:
     """Measures an experiment and predicts it; the result is written to `folder` as well. With `profile`, training steps
-    are those of a recorded model, and the result has its name."""
+    are those of a recorded model, and the result has its name.
+
+    Where ranks fail, the steps or trainings that were measured until then are kept, and "failed" says how they ended;
+    if a complete result is there, it stays, and this one is NAME.failed. Raises `RanksFailed` if none was measured.
+    """
     began, here = time.monotonic(), machine()
     stem = "" if profile is None else Path(profile).stem
     result: dict[str, Any] = {"name": f"{name}+{stem}" if stem else name, "question": experiment.question}
@@ -41,18 +44,25 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
         result["question"] += f" (with the model {stem})"
     result |= {"networks": list(map(str, experiment.networks)), "by": experiment.by, "seconds": 0.0}
     result |= {"date": datetime.date.today().isoformat(), "cores": here.usable_cores}
-    result["machine"] = (
-        f"{here.processor}, {here.usable_cores} cores; Linux {platform.release()}; torch {torch.__version__}"
+    versions = [f"Linux {platform.release()}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    versions += [mpi_version()] if experiment.by == "mpi" else []
+    result["machine"] = "; ".join(
+        [f"{here.processor}, {here.usable_cores} cores", *versions, f"ringred {ringred.__version__}"]
     )
     result |= {"calibrations": [], "costs": [], "rows": []}
     for network in experiment.networks:
-        cases = [] if experiment.cases is None else list(experiment.cases(network.hosts))
+        cases = [] if experiment.cases is None else list(experiment.cases(network))
         if profile is not None:
             whole = (case for case in cases if case.batch is None)  # a recorded batch cannot be divided
             cases = list({Case(**{**asdict(case), "model": profile}): None for case in whole})
-        found = list(_measured(experiment, network, cases))
-        result["calibrations"].append(next((line["calibrations"] for line in found if "calibrations" in line), None))
+        found, failure = _measured(experiment, network, cases)
+        calibrations = [line["calibrations"] for line in found if "calibrations" in line]
+        result["calibrations"].append(calibrations[-1] if calibrations else None)  # each line has those before as well
         result["rows"] += [{"hosts": network.hosts, **line} for line in found if "way" in line]
+        if failure is not None:
+            result.setdefault("failed", []).append(f"{network}: {failure}")
+            if not result["rows"]:
+                raise failure
     result["seconds"] = time.monotonic() - began
     _write(result, folder)  # whatever becomes of its prediction
     return _predicted(result, experiment, folder)
@@ -63,8 +73,11 @@ def predict(name: str, experiment: Experiment, folder: Path) -> dict[str, Any] |
     other networks than it names now."""
     path = folder / f"{name}.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    same = result.get("networks") == list(map(str, experiment.networks))
-    return _predicted(result, experiment, folder) if same else None
+    if result.get("networks") != list(map(str, experiment.networks)):
+        return None
+    if "+" not in name:  # which has a model's name in it
+        result["question"] = experiment.question
+    return _predicted(result, experiment, folder)
 
 
 def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -86,12 +99,18 @@ def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> 
 
 
 def _write(result: dict[str, Any], folder: Path) -> None:
-    unfinished = folder / f".{result['name']}.{os.getpid()}"
+    path = folder / f"{result['name']}.json"
+    if "failed" in result and path.exists() and "failed" not in json.loads(path.read_text()):
+        path = path.with_suffix(".failed")
+    unfinished = folder / f".{mine()}-{path.name}"
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    unfinished.replace(folder / f"{result['name']}.json")
+    unfinished.replace(path)
 
 
-def _measured(experiment: Experiment, network: Network, cases: list[Case]) -> Iterator[dict[str, Any]]:
+def _measured(
+    experiment: Experiment, network: Network, cases: list[Case]
+) -> tuple[list[dict[str, Any]], RanksFailed | None]:
+    """What rank 0 told, line by line, and why it told no more, if ranks failed."""
     task: dict[str, Any] = {"ways": experiment.ways, "steps": experiment.steps, "seconds": experiment.seconds}
     if cases:
         program, task = HERE / "step_ranks.py", {**task, "cases": [asdict(case) for case in cases]}
@@ -104,10 +123,15 @@ def _measured(experiment: Experiment, network: Network, cases: list[Case]) -> It
     drawn: dict[str, Any] = {"bar_format": "{l_bar}{bar}| {elapsed}, {remaining} left", "leave": False, "disable": None}
     with tqdm(total=1.0, desc=f"  {network}", **drawn) as bar, Hosts(network, lambda text: _show(bar, text)) as hosts:
         start = hosts.torch_ranks if experiment.by == "torch" else hosts.mpi_ranks
-        texts = start(program, json.dumps(task), RINGRED_TIMEOUT=600, **variables)
-    for line in texts[0].splitlines():
-        if line.startswith("{"):
-            yield json.loads(line)
+        failure = None
+        try:
+            texts = start(program, json.dumps(task), RINGRED_TIMEOUT=600, **variables)
+        except RanksFailed as failed:
+            texts, failure = failed.texts, failed
+    lines = [line for line in texts[0].splitlines(keepends=True) if line.startswith("{")]
+    if failure is not None:  # a rank that was killed may have left its last line unfinished
+        lines = [line for line in lines if line.endswith("}\n")]
+    return list(map(json.loads, lines)), failure
 
 
 def _show(bar: tqdm[Any], text: str) -> None:

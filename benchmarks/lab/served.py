@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lab.hosts import Network
-from lab.predict import Costs, filled, job_of, simulated
+from lab.predict import Costs, Step, filled, job_of, simulated
 from lab.profiles import Profile
 from ringred.collectives.registry import lookup
 from ringred.parameter_server.policies import parse
@@ -17,7 +17,7 @@ from ringred.parameter_server.policies.policy import FirstK
 from ringred.runtime.select import share_bounds
 from ringred.schedule.cost import Job
 
-__all__ = ["in_turns", "served_seconds"]
+__all__ = ["in_turns", "round_of", "served_seconds"]
 
 _PARTS = (1 << 20,)  # gradients are pushed when as many bytes are there
 
@@ -34,7 +34,6 @@ def served_seconds(
     the only server passes no port: it computes all the time. K-async, where K workers wait for each other, is
     predicted as if nobody waited.
     """
-    sealed = replace(costs, copy=max(costs.copy, costs.cipher))
     kind, _, name = way.partition(":")
     policy = parse(name)
     assert isinstance(policy, FirstK), f"{policy} is not predicted"
@@ -42,9 +41,9 @@ def served_seconds(
     several = policy.gradients_per_update(workers)
     if in_turns(policy, workers):
         last = slowness if several == workers else 1.0
-        return _round(kind, model, dilation, sealed, network, last) * workers / several
+        return round_of(kind, model, dilation, costs, network, last).seconds * workers / several
     alone = Network(2, network.mbit) if kind == "server" else network  # one that nobody else is in the way of
-    usual, slow = (_round(kind, model, dilation * times, sealed, alone) for times in (1.0, slowness))
+    usual, slow = (round_of(kind, model, dilation * times, costs, alone).seconds for times in (1.0, slowness))
     beside = network.each if kind == "server" else 0
     late = workers // network.hosts  # those of the last host
     away = workers - beside
@@ -52,8 +51,9 @@ def served_seconds(
     port = _port_bytes(kind, model.nbytes, network)
     # One server sees all of it, in both directions; of one on each host a server sees half of what its host does.
     thread, everywhere = (2 * port, 2 * port) if kind == "server" else (port, network.hosts * port)
-    crowded = 2 * sealed.copy * everywhere / costs.cores if costs.cores else 0.0
-    seconds = max(own, costs.beta * port, sealed.copy * thread, crowded)
+    copy = _sealed(costs).copy
+    crowded = 2 * copy * everywhere / costs.cores if costs.cores else 0.0
+    seconds = max(own, costs.beta * port, copy * thread, crowded)
     return workers / (away / seconds + (beside / (model.seconds * dilation) if beside else 0.0))
 
 
@@ -62,7 +62,10 @@ def in_turns(policy: FirstK, workers: int) -> bool:
     return policy.others_cancelled or (policy.finisher_waits and policy.gradients_per_update(workers) == workers)
 
 
-def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> float:
+def round_of(kind: str, model: Profile, dilation: float, costs: Costs, network: Network, last: float = 1.0) -> Step:
+    """A mini-batch of all workers on servers of a `kind` ("server", "servers", "hosts"): pushes, and at last the pull;
+    the last host computes `last` times as long. Bytes between hosts are encrypted."""
+    costs = _sealed(costs)
     sizes, ready = filled(model, dilation, _PARTS)
     if kind == "hosts" and network.each > 1:  # pushed once backward is over
         sizes, ready = [model.nbytes], [model.seconds * dilation]
@@ -71,7 +74,13 @@ def _round(kind: str, model: Profile, dilation: float, costs: Costs, network: Ne
         for nbytes, when in zip(sizes, ready, strict=True)
     ]
     jobs.append(_job(kind, "pull", model.nbytes, [0.0] * network.ranks, costs, network))
-    return simulated(jobs, costs, network)[0]
+    seconds, times = simulated(jobs, costs, network)
+    return Step(seconds, seconds - model.seconds * dilation * last, ready, times)
+
+
+def _sealed(costs: Costs) -> Costs:
+    """The same where what is copied is encrypted."""
+    return replace(costs, copy=max(costs.copy, costs.cipher))
 
 
 def _job(kind: str, what: str, nbytes: int, ready: list[float], costs: Costs, network: Network) -> Job:

@@ -32,7 +32,7 @@ class Renewing:
     successor: Any
     """The communicator that took its place, if one did."""
     noted: list[Callable[[str, Any], None]]
-    """Called with what is noted."""
+    """Called with what is noted, by its successor as well."""
     thread: int
     stalls: int
     """How often a call took so long that it said who was missing (RINGRED_STALL_SECONDS)."""
@@ -115,6 +115,7 @@ class Renewing:
                     raise
                 continue
             break
+        made.noted = self.noted
         self.successor = made
         comm.close()
         return cast("C", made)

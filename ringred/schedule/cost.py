@@ -13,13 +13,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 from ringred.errors import DeadlockError
 from ringred.schedule.ir import Send, Step, fold_groups
 from ringred.schedule.lower import lower
 from ringred.schedule.order import in_step, turns
-from ringred.schedule.program import Fold, PostReceive, PostSend, Take
+from ringred.schedule.program import Fold, PostReceive, PostSend, Program, Take
 
 __all__ = [
     "Begin",
@@ -52,12 +53,13 @@ class Cost:
     bytes_received: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: `_cut` is kept
 class Job:
     """A collective of a training step: its schedule, the bytes of its units, and when each rank has its data, in
     seconds since the step began. With `segment`, messages are cut as in `simulate`; with a `depth` of more than one
     they go in the order of a transport between hosts, see `lower`. With `posted` they leave once their receive is
-    posted, where ports are simulated and all jobs of a simulation have a `segment` and are `posted`."""
+    posted, where ports are simulated and all jobs of a simulation have a `segment` and are `posted`. What ranks do in a
+    job is found out once; simulations of the same job share it."""
 
     schedule: Callable[[int], Iterable[Step]]
     bounds: Sequence[tuple[int, int]]
@@ -65,6 +67,25 @@ class Job:
     segment: int | None = None
     depth: int = 1
     posted: bool = False
+
+    def events(self, rank: int) -> Iterable[Sending | Posting | Receiving]:
+        """Those of a rank, without `Begin` and `End`."""
+        return _whole(self.schedule(rank), self.bounds) if self.segment is None else self._cut[rank]
+
+    @cached_property
+    def _cut(self) -> list[list[Sending | Posting | Receiving]]:
+        """The events of each rank, segment by segment, from the very programs that the executor would run; waits for
+        sends are left out."""
+        assert self.segment is not None, "whole messages have no program"
+        size, segment = len(self.ready), self.segment
+        steps = [tuple(self.schedule(rank)) for rank in range(size)]
+        steady = self.depth > 1 and in_step(steps.__getitem__, size)
+        turning = turns(steps.__getitem__, size) if steady else frozenset()
+
+        def program(rank: int) -> Program:
+            return lower(rank, steps[rank], self.bounds, segment, in_parts=steady, depth=self.depth, turns=turning)
+
+        return [list(_events_of(program(rank), self.posted)) for rank in range(size)]
 
 
 class Begin(NamedTuple):
@@ -125,8 +146,9 @@ class Simulation:
     def __init__(
         self, size: int, jobs: Sequence[Job], link: Callable[[int, int], Link], gamma: float, call: float
     ) -> None:
+        if any(len(job.ready) != size for job in jobs):
+            raise ValueError(f"expected jobs of {size} ranks, got {[len(job.ready) for job in jobs]}")
         self.size, self.link, self.gamma, self.call = size, link, gamma, call
-        self.ordered: dict[int, tuple[bool, frozenset[tuple[int, int, int]]]] = {}
         self.events = [self._of(rank, jobs) for rank in range(size)]
         self.clock, self.send_port, self.receive_port = [0.0] * size, [0.0] * size, [0.0] * size
         self.messages, self.sent, self.received = [0] * size, [0] * size, [0] * size
@@ -141,21 +163,8 @@ class Simulation:
     def _of(self, rank: int, jobs: Sequence[Job]) -> Iterator[Event]:
         for number, job in enumerate(jobs):
             yield Begin(number, job.ready[rank])
-            if job.segment is None:
-                yield from _whole(job.schedule(rank), job.bounds)
-            else:
-                yield from _segmented(rank, job, self._ordered(job))
+            yield from job.events(rank)
             yield End(number)
-
-    def _ordered(self, job: Job) -> tuple[bool, frozenset[tuple[int, int, int]]]:
-        """Whether the schedule is `in_step`, and its `turns`, where a transport between hosts asks for them."""
-        known = self.ordered.get(id(job))
-        if known is None:
-            steps = {rank: tuple(job.schedule(rank)) for rank in range(self.size)} if job.depth > 1 else {}
-            steady = bool(steps) and in_step(steps.__getitem__, self.size)
-            known = steady, turns(steps.__getitem__, self.size) if steady else frozenset()
-            self.ordered[id(job)] = known
-        return known
 
     def run(self) -> tuple[Cost, list[tuple[float, float]]]:
         finished = self._finished()
@@ -247,20 +256,12 @@ def _whole(steps: Iterable[Step], bounds: Sequence[tuple[int, int]]) -> Iterator
             yield Receiving(tuple(peers), sum(bounds[u][1] - bounds[u][0] for u in chunk.units), reduce)
 
 
-def _segmented(
-    rank: int, job: Job, ordered: tuple[bool, frozenset[tuple[int, int, int]]]
-) -> Iterator[Sending | Posting | Receiving]:
-    """The events of one rank, segment by segment, from the very program that the executor would run; waits for sends
-    are left out."""
-    assert job.segment is not None, "whole messages have no program"
-    steady, turning = ordered
-    steps = job.schedule(rank)
-    program = lower(rank, steps, job.bounds, job.segment, in_parts=steady, depth=job.depth, turns=turning)
+def _events_of(program: Program, posted: bool) -> Iterator[Sending | Posting | Receiving]:
     for instruction in program.instructions:
         if isinstance(instruction, PostSend):
             yield Sending(instruction.peer, instruction.hi - instruction.lo)
         elif isinstance(instruction, PostReceive):
-            if job.posted:
+            if posted:
                 yield Posting(instruction.peer)
         elif isinstance(instruction, Fold):
             yield Receiving(instruction.peers, instruction.hi - instruction.lo, True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple, TypeAlias
@@ -49,11 +50,12 @@ def simulate_jobs(
     Without `ports` each rank sends and receives by ports of its own, with the β of the link, and α is part of a port's
     time. With them, which many may share, of a link only α and λ count; each message takes α and `copy` seconds a byte
     of a processor at its sender and at its receiver (β, where it passes no port: within a host); with `cores`, all
-    ranks share that many processors, as they do on one machine.
+    ranks share that many processors, as they do on one machine. What is `posted` is copied by the one thread of its
+    sender's transport, when it may leave; else by the rank itself, when it sends.
     """
     if ports is None:
         return Simulation(size, jobs, link, gamma, call).run()
-    return _Network(size, jobs, link, gamma, call, ports, cores or size, copy).run()
+    return _Network(size, jobs, link, gamma, call, ports, cores or 2 * size, copy).run()  # a rank's, and its thread's
 
 
 class _Arriving(NamedTuple):
@@ -73,6 +75,8 @@ _Happening: TypeAlias = Event | _Arriving | _Working
 
 
 class _Message(NamedTuple):
+    """On `way` to its sender's first port, and then to its receiver's."""
+
     sender: int
     receiver: int
     nbytes: int
@@ -80,8 +84,8 @@ class _Message(NamedTuple):
 
 
 class _Network(Simulation):
-    """A simulation in which ranks share ports and processors. What takes a port or a processor happens in the order of
-    its time, so that both serve who comes first."""
+    """A simulation in which ranks share ports and processors. What takes a processor, or the first port on either side,
+    happens in the order of its time, so that they serve who comes first."""
 
     def __init__(
         self,
@@ -103,10 +107,11 @@ class _Network(Simulation):
         self.posted = any(job.posted for job in jobs)
         self.posts: dict[tuple[int, int], deque[float]] = {}  # when receives were posted that wait for their messages
         self.held: dict[tuple[int, int], deque[_Message]] = {}  # messages that wait for their receives
-        self.holding = [0] * size  # how many of each sender's
+        self.threads: list[deque[_Message]] = [deque() for _ in range(size)]  # what each transport's thread is to copy
+        self.holding = [0] * size  # how many of each sender's have not left
         self.ending: set[int] = set()  # senders whose job ends once none is held
         self.pending: list[_Happening | None] = []
-        self.heap: list[tuple[float, int, int | _Message]] = []
+        self.heap: list[tuple[float, int, int | Callable[[], None]]] = []  # a rank's next event, or what else happens
         self.order = count()
 
     def _finished(self) -> int:
@@ -116,8 +121,8 @@ class _Network(Simulation):
             self.woken(rank)
         while self.heap:
             _, _, what = heappop(self.heap)
-            if isinstance(what, _Message):
-                self._arrives(what)
+            if not isinstance(what, int):
+                what()
                 continue
             event = self.pending[what]
             if event is None:
@@ -131,7 +136,7 @@ class _Network(Simulation):
             self.woken(what)
         return sum(event is None for event in self.pending)
 
-    def _at(self, time: float, what: int | _Message) -> None:
+    def _at(self, time: float, what: int | Callable[[], None]) -> None:
         heappush(self.heap, (time, next(self.order), what))
 
     def _happens(self, rank: int, event: _Happening) -> bool:
@@ -162,49 +167,86 @@ class _Network(Simulation):
         """Takes a processor for as long; returns since when."""
         if not seconds:
             return self.clock[rank]
-        begin = max(self.clock[rank], heappop(self.cores))
-        self.clock[rank] = begin + seconds
-        heappush(self.cores, self.clock[rank])
-        return begin
+        began, self.clock[rank] = self._processor(self.clock[rank], seconds)
+        return began
+
+    def _processor(self, since: float, seconds: float) -> OnTheWay:
+        """The time that a processor takes for as long, once one is free."""
+        began = max(since, heappop(self.cores))
+        heappush(self.cores, began + seconds)
+        return OnTheWay(began, began + seconds)
 
     def _send(self, rank: int, event: Sending) -> None:
-        alpha, beta, *_ = self.link(rank, event.peer)
-        ports, _ = self.ports(rank, event.peer)
-        began = self._work(rank, alpha + (self.copy if ports else beta) * event.nbytes)
+        alpha, *_ = self.link(rank, event.peer)
         self.messages[rank] += 1
         self.sent[rank] += event.nbytes
-        message = _Message(rank, event.peer, event.nbytes, OnTheWay(began + alpha, self.clock[rank]))
+        self.holding[rank] += 1
         if not self.posted:
-            self._leaves(message, -math.inf)
-        elif posts := self.posts.get((rank, event.peer)):
-            self._leaves(message, posts.popleft())
+            began = self._work(rank, alpha + self._copying(rank, event.peer, event.nbytes))
+            self._leaves_at(_Message(rank, event.peer, event.nbytes, OnTheWay(began + alpha, self.clock[rank])))
+            return
+        self._work(rank, alpha)
+        message = _Message(rank, event.peer, event.nbytes, OnTheWay(self.clock[rank], self.clock[rank]))
+        if posts := self.posts.get((rank, event.peer)):
+            self._may_leave(message, posts.popleft())
         else:
             self.held.setdefault((rank, event.peer), deque()).append(message)
-            self.holding[rank] += 1
 
     def _post(self, rank: int, peer: int) -> None:
-        pair = (peer, rank)
-        if not self.held.get(pair):
-            self.posts.setdefault(pair, deque()).append(self.clock[rank])
-            return
-        self._leaves(self.held[pair].popleft(), self.clock[rank])
-        self.holding[peer] -= 1
-        if not self.holding[peer] and peer in self.ending:
-            self.ending.remove(peer)
-            self.woken(peer)
+        if held := self.held.get((peer, rank)):
+            self._may_leave(held.popleft(), self.clock[rank])
+        else:
+            self.posts.setdefault((peer, rank), deque()).append(self.clock[rank])
 
-    def _leaves(self, message: _Message, posted: float) -> None:
+    def _may_leave(self, message: _Message, posted: float) -> None:
         """No byte leaves before the sender has heard that its receive was posted."""
-        _, _, *rest = self.link(message.sender, message.receiver)
-        latency = sum(rest[:1])
-        known = posted + latency
-        way = OnTheWay(max(message.way.first, known), max(message.way.last, known))
-        ports, _ = self.ports(message.sender, message.receiver)
+        known = max(message.way.first, posted + self._latency(message.sender, message.receiver))
+        self._at(known, partial(self._for_thread, message, known))
+
+    def _for_thread(self, message: _Message, now: float) -> None:
+        thread = self.threads[message.sender]
+        thread.append(message)
+        if len(thread) == 1:
+            self._copies(message.sender, now)
+
+    def _copies(self, sender: int, now: float) -> None:
+        """The thread begins with the next message."""
+        message, way = self.threads[sender][0], OnTheWay(now, now)
+        if seconds := self._copying(sender, message.receiver, message.nbytes):
+            way = self._processor(now, seconds)
+        self._leaves_at(message._replace(way=way))
+        self._at(way.last, partial(self._copied, sender, way.last))
+
+    def _copied(self, sender: int, now: float) -> None:
+        self.threads[sender].popleft()
+        if self.threads[sender]:
+            self._copies(sender, now)
+
+    def _copying(self, sender: int, receiver: int, nbytes: int) -> float:
+        _, beta, *_ = self.link(sender, receiver)
+        ports, _ = self.ports(sender, receiver)
+        return (self.copy if ports else beta) * nbytes
+
+    def _latency(self, sender: int, receiver: int) -> float:
+        _, _, *rest = self.link(sender, receiver)
+        return sum(rest[:1])
+
+    def _leaves_at(self, message: _Message) -> None:
+        self._at(message.way.first, partial(self._leaves, message))
+
+    def _leaves(self, message: _Message) -> None:
+        sender, way = message.sender, message.way
+        ports, _ = self.ports(sender, message.receiver)
         for port in ports:
             way = self._pass(port, way, message.nbytes, ports[0].number)
-        self.send_port[message.sender] = max(self.send_port[message.sender], way.last)
+        self.send_port[sender] = max(self.send_port[sender], way.last)
+        latency = self._latency(sender, message.receiver)
         later = OnTheWay(way.first + latency, way.last + latency)
-        self._at(later.first, message._replace(way=later))
+        self._at(later.first, partial(self._arrives, message._replace(way=later)))
+        self.holding[sender] -= 1
+        if not self.holding[sender] and sender in self.ending:
+            self.ending.remove(sender)
+            self.woken(sender)
 
     def _arrives(self, message: _Message) -> None:
         way, pair = message.way, (message.sender, message.receiver)
@@ -232,7 +274,7 @@ class _Network(Simulation):
         self.clock[rank] = max(self.clock[rank], min(way.first for way in ways))
         then = copying = 0.0
         for peer in event.peers:
-            alpha, beta, *_ = self.link(peer, rank)
+            alpha, *_ = self.link(peer, rank)
             then += alpha + self.gamma * event.nbytes * event.reduce
-            copying += (self.copy if self.ports(peer, rank)[1] else beta) * event.nbytes
+            copying += self._copying(peer, rank, event.nbytes)
         self.pending[rank] = _Arriving(copying, last, then)

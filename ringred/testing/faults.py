@@ -83,7 +83,8 @@ def at_random(seed: int, ranks: int, action: str, unit: str, most: int, count: i
 def inject(comm: Communicator, *faults: Fault | str) -> None:
     """From here on `faults` happen to the ranks of `comm`; to this one, those of its rank. Where one is at a message or
     a byte, plans are played by Python from then on, message by message; the other ranks, and steps, go on as ever.
-    Not for a communicator that is in use already."""
+    Faults at a step happen to a process after others have failed as well; those at a message end with `comm`. Not for
+    a communicator that is in use already."""
     parsed = [fault if isinstance(fault, Fault) else parse(fault) for fault in faults]
     mine = [fault for fault in parsed if fault.rank == comm.rank]
     transport = Injecting(comm.transport, mine)

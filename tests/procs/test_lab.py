@@ -61,7 +61,7 @@ def test_training_steps_are_measured_and_predicted(tmp_path: Path) -> None:
     ways = ("alone", *BYTES, "server:async", "servers:k_async:2", "servers:k_sync:2")
     cases = [Case("graph", way, 9.0) for way in ways]
     cases += [Case("graph", way, 9.0, slowness=2.0, label="slow") for way in ("ring", "servers:k_sync:2")]
-    experiment = Experiment("", (Network(2, 1000, each=2),), "torch", cases=lambda hosts: cases, steps=2)
+    experiment = Experiment("", (Network(2, 1000, each=2),), "torch", cases=lambda network: cases, steps=2)
     found = running.run("two-hosts", experiment, tmp_path)["rows"]
     assert [(row["way"], row["label"]) for row in found] == [(case.way, case.label) for case in cases]
     rows = {f"{row['way']} {row['label']}".strip(): row for row in found}
@@ -76,6 +76,20 @@ def test_training_steps_are_measured_and_predicted(tmp_path: Path) -> None:
         assert rows[way]["sent"] == pytest.approx(usual, rel=0.6 if way.endswith("async") else 0.25), rows[way]
     slow, usual = (rows[f"servers:k_sync:2{label}"]["seconds"] for label in (" slow", ""))
     assert slow < 1.5 * usual, "the first two do not wait for the others"
+
+
+def test_what_was_measured_before_ranks_fail_is_kept(tmp_path: Path) -> None:
+    cases = [Case("graph", "ring"), Case("graph", "no_such_way"), Case("graph", "ring")]
+    experiment = Experiment("", (Network(2, 1000),), "torch", cases=lambda network: cases, steps=1)
+    complete = tmp_path / "two-hosts.json"
+    complete.write_text("{}")
+    result = running.run("two-hosts", experiment, tmp_path)
+    (row,) = result["rows"]
+    assert 0.2 < row["predicted"] / row["seconds"] < 5
+    (why,) = result["failed"]
+    assert why == "2 hosts of 1000 Mbit/s: exit statuses [1, 1]"
+    assert json.loads(complete.with_suffix(".failed").read_text()) == result
+    assert complete.read_text() == "{}", "what was there stays"
 
 
 def test_a_real_model_is_trained(tmp_path: Path) -> None:

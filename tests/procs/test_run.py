@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,10 +31,13 @@ def ended(output: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("transport", ["shm", "torch_p2p"])
 def test_a_rank_that_is_killed_is_replaced(transport: str) -> None:
-    """Two die, the lowest rank first; in the end there are four again, and their weights are the same bits."""
+    """Two die, the lowest rank first; in the end there are four again, and their weights are the same bits.
+
+    The second may die before another process is there for the first, and both be let in at once.
+    """
     faults = ["kill rank 0 at step 20", "kill rank 2 at step 60"]
     job = run_to_its_end(
-        [*COMMAND, "--ranks", "4", PROGRAM, "30", *faults],
+        [*COMMAND, "--ranks", "4", PROGRAM, "30", "whole", *faults],
         120,
         {"RINGRED_TRANSPORT": transport, "RINGRED_TIMEOUT": "20"},
     )
@@ -44,15 +48,16 @@ def test_a_rank_that_is_killed_is_replaced(transport: str) -> None:
     assert {one["size"] for one in last} == {4}
     assert len({(one["weights"], one["steps"], one["seen"]) for one in last}) == 1, last
     assert all(one["loss"] < 0.1 for one in last), last
-    assert "ringred run: rank 0 was ended by SIGKILL; another process takes its place" in job.output
+    for rank in (0, 2):
+        assert f"ringred run: rank {rank} was ended by SIGKILL; another process takes its place" in job.output
     assert "3 ranks go on (4 before)" in job.output
-    assert "4 ranks go on (3 before)" in job.output
+    assert re.search(r"4 ranks go on \([23] before\)", job.output)
     assert max(max(one["recoveries"]) for one in last) < 10
 
 
 def test_a_rank_that_is_stopped_is_left_out_and_replaced() -> None:
     variables = {"RINGRED_TIMEOUT": "3", "RINGRED_STALL_SECONDS": "1"}
-    job = run_to_its_end([*COMMAND, "--ranks", "3", PROGRAM, "40", "stop rank 1 at step 30"], 120, variables)
+    job = run_to_its_end([*COMMAND, "--ranks", "3", PROGRAM, "6", "whole", "stop rank 1 at step 30"], 120, variables)
     assert job.status == 0, job.output[-3000:]
     assert job.left_behind == []
     assert {one["size"] for one in ended(job.output)} == {3}
@@ -144,7 +149,7 @@ def test_two_hosts_meet_at_a_third(tmp_path: Path) -> None:
         refused = run_to_its_end([*command, str(wrong), PROGRAM, "1"], 30, {})
         assert "other users may read this secret" in refused.output
         variables = {"RINGRED_INTERFACE": "127.0.0.1", "OMP_NUM_THREADS": "1", "RINGRED_TUNING": "off"}
-        arguments = [*command, str(secret), PROGRAM, "12", "kill rank 3 at step 30"]
+        arguments = [*command, str(secret), PROGRAM, "6", "whole", "kill rank 3 at step 30"]
         jobs = [
             subprocess.Popen(
                 arguments,
@@ -251,7 +256,7 @@ def test_a_spare_runs_a_script_as_python_does(tmp_path: Path, monkeypatch: pytes
 
 def test_a_spare_takes_the_place_of_the_dead_and_it_is_told_as_json() -> None:
     options = ["--ranks", "2", "--spares", "1", "--json"]
-    job = run_to_its_end([*COMMAND, *options, PROGRAM, "40", "kill rank 1 at step 900"], 100, {})
+    job = run_to_its_end([*COMMAND, *options, PROGRAM, "20", "whole", "kill rank 1 at step 900"], 100, {})
     assert job.status == 0, job.output[-3000:]
     last = ended(job.output)
     assert {one["size"] for one in last} == {2}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from math import log2
+from dataclasses import replace
+from math import log2, prod
 
 import pytest
 
 from ringred.collectives.registry import algorithms, lookup
 from ringred.runtime.select import candidates, predict, segments_for, share_bounds
 from ringred.schedule import closed_forms
+from ringred.schedule.alike import simulate_alike
 from ringred.schedule.cost import Job, simulate
 from ringred.schedule.ir import Recv, Send, unit
 from ringred.schedule.network import Port, simulate_jobs
@@ -209,6 +211,63 @@ def test_ranks_wait_for_processors_that_they_share() -> None:
         simulate_jobs(2, exchange(10, 2), link, 0.0, ports=ports, call=0.5, cores=cores)[0].seconds for cores in (1, 2)
     ]
     assert times == [pytest.approx(9.0), pytest.approx(4.5)]
+
+
+@pytest.mark.parametrize(("cores", "seconds", "sent"), [(0, 8.0, 8.0), (1, 16.0, 12.0)])
+def test_what_is_posted_is_copied_by_one_thread_of_its_sender_when_it_may_leave(
+    cores: int, seconds: float, sent: float
+) -> None:
+    """Rank 0 sends four bytes each, of a second, to two that expect them at 0 and at 1: from 0 to 4, and from 4 to 8;
+    by then it has not begun with the next job. One processor does the same work of receivers as well."""
+    steps = [((Send(1, unit(0)), Send(2, unit(0))),), ((Recv(0, unit(0)),),), ((Recv(0, unit(0)),),)]
+    jobs = [
+        Job(lambda rank: steps[rank], [(0, 4)], ready, segment=4, depth=2, posted=True)
+        for ready in ([0.0, 0.0, 1.0], [0.0, 100.0, 100.0])
+    ]
+
+    def ports(sender: int, receiver: int) -> tuple[list[Port], list[Port]]:
+        return [Port(sender, 0.0)], [Port(3 + receiver, 0.0)]
+
+    _, times = simulate_jobs(3, jobs, flat(3, 0.0, 0.0, 0.0).link, 0.0, ports=ports, cores=cores, copy=1.0)
+    assert times[0] == (0.0, seconds)
+    assert times[1][0] == sent
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("ring", (5,)),
+        ("ring", (8,)),
+        ("direct", (5,)),
+        ("direct", (8,)),
+        ("halving_doubling", (16,)),
+        ("torus", (4, 6)),
+    ],
+)
+def test_where_all_ranks_are_alike_one_is_simulated(name: str, grid: tuple[int, ...]) -> None:
+    """Links between rows of a grid are slower, and turning from one sender to another takes longer there."""
+    size = prod(grid)
+    links = [(2e-6, 1e-9, 1e-6), (1e-5, 3e-9, 5e-6, 4e-9)][: len(grid)]
+    topology, entry = grid_links(grid, links, 1e-10), lookup("all_reduce", name)
+    group = entry.group(size, grid=grid if len(grid) > 1 else None)
+    what = size, entry.steps(group), share_bounds(size << 10, entry.units(group)), topology.link, topology.gamma
+    one, all_ = simulate_alike(*what), simulate(*what)
+    assert one.seconds == pytest.approx(all_.seconds, rel=1e-9)
+    assert one == replace(all_, seconds=one.seconds)
+
+
+@pytest.mark.parametrize("name", ["tree", "central", "double_tree"])
+def test_ranks_that_are_not_alike_are_refused(name: str) -> None:
+    entry = lookup("all_reduce", name)
+    group = entry.group(8)
+    link = flat(8, 1e-6, 1e-9, 0.0).link
+    with pytest.raises(ValueError, match="expected ranks that are alike"):
+        simulate_alike(8, entry.steps(group), share_bounds(8 << 10, entry.units(group)), link, 0.0)
+
+
+def test_a_job_is_of_all_ranks() -> None:
+    with pytest.raises(ValueError, match=r"expected jobs of 3 ranks, got \[2\]"):
+        simulate_jobs(3, exchange(10), flat(3, 0.0, 1e-6, 0.0).link, 0.0)
 
 
 def test_bytes_of_several_senders_at_once_may_take_longer() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lab import costs, experiments, hosts, predict, published, record
+from lab import costs, experiments, hosts, predict, published, record, scale
 from lab.hosts import Network
 from lab.profiles import MODELS, profile, read
 from lab.served import served_seconds
@@ -68,6 +68,27 @@ def test_a_straggler_takes_its_time_and_everybody_waits() -> None:
     assert steps[1].seconds - steps[0].seconds == pytest.approx(5 * model.seconds, rel=0.05)
 
 
+def test_many_ranks_keep_less_of_a_step_by_one_server_than_by_a_ring() -> None:
+    found = {(one.model, one.way): one.efficiency for part in scale.scaled((12,)) for one in part}
+    assert len(found) == len(MODELS) * len(scale.WAYS)
+    for model in MODELS:
+        assert 0 < found[model, "central"] <= found[model, "ring"] <= 1
+        assert found[model, "tree"] <= found[model, "double_tree"]
+    # 2 N (P-1) bytes through a ring's port, after what little of backward is left: 138 M parameters at 10 Gbit/s.
+    alone, line = profile("vgg16").seconds, 2 * 11 / 12 * profile("vgg16").nbytes / 1.25e9
+    assert alone / (alone + line) < found["vgg16", "ring"] < alone / max(alone, line)
+
+
+@pytest.mark.parametrize("way", ["ring", "halving_doubling", "torus"])
+def test_copying_by_shared_processors_hides_behind_the_line(way: str) -> None:
+    """Each byte is copied twice, by the two processors that four hosts share: 12 N 0.2 β / 2 = 1.2 N β, four fifths of
+    the line's 1.5 N β. Messages that wait for their receives are not copied before, which would keep others waiting."""
+    for posted in (False, True):
+        costs_ = replace(COSTS, segment=512 << 10, cores=2, copy=0.2 * COSTS.beta, posted=posted)
+        seconds = predict.all_reduce_seconds(way, 96 << 20, costs_, Network(4, 800))
+        assert seconds == pytest.approx(1.5 * (96 << 20) * COSTS.beta, rel=0.06)
+
+
 def test_costs_are_found_again_from_samples_that_they_explain() -> None:
     network, known = Network(4, 800), predict.Costs(4e-5, 1e-8, 0.0, 2e-5, 5e-5, 1 << 20, 2, 1e-9, 1.5)
     samples = [
@@ -104,7 +125,7 @@ def test_a_recorded_model_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_every_experiment_names_cases_that_there_are() -> None:
     for experiment in experiments.EXPERIMENTS.values():
         for network in experiment.networks:
-            for case in [] if experiment.cases is None else experiment.cases(network.hosts):
+            for case in [] if experiment.cases is None else experiment.cases(network):
                 kind, _, name = case.model.rpartition(":")
                 assert name in (record.REAL if kind else MODELS)
                 policy = case.way.partition(":")[2]

@@ -56,7 +56,7 @@ def test_who_is_not_root_is_told_so_by_clean(
 
 
 def test_a_name_is_alive_with_the_process_that_gave_it_and_no_other_of_its_number() -> None:
-    mine = hosts._mine()
+    mine = hosts.mine()
     assert hosts._lives(f"{mine}-0")
     assert not hosts._lives(f"{mine}1-0"), "one of this number, started at another time"
     assert not hosts._lives("ringred-lab-4194305.7-switch"), "there is no process of this number"
@@ -77,9 +77,14 @@ def test_a_report_leaves_out_what_was_measured_and_not_predicted(
     result |= {"name": "short+mine", "rows": [row | known], "date": "2026-11-30", "machine": "one of 2 cores"}
     (tmp_path / "short+mine.json").write_text(json.dumps(result))
     (tmp_path / "published.json").write_text(json.dumps({"heads": ["work"], "rows": [["Goyal"]]}))
+    monkeypatch.setattr(command.scale, "RANKS", (4, 6))
+    monkeypatch.setattr(sys, "argv", ["lab.py", "--out", str(tmp_path), "scale"])
+    assert command.main() == 0
+    assert json.loads((tmp_path / "scale.json").read_text())["heads"] == ["model", "by", "4 ranks", "6 ranks"]
+    monkeypatch.setattr(sys, "argv", ["lab.py", "--out", str(tmp_path), "report"])
     assert command.main() == 0
     page = (tmp_path / "report.html").read_text()
-    assert all(text in page for text in ("one of 2 cores", "Goyal", "+100", "2026-11-30"))
+    assert all(text in page for text in ("one of 2 cores", "Goyal", "+100", "2026-11-30", "6 ranks"))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,44 @@ def test_a_bar_shows_what_the_ranks_have_done_last() -> None:
         assert bar.n == 0
         running._show(bar, '{"done": 0.25}\n{"way": "ring"}\n{"done": 0.5}\n{"way"')
         assert bar.n == 0.5
+
+
+def test_predictions_are_judged_by_kind_without_those_that_are_no_news() -> None:
+    def row(case: str, way: str, error: float | None, **more: object) -> dict[str, object]:
+        known = {"hosts": 4, "case": case, "way": way, "error": error, "predicted": 1.0, "fitted": False}
+        return known | more
+
+    reduced = [
+        row("8 B", "ring", 0.5, nbytes=8),
+        row("8 B", "auto", 0.4, nbytes=8),  # the ring, again
+        row("8 B", "tree", -0.1, nbytes=8, fitted=True, predicted=2.0),
+        row("8 B", "gloo", None, nbytes=8, predicted=None),
+        row("1048576 B", "auto", -0.2, nbytes=1 << 20),
+    ]
+    steps = [row("vgg16", "alone", 0.3), row("vgg16", "ring", 0.01), row("vgg16", "server:sync", -0.6)]
+    results = [{"name": name, "networks": [], "rows": rows} for name, rows in (("a", reduced), ("b", steps))]
+    _, told = rows.precision(results)
+    assert told == [
+        ("all", "4", "35.0%", "60.0%"),
+        ("all-reduces up to 64 KiB", "1", "50.0%", "50.0%"),
+        ("longer all-reduces", "1", "20.0%", "20.0%"),
+        ("steps by collectives", "1", "1.0%", "1.0%"),
+        ("steps on parameter servers", "1", "60.0%", "60.0%"),
+    ]
+    _, bad = rows.worst(results, 2)
+    assert [line[:3] for line in bad] == [("b", "vgg16 server:sync", "-60"), ("a", "8 B ring", "+50")]
+
+
+def test_a_step_that_is_no_longer_than_alone_hides_its_reductions() -> None:
+    step = {"hosts": 2, "case": "vgg16", "way": "ring", "error": 0.0, "predicted": 1.0, "fitted": False}
+    step |= {"seconds": 4.0, "sent": 0.0, "received": 0.0, "late": 0.0, "low": 3.5, "high": 4.5}
+    shown = [
+        dict(zip(*(rows.cells({"networks": [""], "rows": [step | more]})[0], line), strict=True))
+        for more in ({"efficiency": 0.75, "reducing": 2.0}, {"efficiency": 1.0, "reducing": 2.0})
+        for line in rows.cells({"networks": [""], "rows": [step | more]})[1]
+    ]
+    assert [line["hidden"] for line in shown] == ["50%", "100%"]
+    assert shown[0]["from - to"] == "3500.00 - 4500.00"
 
 
 def test_each_kind_of_wrong_prediction_has_its_reason() -> None:

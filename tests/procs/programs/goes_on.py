@@ -1,5 +1,6 @@
-"""A training that goes on after failures: argv has the number of epochs, and faults (`ringred.testing.faults`) of the
-first processes; or "raise" for an error that all ranks make, "early" for one of rank 1 before it meets the others.
+"""A training that goes on after failures: argv has the number of epochs, and then any of: faults of the first processes
+(`ringred.testing.faults`); "whole", for more epochs until all ranks are there, since a process takes its time to start;
+"raise", for an error that all ranks make; "early", for one of rank 1 before it meets the others.
 
 Prints, as JSON, what each rank ends with.
 """
@@ -22,6 +23,7 @@ def say(what):
 
 
 epochs, what = int(sys.argv[1]), sys.argv[2:]
+most = epochs + 300 if "whole" in what else epochs
 first = os.environ.get("RINGRED_JOINS", "0") == "0"
 if "early" in what and os.environ["RANK"] == "1":
     raise ValueError("no data here")
@@ -39,7 +41,7 @@ sampler = ringred.ElasticSampler(data, 20, model)
 state = ringred.Elastic(model, optimizer, sampler, seen=0)
 loader = torch.utils.data.DataLoader(data, batch_sampler=sampler)
 say({"process": os.getpid(), "rank": comm.rank, "joins": not first})
-for epoch in state.epochs(epochs):
+for epoch in state.epochs(most):
     for x, y in loader:
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
@@ -51,6 +53,8 @@ for epoch in state.epochs(epochs):
         time.sleep(0.004)
     if epoch == 0 and first and model.comm.rank == 0:
         say({"size": model.comm.size})
+    if epoch + 1 >= epochs and model.comm.size == int(os.environ["WORLD_SIZE"]):
+        break
 weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
 ended = {
     "end": model.comm.rank,
