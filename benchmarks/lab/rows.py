@@ -98,7 +98,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
             for row in result["rows"]
         ]
     steps = "efficiency" in first
-    spread = any("low" in row for row in result["rows"])
+    spread = any(row.get("low") != row.get("high") for row in result["rows"])
     heads = ["case", "by", "ms", *(["from - to"] if spread else []), "efficiency" if steps else "of line rate"]
     heads += ["predicted ms", "error"]
     if steps:
@@ -108,7 +108,7 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         case = f"{row['case']}, {row['hosts']} hosts" if several else row["case"]
         part = f"{row['efficiency' if steps else 'of_line']:.0%}"
         error = "" if row["error"] is None else f"{row['error']:+.0%}{' fitted' if row['fitted'] else ''}"
-        ends = " - ".join(_number(row[end], 1e3, 2) for end in ("low", "high") if end in row)
+        ends = " - ".join(_number(row[end], 1e3, 2) for end in ("low", "high") if row.get("low") != row.get("high"))
         told = (case, row["way"], _number(row["seconds"], 1e3, 2), *([ends] if spread else []), part)
         told += (_number(row["predicted"], 1e3, 2), error)
         if steps:
