@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 from lab.hosts import Network
 from lab.predict import Costs, linear, step_of
@@ -114,11 +115,18 @@ def reduces(row: Published, fit: Fit) -> Callable[[int], float]:
     # A flat ring leaves each host once. On a grid all processors of a host cross its links at once.
     shared = 1 if row.algorithm == "ring" else x if x <= 8 else 4
     inside = (ALPHA, 1 / row.inside) if x <= 8 else (ALPHA, shared / between)
-    topology = grid_links(row.grid, [inside, (ALPHA, shared / between)], 0.0)
-    grid = {} if row.algorithm == "ring" else {"grid": row.grid}
-    group = lookup("all_reduce", row.algorithm).group(row.processors, **grid)
-    time = linear(row.algorithm, group, topology, *_COUNTED, alike=row.algorithm == "torus")
+    time = _line(row.algorithm, row.grid, inside, (ALPHA, shared / between))
     return lambda nbytes: time(int(nbytes * row.bytes_an_element / 4))
+
+
+@cache
+def _line(
+    algorithm: str, grid: tuple[int, ...], inside: tuple[float, float], between: tuple[float, float]
+) -> Callable[[int], float]:
+    """The same of bytes as they are; of a ring, which is flat, for all that have it."""
+    topology = grid_links(grid, [inside, between], 0.0)
+    group = lookup("all_reduce", algorithm).group(math.prod(grid), grid=None if algorithm == "ring" else grid)
+    return linear(algorithm, group, topology, *_COUNTED, alike=algorithm == "torus")
 
 
 def fitted() -> Fit:

@@ -65,7 +65,8 @@ def write(
     if "scaling" in by_name:
         parts += ["<h2>Efficiency over hosts</h2>", _figure(_scaling(by_name["scaling"]))]
     if scale is not None:
-        parts += ["<h2>What would thousands of ranks do?</h2>", _figure(_scale(scale)), _table(**scale)]
+        parts += ["<h2>What would thousands of ranks do?</h2>", _figure(_scale(scale))]
+        parts.append(f"<details><summary>All models, in percent</summary>{_table(**scale)}</details>")
     if (drawn := _timeline(by_name)) is not None:
         parts += ["<h2>One step of ResNet-50, by a ring and by a parameter server</h2>", _figure(drawn)]
     if "steps" in by_name:
@@ -222,7 +223,8 @@ def _timeline(results: Mapping[str, dict[str, Any]]) -> go.Figure | None:
         return None
     (network,) = EXPERIMENTS.get(name, SHORT).networks
     model, costs, dilation = profile("resnet50"), Costs(**results[name]["costs"][0]), 20.0
-    title = f"Predicted, with costs of {network} and times 20 times a P100's: data is ready, and on its way"
+    title = f"Predicted, with costs of {network}, models 20 times slower: when data is ready (dashes), and on its way"
+    title += "; last comes what is pulled from servers"
     figure = go.Figure(layout={**_LAYOUT, "title": title, "barmode": "overlay"})
     ways = {
         "ring": step_of(model, dilation, "ring", costs, network),
@@ -236,17 +238,16 @@ def _timeline(results: Mapping[str, dict[str, Any]]) -> go.Figure | None:
         figure.add_scatter(x=list(step.ready), y=[way] * len(step.ready), mode="markers", marker=marker, name="ready")
     figure.for_each_trace(lambda trace: trace.update(showlegend=trace.name != "ready"))
     figure.add_vline(x=model.seconds * dilation, line_dash="dot", annotation_text="backward ends")
-    figure.update_xaxes(title="seconds since the step began")
+    figure.update_xaxes(title="seconds since the step began", rangemode="tozero")
     return figure
 
 
 def _scale(table: dict[str, Any]) -> go.Figure:
-    """Of the first of its models."""
-    first = table["rows"][0][0]
-    figure = go.Figure(layout={**_LAYOUT, "title": f"{first}: efficiency of a step, simulated; {STATED}"})
+    """Of ResNet-50."""
+    figure = go.Figure(layout={**_LAYOUT, "title": f"ResNet-50: efficiency of a step, simulated; {STATED}"})
     ranks = [int(head.split()[0]) for head in table["heads"][2:]]
     for model, way, *efficiencies in table["rows"]:
-        if model == first:
+        if model == "resnet50":
             figure.add_scatter(x=ranks, y=[float(one) / 100 for one in efficiencies], name=way, mode="lines+markers")
     figure.update_xaxes(title="ranks", type="log")
     figure.update_yaxes(rangemode="tozero")
