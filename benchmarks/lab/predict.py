@@ -196,17 +196,10 @@ def step_of(
 
 
 def linear(
-    name: str,
-    group: Group,
-    topology: Topology,
-    small: int,
-    large: int,
-    *,
-    alike: bool = False,
-    segment: int | None = None,
+    name: str, group: Group, topology: Topology, small: int, large: int, *, alike: bool = False
 ) -> Callable[[int], float]:
-    """The seconds of an all-reduce of any size, from those of two: with links of α and β the time of a schedule on one
-    critical path is a straight line in the bytes. `alike`: all ranks are (see `simulate_alike`), if units are equal."""
+    """The seconds of an all-reduce of any size, from those of two: with links of α and β the time of whole messages on
+    one critical path is a straight line in the bytes. `alike`: all ranks are, if units are equal (`simulate_alike`)."""
     entry = lookup("all_reduce", name)
     if alike:
         units = entry.units(group)
@@ -214,7 +207,7 @@ def linear(
 
     def simulated(nbytes: int) -> float:
         what = group.size, entry.steps(group), share_bounds(nbytes, entry.units(group)), topology.link, topology.gamma
-        return (simulate_alike(*what) if alike else simulate(*what, segment=segment)).seconds
+        return (simulate_alike if alike else simulate)(*what).seconds
 
     low, high = simulated(small), simulated(large)
     slope = (high - low) / (large - small)

@@ -68,7 +68,7 @@ def write(
         parts += ["<h2>What would thousands of ranks do?</h2>", _figure(_scale(scale))]
         parts.append(f"<details><summary>All models, in percent</summary>{_table(**scale)}</details>")
     if (drawn := _timeline(by_name)) is not None:
-        parts += ["<h2>One step of ResNet-50, by a ring and by a parameter server</h2>", _figure(drawn)]
+        parts += ["<h2>One step of ResNet-50</h2>", _figure(drawn)]
     if "steps" in by_name:
         parts += ["<h2>What the busiest host's port carries in a step</h2>", _figure(_traffic(by_name["steps"]))]
     for result in results:
@@ -106,7 +106,8 @@ def _answer(results: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[
 
 
 def _of_the_line(results: Sequence[dict[str, Any]]) -> str:
-    even = [row for result in results if result["name"].startswith(("reduce", "short")) for row in result["rows"]]
+    even = [row for result in results if result["name"].startswith("reduce") for row in result["rows"]]
+    even = even or [row for result in results if result["name"].startswith("short") for row in result["rows"]]
     least = min(4 << 20, max((row["nbytes"] for row in even), default=0))
     told = []
     for hosts in sorted({row["hosts"] for row in even}):
@@ -117,10 +118,11 @@ def _of_the_line(results: Sequence[dict[str, Any]]) -> str:
             ]
             if of:
                 parts.append(f"{way.replace('_', '-')} {statistics.median(of):.0%}")
-        told.append(f"between {hosts} hosts {', '.join(parts)}")
+        if parts:
+            told.append(f"between {hosts} hosts {', '.join(parts)}")
     return (
-        f"All-reduces from {least >> 20} MiB on use of the line, in the median, {'; '.join(told)}: of a ring each port "
-        f"passes less than twice the data in either direction, however many hosts there are, and the port of one "
+        f"All-reduces from {least / 2**20:g} MiB on use of the line, in the median, {'; '.join(told)}: of a ring each "
+        f"port passes less than twice the data in either direction, however many hosts there are, and the port of one "
         f"server (central) all data of every other host."
         if told
         else ""
@@ -217,20 +219,22 @@ def _traffic(result: dict[str, Any]) -> go.Figure:
 
 def _timeline(results: Mapping[str, dict[str, Any]]) -> go.Figure | None:
     """When the buckets of one step are reduced by a ring, and what goes to a server and comes from it, by the costs of
-    an experiment with one rank on each host."""
-    name = next((name for name in ("servers-others", "steps", "short") if results.get(name, {}).get("costs")), None)
+    an experiment with one rank on each host; where encryption was not calibrated, by one server's traffic."""
+    known = ("servers-others", "servers", "stragglers", "steps", "short")
+    name = next((name for name in known if results.get(name, {}).get("costs")), None)
     if name is None:
         return None
     (network,) = EXPERIMENTS.get(name, SHORT).networks
     model, costs, dilation = profile("resnet50"), Costs(**results[name]["costs"][0]), 20.0
     title = f"Predicted, with costs of {network}, models 20 times slower: when data is ready (dashes), and on its way"
-    title += "; last comes what is pulled from servers"
+    title += "; last comes what is pulled from servers" if costs.cipher else ""
     figure = go.Figure(layout={**_LAYOUT, "title": title, "barmode": "overlay"})
-    ways = {
-        "ring": step_of(model, dilation, "ring", costs, network),
-        "one server": round_of("server", model, dilation, costs, network),
-        "a server on each host": round_of("servers", model, dilation, costs, network),
-    }
+    ways = {"ring": step_of(model, dilation, "ring", costs, network)}
+    if costs.cipher:
+        ways["one server"] = round_of("server", model, dilation, costs, network)
+        ways["a server on each host"] = round_of("servers", model, dilation, costs, network)
+    else:
+        ways["central"] = step_of(model, dilation, "central", costs, network)
     for way, step in ways.items():
         begins, lasts = [begin for begin, _ in step.times], [end - begin for begin, end in step.times]
         figure.add_bar(y=[way] * len(lasts), x=lasts, base=begins, orientation="h", name=f"{way}: {step.seconds:.1f} s")

@@ -11,7 +11,7 @@ __all__ = ["cells", "foretold", "precision", "reason", "setting", "worst"]
 
 def foretold(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that were predicted, without those that the costs were fitted to, ranks alone, which say nothing, and
-    "auto" where what it chose has a row of its own."""
+    "auto" where what it chose has a row of its own, fitted or not."""
     rows = [row for row in result["rows"] if row["error"] is not None]
     named = {(row["hosts"], row["case"], row["predicted"]) for row in rows if row["way"] != "auto"}
     return [
@@ -119,8 +119,8 @@ def cells(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
 
 
 def _hidden(row: dict[str, Any]) -> str:
-    """The part of the reductions' time by which a step is not longer than alone."""
-    if not row["reducing"]:
+    """The part of the reductions' time by which a step is not longer than alone. Not told if a host computes longer."""
+    if not row["reducing"] or row.get("slowness", 1.0) != 1.0:
         return ""
     longer = row["seconds"] * (1 - row["efficiency"])
     return f"{max(0.0, 1 - longer / row['reducing']):.0%}"

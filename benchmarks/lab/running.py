@@ -50,6 +50,7 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
         [f"{here.processor}, {here.usable_cores} cores", *versions, f"ringred {ringred.__version__}"]
     )
     result |= {"calibrations": [], "costs": [], "rows": []}
+    last: RanksFailed | None = None
     for network in experiment.networks:
         cases = [] if experiment.cases is None else list(experiment.cases(network))
         if profile is not None:
@@ -61,8 +62,9 @@ def run(name: str, experiment: Experiment, folder: Path, profile: str | None = N
         result["rows"] += [{"hosts": network.hosts, **line} for line in found if "way" in line]
         if failure is not None:
             result.setdefault("failed", []).append(f"{network}: {failure}")
-            if not result["rows"]:
-                raise failure
+            last = failure
+    if not result["rows"]:
+        raise last or RuntimeError(f"{name}: no rank said anything")
     result["seconds"] = time.monotonic() - began
     _write(result, folder)  # whatever becomes of its prediction
     return _predicted(result, experiment, folder)
@@ -100,7 +102,9 @@ def _predicted(result: dict[str, Any], experiment: Experiment, folder: Path) -> 
 
 def _write(result: dict[str, Any], folder: Path) -> None:
     path = folder / f"{result['name']}.json"
-    if "failed" in result and path.exists() and "failed" not in json.loads(path.read_text()):
+    if "failed" not in result:
+        path.with_suffix(".failed").unlink(missing_ok=True)
+    elif path.exists() and "failed" not in json.loads(path.read_text()):
         path = path.with_suffix(".failed")
     unfinished = folder / f".{mine()}-{path.name}"
     unfinished.write_text(json.dumps(result, indent=1) + "\n")

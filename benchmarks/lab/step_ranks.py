@@ -40,7 +40,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         ctx.clock.wait_until(ctx.until)
-        return gradients[0], ctx.gradient, None, None, None
+        return gradients[0], ctx.gradient[:], None, None, None  # nobody else has this view: it is not copied
 
 
 class _Clock:
@@ -71,8 +71,7 @@ class Replayed(nn.Module):
     def __init__(self, model: Profile, dilation: float, busy: bool = False) -> None:
         super().__init__()
         self.clock = _Clock(busy)
-        # All layers have the same memory as their gradients. To write to new memory takes time that is not dilated: the
-        # layers of VGG-16 came up to 5 s of 19 late by it.
+        # All layers have the same memory as their gradients: to write to new memory takes time that is not dilated.
         self._gradient = torch.full((max(layer.elements for layer in model.layers),), 1e-3)
         self.weights = nn.ParameterList([nn.Parameter(torch.zeros(layer.elements)) for layer in model.layers])
         self.forward_seconds = model.forward * dilation

@@ -74,6 +74,7 @@ def test_many_ranks_keep_less_of_a_step_by_one_server_than_by_a_ring() -> None:
     for model in MODELS:
         assert 0 < found[model, "central"] <= found[model, "ring"] <= 1
         assert found[model, "tree"] <= found[model, "double_tree"]
+        assert found[model, "double_tree"] > 0.6 * found[model, "ring"], "it sends 2 N bytes, and a few segments more"
     # 2 N (P-1) bytes through a ring's port, after what little of backward is left: 138 M parameters at 10 Gbit/s.
     alone, line = profile("vgg16").seconds, 2 * 11 / 12 * profile("vgg16").nbytes / 1.25e9
     assert alone / (alone + line) < found["vgg16", "ring"] < alone / max(alone, line)
