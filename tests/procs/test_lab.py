@@ -25,7 +25,7 @@ from lab.profiles import read
 REASON = hosts.unavailable()
 pytestmark = [
     pytest.mark.procs,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(150),
     pytest.mark.skipif(REASON is not None, reason=f"no hosts here: {REASON}"),
 ]
 
@@ -33,7 +33,7 @@ pytestmark = [
 def lab(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "lab.py"), *arguments]
     environment = {**os.environ, **variables}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
 def test_a_short_run_measures_predicts_and_reports(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ epochs, what = int(sys.argv[1]), sys.argv[2:]
 most = epochs + 300 if "whole" in what else epochs
 first = os.environ.get("RINGRED_JOINS", "0") == "0"
 if "early" in what and os.environ["RANK"] == "1":
+    say({"raises": time.time()})
     raise ValueError("no data here")
 comm = ringred.init()
 if first:
@@ -47,6 +48,7 @@ for epoch in state.epochs(most):
         loss = (model(x) - y).square().mean()
         loss.backward()
         if "raise" in what and model.steps == 5:
+            say({"raises": time.time()})
             raise ValueError("a bug in the loop")
         optimizer.step()
         state.seen += 1
