@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lab.hosts import Network
+from lab.network import Network
 
 __all__ = ["Case", "Experiment"]
 

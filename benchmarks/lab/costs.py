@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import minimize
 
 import ringred
-from lab.hosts import Network
+from lab.network import Network
 from lab.predict import Costs, all_reduce_job, simulated
 from ringred.collectives.registry import lookup
 from ringred.parameter_server.keys import encryption_rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lab.cases import Case, Experiment
-from lab.hosts import Network
+from lab.network import Network
 
 __all__ = ["EXPERIMENTS", "PEERS", "SHORT"]
 

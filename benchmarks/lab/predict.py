@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
 
-from lab.hosts import BURST_BYTES, Network
+from lab.hosts import BURST_BYTES
+from lab.network import Network
 from lab.profiles import Profile
 from ringred.buckets import FIRST_BUCKET_BYTES, MIB, Entry, assign
 from ringred.collectives.registry import lookup

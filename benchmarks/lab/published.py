@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-from lab.hosts import Network
+from lab.network import Network
 from lab.predict import Costs, linear, step_of
 from lab.profiles import Processor, Profile, profile
 from ringred.buckets import MIB

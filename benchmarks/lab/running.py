@@ -17,7 +17,8 @@ import ringred
 from lab.cases import Case, Experiment
 from lab.costs import fitted
 from lab.experiments import PEERS
-from lab.hosts import Hosts, Network, RanksFailed, mine, mpi_version
+from lab.hosts import Hosts, RanksFailed, mine, mpi_version
+from lab.network import Network
 from lab.predict import Costs, all_reduce_seconds, step_of
 from lab.profiles import read
 from lab.served import served_seconds

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy
 
-from lab.hosts import Network
+from lab.network import Network
 from lab.predict import Costs, linear, step_of
 from lab.profiles import MODELS, profile
 from ringred.buckets import MIB

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lab.hosts import Network
+from lab.network import Network
 from lab.predict import Costs, Step, filled, job_of, simulated
 from lab.profiles import Profile
 from ringred.collectives.registry import lookup

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from lab import hosts, running
 from lab.cases import Case, Experiment
-from lab.hosts import Hosts, Network
+from lab.hosts import Hosts
+from lab.network import Network
 from lab.profiles import read
 
 REASON = hosts.unavailable()

@@ -10,8 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lab import costs, experiments, hosts, predict, published, record, scale
-from lab.hosts import Network
+from lab import costs, experiments, predict, published, record, scale
+from lab.network import Network
 from lab.profiles import MODELS, profile, read
 from lab.served import served_seconds
 
@@ -235,7 +235,7 @@ def test_a_network_says_which_congestion_control_this_kernel_lacks(
     usual, other = Network(2, 100), Network(2, 100, control="bbr")
     assert str(other) == "2 hosts of 100 Mbit/s, TCP's bbr"
     assert str(Network(4, 250, dilation=4)) == "4 hosts of 250 Mbit/s (1 Gbit/s, 4 times slower)"
-    monkeypatch.setattr(hosts, "_CONTROLS", tmp_path / "controls")
+    monkeypatch.setattr("lab.network._CONTROLS", tmp_path / "controls")
     assert usual.unavailable == "this kernel has no cubic (modprobe tcp_cubic)"
     (tmp_path / "controls").write_text("reno cubic\n")
     assert usual.unavailable is None
